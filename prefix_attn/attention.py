@@ -1,0 +1,98 @@
+"""`prefix_attention`, the operation this package exists for, and `explain`, which says how it would run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from prefix_attn import dispatch
+from prefix_attn.checks import checked_call
+from prefix_attn.cost import Explanation
+from prefix_attn.types import PrefixKV
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix: PrefixKV,
+    task_ids: Tensor | Sequence[int],
+    *,
+    kv_start: Tensor | Sequence[int] | None = None,
+    kv_len: Tensor | Sequence[int] | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    batch_invariant: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend to each row's task prefix, then to the row's own keys.
+
+    Equals ``softmax(scale * q @ [pk; k]^T + mask) @ [pv; v]`` without ever building ``[pk; k]`` for the batch.
+    With ``m`` the length of the row's prefix and ``past = kv_len - q_len``, query ``i`` sees
+
+    - prefix slot ``j`` always, or with a window only while ``m + past + i - j < window``;
+    - own key ``j`` when ``kv_start <= j < kv_len``, if causal ``j <= past + i``, and with a window
+      ``past + i - j < window``.
+
+    Args:
+        q: ``[batch, q_heads, q_len, head_dim]``; float16, bfloat16, float32 or float64; any strides.
+        k, v: ``[batch, kv_heads, kv_len, head_dim]``; q's dtype and device; kv_len may be 0.
+        prefix: one layer's prefixes; ``[kv_heads, tokens, head_dim]`` in q's dtype and device.
+        task_ids: integer ``[batch]``; -1 for a row without prefix.
+        kv_start: integer ``[batch]``; first valid key (left padding); 0 by default.
+        kv_len: integer ``[batch]``; one past the last valid key; ``k.shape[2]`` by default.
+        causal: mask own keys, aligned at the bottom right.
+        scale: dimensionless; ``head_dim ** -0.5`` by default.
+        window: sliding window in tokens, the query's own included.
+        softcap: scores become ``softcap * tanh(score / softcap)`` before the mask.
+        sinks: ``[q_heads]``; one extra logit per head in the softmax's denominator.
+        return_lse: also return the log-sum-exp of the visible scores.
+        backend: ``"auto"``, or a name in ``prefix_attn.dispatch.BACKENDS``; a named backend runs or raises.
+        batch_invariant: the bits of a row depend neither on its place in the batch nor on the other rows.
+
+    Returns:
+        ``[batch, q_heads, q_len, head_dim]`` in q's dtype; with ``return_lse`` also ``[batch, q_heads, q_len]`` in
+        nats (float32; float64 for float64 inputs). A query that sees nothing gives 0 and -inf.
+
+    Raises:
+        ShapeError, DTypeError: two arguments disagree; the message names both.
+        UnknownTask: a task id is out of range. (Ids on an accelerator are not read back: such a row is NaN.)
+        BackendUnavailable: the named backend cannot run this call; the message says why.
+
+    Source: prefix tuning, arXiv:2101.00190; shared-prefix decomposition, arXiv:2402.05099; online softmax,
+    arXiv:1805.02867.
+    """
+    call = checked_call(
+        q, k, v, prefix, task_ids, kv_start=kv_start, kv_len=kv_len, causal=causal, scale=scale, window=window,
+        softcap=softcap, sinks=sinks, return_lse=return_lse, batch_invariant=batch_invariant,
+    )  # fmt: skip
+    out, lse = dispatch.choose(call, backend).run(call)
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix: PrefixKV,
+    task_ids: Tensor | Sequence[int],
+    *,
+    backend: str = "auto",
+    **options: Any,
+) -> Explanation:
+    """Say how `prefix_attention` would run with these arguments, without running it.
+
+    Args: those of `prefix_attention`; ``options`` are its remaining keywords.
+
+    Returns:
+        The backend and the reason, bytes and FLOPs that must be spent, and the floor time on the device; print it.
+        Reads lengths and task ids back from the device.
+    """
+    call = checked_call(q, k, v, prefix, task_ids, **options)
+    return Explanation.of(call, dispatch.choose(call, backend))

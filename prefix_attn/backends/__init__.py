@@ -1,0 +1,1 @@
+"""The ways to compute one call; `prefix_attn.dispatch` chooses among them."""

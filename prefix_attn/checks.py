@@ -1,0 +1,114 @@
+"""The one place where arguments of `prefix_attention` are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prefix_attn.errors import DTypeError, ShapeError, UnknownTask
+from prefix_attn.types import AttentionCall, PrefixKV
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+MAX_HEAD_DIM = 256
+
+
+def checked_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix: PrefixKV,
+    task_ids: Tensor | Sequence[int],
+    *,
+    kv_start: Tensor | Sequence[int] | None = None,
+    kv_len: Tensor | Sequence[int] | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    batch_invariant: bool = False,
+) -> AttentionCall:
+    """Check every argument against q and return the call; see `prefix_attention` for the rules."""
+    _check_tensors(q, k, v, prefix)
+    batch = q.shape[0]
+    if window is not None and window < 1:
+        raise ShapeError(f"window: expected None or at least 1 token, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ShapeError(f"softcap: expected None or a positive number, got {softcap}")
+    if sinks is not None and (sinks.shape != (q.shape[1],) or sinks.device != q.device):
+        raise ShapeError(f"sinks: expected [q_heads] = [{q.shape[1]}] on {q.device}, "
+                         f"got {list(sinks.shape)} on {sinks.device}")
+    ids = _row_integers("task_ids", task_ids, batch, q.device)
+    check_task_ids(ids, prefix)
+    return AttentionCall(
+        q=q, k=k, v=v, prefix=prefix, task_ids=ids,
+        kv_start=_key_bound("kv_start", kv_start, batch, k),
+        kv_len=_key_bound("kv_len", kv_len, batch, k),
+        causal=causal,
+        scale=q.shape[3] ** -0.5 if scale is None else float(scale),
+        window=window, softcap=softcap, sinks=sinks,
+        return_lse=return_lse, batch_invariant=batch_invariant,
+    )  # fmt: skip
+
+
+def check_task_ids(ids: Tensor, prefix: PrefixKV) -> None:
+    """Raise `UnknownTask` for an id that is neither -1 nor a live task, if the ids can be read without a wait.
+
+    Ids on an accelerator are not read here: that would stall the queue. The kernels answer such a row with NaN.
+    """
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    spans = prefix.spans
+    for row, t in enumerate(ids.tolist()):
+        if t != -1 and not (0 <= t < len(spans) and spans[t][1] >= 0):
+            live = [i for i, (_, m) in enumerate(spans) if m >= 0]
+            raise UnknownTask(f"task_ids[{row}]: expected -1 (no prefix) or one of {live}, got {t}")
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix: PrefixKV) -> None:
+    if q.ndim != 4 or k.ndim != 4:
+        raise ShapeError("q, k: expected [batch, q_heads, q_len, head_dim] and [batch, kv_heads, kv_len, head_dim], "
+                         f"got {list(q.shape)} and {list(k.shape)}")
+    if k.shape != v.shape:
+        raise ShapeError(f"k, v: expected equal shapes, got {list(k.shape)} and {list(v.shape)}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ShapeError(f"q, k: expected the same batch and head_dim, got {list(q.shape)} and {list(k.shape)}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ShapeError(f"q, k: expected q_heads to be a multiple of kv_heads, got {q.shape[1]} and {k.shape[1]}")
+    if (prefix.kv_heads, prefix.head_dim) != (k.shape[1], k.shape[3]):
+        raise ShapeError(f"prefix, k: expected the same kv_heads and head_dim, got {prefix.kv_heads} and "
+                         f"{prefix.head_dim} in prefix, {k.shape[1]} and {k.shape[3]} in k")
+    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
+        raise ShapeError(f"q: expected head_dim from 1 to {MAX_HEAD_DIM}, got {q.shape[3]}")
+    if q.dtype not in FLOATS:
+        raise DTypeError(f"q: expected a dtype among {FLOATS}, got {q.dtype}")
+    for name, x in (("k", k), ("v", v), ("prefix.k", prefix.k), ("prefix.v", prefix.v)):
+        if x.dtype != q.dtype or x.device != q.device:
+            raise DTypeError(f"{name}: expected {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}; "
+                             "convert it (a bank follows its model: PrefixBank.for_model)")
+
+
+def _row_integers(name: str, x: Tensor | Sequence[int], batch: int, device: torch.device) -> Tensor:
+    if not isinstance(x, Tensor):
+        x = torch.tensor(list(x), dtype=torch.int32)
+    if x.shape != (batch,):
+        raise ShapeError(f"{name}: expected one integer per row, [batch] = [{batch}], got {list(x.shape)}")
+    if x.dtype not in INTEGERS:
+        raise DTypeError(f"{name}: expected an integer dtype, got {x.dtype}")
+    return x.to(device=device, dtype=torch.int32)
+
+
+def _key_bound(name: str, x: Tensor | Sequence[int] | None, batch: int, k: Tensor) -> Tensor | None:
+    """kv_start or kv_len as int32 ``[batch]``; within 0..kv_len of k, checked where no wait is needed."""
+    if x is None:
+        return None
+    x = _row_integers(name, x, batch, k.device)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        for row, value in enumerate(x.tolist()):
+            if not 0 <= value <= k.shape[2]:
+                raise ShapeError(f"{name}[{row}]: expected 0 to k.shape[2] = {k.shape[2]}, got {value}")
+    return x

@@ -1,0 +1,96 @@
+"""What a call must cost: bytes, FLOPs and the floor they set.
+
+    bytes = e * (2 * kv_heads * D * (sum over tasks present of m_t + sum over rows of n_b) + 2 * q_heads * D * B * q_len)
+    FLOPs = 4 * q_heads * D * sum over rows of (visible query-key pairs)
+
+with e bytes an element, m_t the prefix of task t, n_b the row's own keys. The prefix counts once per task, not per row.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from prefix_attn.dispatch import Choice
+from prefix_attn.types import AttentionCall
+
+
+@dataclass(frozen=True)
+class Roof:
+    """What a device can sustain: bytes/s of its memory, FLOP/s of its matrix units. Both measured, with the source."""
+
+    bytes_per_s: float
+    flops_per_s: float
+
+
+#: Measured on random data: 8 GB device-to-device copy; 8192^3 bfloat16 matrix product.
+ROOFS = {"NVIDIA H200": Roof(bytes_per_s=4.3e12, flops_per_s=790e12)}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes and FLOPs no implementation of the call can avoid, and the bytes a replicated prefix would take."""
+
+    bytes: int
+    flops: int
+    bytes_replicated: int
+
+    @classmethod
+    def of(cls, call: AttentionCall) -> Cost:
+        """Count for one call; reads task ids and lengths back to the host."""
+        spans, ids = call.prefix.spans, call.task_ids.tolist()
+        kv_len = call.kv_len.tolist() if call.kv_len is not None else [call.kv_capacity] * call.batch
+        kv_start = call.kv_start.tolist() if call.kv_start is not None else [0] * call.batch
+        own = [max(0, end - start) for start, end in zip(kv_start, kv_len, strict=True)]
+        per_row = [spans[t][1] if t >= 0 else 0 for t in ids]
+        shared = sum(spans[t][1] for t in set(ids) if t >= 0)
+        element = call.q.element_size()
+        per_key = 2 * call.kv_heads * call.head_dim
+        q_and_out = 2 * call.q_heads * call.head_dim * call.batch * call.q_len
+        pairs = sum(call.q_len * m + visible_own(call, start, end)
+                    for m, start, end in zip(per_row, kv_start, kv_len, strict=True))
+        return cls(
+            bytes=element * (per_key * (shared + sum(own)) + q_and_out),
+            flops=4 * call.q_heads * call.head_dim * pairs,
+            bytes_replicated=element * (per_key * (sum(per_row) + sum(own)) + q_and_out),
+        )
+
+    def floor_us(self, roof: Roof) -> float:
+        """Microseconds below which the call cannot run on a device with this roof."""
+        return 1e6 * max(self.bytes / roof.bytes_per_s, self.flops / roof.flops_per_s)
+
+
+def visible_own(call: AttentionCall, start: int, end: int) -> int:
+    """Query-key pairs a row attends to among its own keys ``start..end`` (the window is not subtracted)."""
+    if not call.causal:
+        return call.q_len * max(0, end - start)
+    past = end - call.q_len
+    return sum(max(0, past + i + 1 - start) for i in range(call.q_len))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `prefix_attn.explain` found; ``print`` it."""
+
+    backend: str
+    reason: str
+    device: str
+    cost: Cost
+    floor_us: float | None
+
+    @classmethod
+    def of(cls, call: AttentionCall, choice: Choice) -> Explanation:
+        device = torch.cuda.get_device_name(call.q.device) if call.q.is_cuda else call.q.device.type
+        cost, roof = Cost.of(call), ROOFS.get(device)
+        return cls(choice.name, choice.reason, device, cost, cost.floor_us(roof) if roof else None)
+
+    def __str__(self) -> str:
+        c = self.cost
+        floor = f"{self.floor_us:.1f} us" if self.floor_us is not None else f"unknown: no roof measured for {self.device}"
+        return (f"backend   {self.backend} ({self.reason})\n"
+                f"device    {self.device}\n"
+                f"bytes     {c.bytes:,} (a replicated prefix: {c.bytes_replicated:,}, "
+                f"{c.bytes_replicated / max(c.bytes, 1):.2f}x)\n"
+                f"FLOPs     {c.flops:,}\n"
+                f"floor     {floor}")

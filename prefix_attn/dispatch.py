@@ -1,0 +1,77 @@
+"""Which backend runs a call, and why.
+
+A backend is a module with two functions:
+
+- ``refusal(call)``: why it cannot run this call here, or None;
+- ``run(call)``: ``(out, lse)``; lse may be None unless ``call.return_lse``.
+
+``"auto"`` takes the first of `AUTO_ORDER` that does not refuse. A named backend runs or raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+from torch import Tensor
+
+from prefix_attn.errors import BackendUnavailable
+from prefix_attn.types import AttentionCall
+
+#: Name -> module. Modules are imported when first asked for, so that none is needed to import the package.
+BACKENDS = {
+    "triton": "prefix_attn.backends.triton",
+    "torch": "prefix_attn.backends.torch_sdpa",
+    "reference": "prefix_attn.backends.reference",
+}
+
+#: What "auto" tries: the fused kernel where there is a GPU for it, then PyTorch, which runs everything.
+AUTO_ORDER = ("triton", "torch")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend, and why it was taken."""
+
+    name: str
+    reason: str
+    run: Callable[[AttentionCall], tuple[Tensor, Tensor | None]]
+
+
+def refusal(name: str, call: AttentionCall) -> str | None:
+    """Why backend ``name`` cannot run ``call`` here; None if it can."""
+    try:
+        module = import_module(BACKENDS[name])
+    except ImportError as e:
+        return f"it could not be imported ({e})"
+    reason: str | None = module.refusal(call)
+    return reason
+
+
+def choose(call: AttentionCall, backend: str = "auto") -> Choice:
+    """The backend for this call.
+
+    Raises:
+        BackendUnavailable: ``backend`` is not a known name, or cannot run this call; never falls back.
+    """
+    if backend == "auto":
+        refused = []
+        for name in AUTO_ORDER:
+            why_not = refusal(name, call)
+            if why_not is None:
+                return Choice(name, "; ".join([*refused, f"{name}: can run this call"]), _run(name))
+            refused.append(f"{name}: {why_not}")
+        raise BackendUnavailable(f"backend='auto': no backend can run this call: {'; '.join(refused)}")
+    if backend not in BACKENDS:
+        raise BackendUnavailable(f"backend: expected 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
+    why_not = refusal(backend, call)
+    if why_not is not None:
+        raise BackendUnavailable(f"backend={backend!r} cannot run this call: {why_not}. Use backend='auto' to let the "
+                                 "package choose")
+    return Choice(backend, "named by the caller", _run(backend))
+
+
+def _run(name: str) -> Callable[[AttentionCall], tuple[Tensor, Tensor | None]]:
+    run: Callable[[AttentionCall], tuple[Tensor, Tensor | None]] = import_module(BACKENDS[name]).run
+    return run

@@ -1,0 +1,45 @@
+"""Exceptions of prefix_attn.
+
+    PrefixAttnError
+    ├── ShapeError          two sizes disagree, or a size is out of range      (also a ValueError)
+    ├── DTypeError          a dtype or device is not supported or disagrees    (also a TypeError)
+    ├── BackendUnavailable  the named backend cannot run this call here        (also a RuntimeError)
+    ├── UnknownTask         a task name or id is not in the bank               (also a LookupError)
+    ├── IncompatiblePrefix  a prefix does not fit the model, or its file is bad (also a ValueError)
+    ├── ContextOverflow     prefix + tokens exceed the model's context         (also a ValueError)
+    └── UnsupportedModel    the patch would not be exact for this model        (also a NotImplementedError)
+
+Each message names the argument, what was expected, what was got, and what to do.
+"""
+
+
+class PrefixAttnError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ShapeError(PrefixAttnError, ValueError):
+    """Two sizes disagree, or one is out of range."""
+
+
+class DTypeError(PrefixAttnError, TypeError):
+    """A dtype or a device is unsupported, or two arguments disagree on it."""
+
+
+class BackendUnavailable(PrefixAttnError, RuntimeError):
+    """The named backend cannot run this call on this machine; the message says why."""
+
+
+class UnknownTask(PrefixAttnError, LookupError):
+    """A task name or id is not in the bank; the message lists the choices."""
+
+
+class IncompatiblePrefix(PrefixAttnError, ValueError):
+    """A prefix does not fit the model (geometry, base weights, position mode), or its file is damaged."""
+
+
+class ContextOverflow(PrefixAttnError, ValueError):
+    """Prefix and tokens together exceed the positions the model has."""
+
+
+class UnsupportedModel(PrefixAttnError, NotImplementedError):
+    """The patch would not be exact for this model or this call, so it is refused."""

@@ -1,0 +1,142 @@
+"""The values that flow through the package: one layer's prefixes, and one attention call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from prefix_attn.errors import DTypeError, ShapeError
+
+#: Every prefix starts at a multiple of this many tokens, so that kernels may load it in wide, pipelined pieces.
+ALIGNMENT = 16
+
+
+def align(tokens: int) -> int:
+    """Round ``tokens`` up to the next multiple of `ALIGNMENT`."""
+    return -(-tokens // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixKV:
+    """One layer's prefixes of all tasks, packed along the token axis.
+
+    Attributes:
+        k, v: ``[kv_heads, tokens, head_dim]``; the prefix of task ``t`` is ``k[:, starts[t] : starts[t] + lens[t]]``.
+            Tokens outside every task's span are never read.
+        starts: int32 ``[tasks]``; multiples of `ALIGNMENT`.
+        lens: int32 ``[tasks]``; 0 is an empty prefix, -1 a task that was removed (its id is an error).
+    """
+
+    k: Tensor
+    v: Tensor
+    starts: Tensor
+    lens: Tensor
+
+    @classmethod
+    def pack(cls, prefixes: Sequence[tuple[Tensor, Tensor]]) -> PrefixKV:
+        """Pack ``(k, v)`` pairs, each ``[kv_heads, m_t, head_dim]``; ``m_t`` may differ and be 0.
+
+        Raises:
+            ShapeError: no prefix is given, or kv_heads or head_dim differ between prefixes.
+            DTypeError: dtypes or devices differ between prefixes.
+        """
+        if not prefixes:
+            raise ShapeError("prefixes: expected at least one (k, v) pair, got none; an empty prefix has m = 0 tokens")
+        first = prefixes[0][0]
+        for i, (k, v) in enumerate(prefixes):
+            if k.ndim != 3 or k.shape != v.shape or (k.shape[0], k.shape[2]) != (first.shape[0], first.shape[2]):
+                raise ShapeError(
+                    f"prefixes[{i}]: expected k and v of shape [kv_heads, m, head_dim] with kv_heads and head_dim of "
+                    f"prefixes[0] ({list(first.shape)}), got k {list(k.shape)} and v {list(v.shape)}"
+                )
+            if k.dtype != first.dtype or v.dtype != first.dtype or k.device != first.device or v.device != first.device:
+                raise DTypeError(f"prefixes[{i}]: expected {first.dtype} on {first.device} like prefixes[0].k, got "
+                                 f"k {k.dtype} on {k.device}, v {v.dtype} on {v.device}")
+        lens = [k.shape[1] for k, _ in prefixes]
+        starts = [0]
+        for m in lens:
+            starts.append(starts[-1] + align(m))
+        pad = [first.new_zeros(first.shape[0], align(m) - m, first.shape[2]) for m in lens]
+        return cls(
+            k=torch.cat([t for (k, _), z in zip(prefixes, pad, strict=True) for t in (k, z)], dim=1),
+            v=torch.cat([t for (_, v), z in zip(prefixes, pad, strict=True) for t in (v, z)], dim=1),
+            starts=torch.tensor(starts[:-1], dtype=torch.int32, device=first.device),
+            lens=torch.tensor(lens, dtype=torch.int32, device=first.device),
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def num_tasks(self) -> int:
+        return self.lens.shape[0]
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """``(start, length)`` of each task on the host. The first read synchronises with the device."""
+        return list(zip(self.starts.tolist(), self.lens.tolist(), strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """One checked call of `prefix_attention`; what every backend receives. Shapes as documented there."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    prefix: PrefixKV
+    task_ids: Tensor  # int32 [batch], on q's device
+    kv_start: Tensor | None  # int32 [batch], None = 0
+    kv_len: Tensor | None  # int32 [batch], None = k.shape[2]
+    causal: bool
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None  # [q_heads]
+    return_lse: bool
+    batch_invariant: bool
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def q_heads(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def q_len(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.q.shape[3]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def kv_capacity(self) -> int:
+        """Key slots that exist; ``kv_len`` says how many of them hold a key."""
+        return self.k.shape[2]
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether autograd must see this call."""
+        tensors = (self.q, self.k, self.v, self.prefix.k, self.prefix.v, self.sinks)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
