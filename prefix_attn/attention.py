@@ -73,7 +73,10 @@ def prefix_attention(
         softcap=softcap, sinks=sinks, return_lse=return_lse, batch_invariant=batch_invariant,
     )  # fmt: skip
     out, lse = dispatch.choose(call, backend).run(call)
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    assert lse is not None, "a backend returns lse where it was asked for"
+    return out, lse
 
 
 def explain(

@@ -1,10 +1,11 @@
 """What a call must cost: bytes, FLOPs and the floor they set.
 
-    bytes = e * (2 * kv_heads * D * (sum over tasks present of m_t + sum over rows of n_b) + 2 * q_heads * D * B * q_len)
+    bytes = e * (2 * kv_heads * D * (sum over tasks of m_t + sum over rows of n_b) + 2 * q_heads * D * rows * q_len)
     FLOPs = 4 * q_heads * D * sum over rows of (visible query-key pairs)
 
-with e bytes an element, m_t the prefix of task t, n_b the row's own keys. The prefix counts once per task, not per row.
-"""  # noqa: E501
+with e bytes an element, m_t the prefix of a task that has rows in the batch, n_b the row's own keys. A prefix counts
+once per task, not once per row.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +88,7 @@ class Explanation:
 
     def __str__(self) -> str:
         c = self.cost
-        floor = f"{self.floor_us:.1f} us" if self.floor_us is not None else f"unknown: no roof measured for {self.device}"
+        floor = f"unknown: no roof measured for {self.device}" if self.floor_us is None else f"{self.floor_us:.1f} us"
         return (f"backend   {self.backend} ({self.reason})\n"
                 f"device    {self.device}\n"
                 f"bytes     {c.bytes:,} (a replicated prefix: {c.bytes_replicated:,}, "

@@ -56,7 +56,7 @@ def choose(call: AttentionCall, backend: str = "auto") -> Choice:
         BackendUnavailable: ``backend`` is not a known name, or cannot run this call; never falls back.
     """
     if backend == "auto":
-        refused = []
+        refused: list[str] = []
         for name in AUTO_ORDER:
             why_not = refusal(name, call)
             if why_not is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -134,6 +134,16 @@ class AttentionCall:
     def group(self) -> int:
         """Query heads that share one key/value head."""
         return self.q_heads // self.kv_heads
+
+    def row(self, b: int) -> AttentionCall:
+        """Row ``b`` as a batch of one, with its own keys cut to those it may read."""
+        start = int(self.kv_start[b]) if self.kv_start is not None else 0
+        end = int(self.kv_len[b]) if self.kv_len is not None else self.kv_capacity
+        start, one = min(start, end), slice(b, b + 1)
+        return replace(
+            self, q=self.q[one].contiguous(), k=self.k[one, :, :end].contiguous(), v=self.v[one, :, :end].contiguous(),
+            task_ids=self.task_ids[one], kv_start=self.task_ids.new_tensor([start]), kv_len=None,
+        )  # fmt: skip
 
     @property
     def needs_grad(self) -> bool:

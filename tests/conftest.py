@@ -1,0 +1,8 @@
+"""Where tests run: on the GPU if there is one, else kernels run in Triton's interpreter on the CPU."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -1,0 +1,144 @@
+"""One suite for every backend: the formula in float64 is the oracle of them all."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+import prefix_attn as pa
+from prefix_attn.backends import reference
+from prefix_attn.checks import checked_call
+from tests.cases import CASES, DECODE, PREFILL, Case, Inputs, make, poisoned
+from tests.tolerance import GRADIENT, assert_close
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def oracle(inputs: Inputs, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula, everything in ``dtype``."""
+    return reference.attend(checked_call(*inputs.args, **inputs.options), dtype)
+
+
+class BackendSuite:
+    """What each backend inherits; a subclass names it and says what it leaves out."""
+
+    name: str
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    differentiable = True
+
+    def run(self, inputs: Inputs, **options: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return pa.prefix_attention(*inputs.args, **inputs.options, return_lse=True, backend=self.name, **options)
+
+    @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+    def test_equals_the_formula(self, case: Case) -> None:
+        for dtype in self.dtypes if case in (DECODE, PREFILL) else self.dtypes[:1]:
+            inputs = make(case, dtype, DEVICE)
+            out, lse = self.run(inputs)
+            assert out.dtype == dtype
+            assert lse.dtype == torch.promote_types(dtype, torch.float32)
+            exact, eager = oracle(inputs), oracle(inputs, dtype)
+            assert_close("out", out, eager[0], exact[0])
+            assert_close("lse", lse, eager[1], exact[1])
+
+    @pytest.mark.parametrize("case", [c for c in CASES if len(c.task_ids) < 20], ids=lambda c: c.name)
+    def test_reads_nothing_it_should_not(self, case: Case) -> None:
+        inputs = make(case, device=DEVICE)
+        out, lse = self.run(inputs)
+        again, lse_again = self.run(poisoned(inputs))
+        assert torch.equal(out, again)
+        assert torch.equal(lse, lse_again)
+
+    @pytest.mark.parametrize("case", [c for c in CASES if len(c.task_ids) < 20], ids=lambda c: c.name)
+    def test_a_row_alone_gives_the_same(self, case: Case) -> None:
+        inputs = make(case, device=DEVICE)
+        out, lse = self.run(inputs)
+        for b in range(len(case.task_ids)):
+            one = slice(b, b + 1)
+            bounds = {n: x[one] for n in ("kv_start", "kv_len") if (x := inputs.options[n]) is not None}
+            options = inputs.options | bounds
+            alone = Inputs(inputs.q[one], inputs.k[one], inputs.v[one], inputs.prefix, inputs.task_ids[one], options)
+            out_alone, lse_alone = self.run(alone)
+            torch.testing.assert_close(out[one], out_alone, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(lse[one], lse_alone, rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("case", [DECODE, PREFILL, Case("long", prefix_lens=(5, 150, 333), kv_len=300)],
+                             ids=lambda c: c.name)  # fmt: skip
+    def test_batch_invariant_bits(self, case: Case) -> None:
+        inputs = make(case, device=DEVICE)
+        out, _ = self.run(inputs, batch_invariant=True)
+        for rows in ([0], [3, 1], [1, 0, 2, 1, 3]):
+            some = Inputs(inputs.q[rows], inputs.k[rows], inputs.v[rows], inputs.prefix, inputs.task_ids[rows],
+                          inputs.options)  # fmt: skip
+            assert torch.equal(self.run(some, batch_invariant=True)[0], out[rows])
+
+    def test_empty_batch_and_no_queries(self) -> None:
+        for rows, queries in ((slice(0, 0), slice(None)), (slice(None), slice(0, 0))):
+            inputs = make(PREFILL, device=DEVICE)
+            empty = Inputs(inputs.q[rows, :, queries], inputs.k[rows], inputs.v[rows], inputs.prefix,
+                           inputs.task_ids[rows], inputs.options)  # fmt: skip
+            out, lse = self.run(empty)
+            assert out.shape == empty.q.shape
+            assert lse.shape == empty.q.shape[:3]
+
+    @pytest.mark.parametrize("case", [c for c in CASES if c.name in (
+        "decode", "prefill", "left_padding_prefill", "softcap_prefill", "sinks_prefill", "not_causal", "mqa")],
+        ids=lambda c: c.name)  # fmt: skip
+    @pytest.mark.parametrize("with_lse", [False, True])
+    def test_gradients(self, case: Case, with_lse: bool) -> None:
+        if not self.differentiable:
+            with pytest.raises(pa.BackendUnavailable, match="backward"):
+                self.run(make(case, device=DEVICE).requiring_grad()[0])
+            return
+
+        def gradients(dtype: torch.dtype, backend: bool, seed: int) -> list[torch.Tensor]:
+            inputs, leaves = make(case, device=DEVICE, seed=seed).requiring_grad(dtype)
+            if not backend:
+                out, lse = oracle(inputs, dtype)
+            elif with_lse:
+                out, lse = self.run(inputs)
+            else:
+                out = pa.prefix_attention(*inputs.args, **inputs.options, backend=self.name)
+            loss = (out * torch.linspace(-1, 1, out.shape[-1], dtype=dtype, device=DEVICE)).sum()
+            if with_lse:
+                loss = loss + lse.masked_fill(lse.isinf(), 0.0).square().sum()
+            return list(torch.autograd.grad(loss, leaves))
+
+        names = ["q", "k", "v", "prefix.k", "prefix.v", "sinks"]
+        runs = [
+            [gradients(dtype, backend, seed) for seed in range(8)]  # a largest error over few numbers is noise
+            for dtype, backend in ((torch.float32, True), (torch.float32, False), (torch.float64, False))
+        ]
+        for i, name in enumerate(names[: len(runs[0][0])]):
+            x, eager, exact = (torch.stack([grads[i] for grads in run]) for run in runs)
+            assert_close(f"gradient of {name}", x, eager, exact, GRADIENT)
+
+
+class TestReference(BackendSuite):
+    name = "reference"
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class TestTorch(BackendSuite):
+    name = "torch"
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+    def test_every_way_is_taken(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Sharing and concatenating give the same result, whichever the rule would choose."""
+        from prefix_attn.backends import torch_sdpa
+
+        if DEVICE != "cpu":
+            pytest.skip("the shared way is the CPU's")
+        for case in CASES:
+            inputs = make(case)
+            exact, eager = oracle(inputs), oracle(inputs, torch.float32)
+            for threshold in (0, 10**9):
+                monkeypatch.setattr(torch_sdpa, "MIN_SHARED_TOKENS", threshold)
+                assert_close(f"{case.name}, threshold {threshold}", self.run(inputs)[0], eager[0], exact[0])
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: there are no kernels to run")
+class TestTriton(BackendSuite):
+    name = "triton"
+    differentiable = False
