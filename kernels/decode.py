@@ -1,0 +1,182 @@
+"""Inline decode: few queries a row, each row's prefix read in the same loop as its own keys.
+
+    out = softmax(scale * q @ [pk; k]^T + mask) @ [pv; v]          lse in nats; a query that sees nothing: 0 and -inf
+
+Program = (row, kv head, tile of query rows, key chunk). The G query heads of a kv head times the row's queries are
+the rows of one tile, so each key is loaded once for all of them. The tiles of ``[prefix ; own keys]`` are numbered
+through; chunk c takes ``c * per_chunk`` and on, where ``per_chunk`` follows from the row alone. A short prefix thus
+costs neither a launch nor a merge, and a long one is split like any other keys.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prefix_attn.kernels.config import TileConfig, default_config, padded_head_dim, slots
+from prefix_attn.kernels.launch import Operands
+from prefix_attn.kernels.merge import merge_chunks
+from prefix_attn.kernels.primitives import (
+    LN_2,
+    LOG2_E,
+    add_sink,
+    attend_tile,
+    normalise,
+    open_row,
+    query_rows,
+    runtime_jit,
+    visible_span,
+)
+
+#: Tiles a chunk takes at least, so that a merge is paid for by enough keys.
+MIN_TILES = 4
+
+#: Chunks when batch_invariant: enough to fill a GPU with the kv heads of one long row.
+INVARIANT_CHUNKS = 16
+
+#: Chunks at most; the merge holds one number per chunk and output element of its row in registers.
+MAX_CHUNKS = 64
+
+
+def choose_chunks(programs: int, keys: int, least_keys: int, slots: int) -> int:
+    """Into how many chunks to cut rows of about ``keys`` keys so that ``programs`` of them fill a GPU.
+
+    The fewest whose last wave leaves the GPU's ``slots`` (programs it runs at once) nearly as full as the best choice.
+    """
+    most = min(MAX_CHUNKS, keys // least_keys)
+    if most <= 1 or programs >= 4 * slots:
+        return 1
+    waves = [programs * c / slots for c in range(1, most + 1)]
+    filled = [w / math.ceil(w) for w in waves]
+    return next(c for c, f in enumerate(filled, start=1) if f >= 0.85 * max(filled))
+
+
+@runtime_jit
+def decode_kernel(
+    q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
+    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, sinks_ptr,
+    stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
+    stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
+    stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
+    stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
+    stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
+    stride_out_batch, stride_out_head, stride_out_seq, stride_out_dim,
+    stride_task_ids, stride_kv_start, stride_kv_len,
+    batch, kv_heads, q_len, kv_capacity, num_tasks, row_tiles, chunks,
+    window, scale_log2, softcap_inner,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr,
+    MIN_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``out[b, h, i] = softmax_j(s_ij) @ v_j`` over one chunk of the keys j of row b.
+
+    With SPLIT, out and lse are float32 ``[chunks, batch, q_heads, q_len(, HEAD_DIM)]``, lse in base 2 and -inf for a
+    chunk without keys; merge_kernel finishes. Without, they are final.
+    """
+    # Rows vary fastest: programs that run together share a kv head, and so the prefixes in the L2 cache.
+    pid = tl.program_id(0)
+    b = pid % batch
+    pid = pid // batch
+    kv_head = pid % kv_heads
+    pid = pid // kv_heads
+    row_tile = pid % row_tiles
+    chunk = pid // row_tiles
+
+    offs_i, offs_h, mask_m = query_rows(row_tile, kv_head, q_len, GROUP, BLOCK_M)  # [BLOCK_M] x 3
+    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
+    b64, i64, h64 = b.to(tl.int64), offs_i.to(tl.int64), offs_h.to(tl.int64)
+    rows_q = (b64 * stride_q_batch + h64 * stride_q_head + i64 * stride_q_seq) * ALIGN  # [BLOCK_M]
+    q = tl.load(q_ptr + rows_q[:, None] + offs_d[None, :] * stride_q_dim, mask=mask_q, other=0.0)  # [BLOCK_M, BLOCK_D]
+
+    own_keys, prefix_keys, own_start, own_end, prefix_len, broken = open_row(
+        b, kv_head, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr,
+        task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr,
+        stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
+        stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
+        stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
+        stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
+        stride_task_ids, stride_kv_start, stride_kv_len, kv_capacity, num_tasks, ALIGN)  # fmt: skip
+    past = own_end - q_len
+    query = past + offs_i  # [BLOCK_M]
+    first = past + row_tile * BLOCK_M // GROUP
+    last = past + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1)
+    prefix_lo, prefix_hi, _, _ = visible_span(
+        0, prefix_len, first + prefix_len, last + prefix_len, window, False)  # fmt: skip
+    own_lo, own_hi, _, _ = visible_span(own_start, own_end, first, last, window, CAUSAL)
+
+    prefix_tiles = tl.cdiv(prefix_hi - prefix_lo, BLOCK_N)
+    tiles = prefix_tiles + tl.cdiv(own_hi - own_lo, BLOCK_N)
+    per_chunk = tl.maximum(tl.cdiv(tiles, chunks), MIN_TILES) if SPLIT else tiles
+    first_tile = chunk * per_chunk
+    last_tile = tl.minimum(first_tile + per_chunk, tiles)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for tile in tl.range(first_tile, last_tile):
+        own = tile >= prefix_tiles
+        start = tl.where(own, own_lo + (tile - prefix_tiles) * BLOCK_N, prefix_lo + tile * BLOCK_N)
+        acc, row_sum, row_max = attend_tile(
+            acc, row_sum, row_max, q, query, start, own_hi, prefix_hi, prefix_len, own, own_keys, prefix_keys, window,
+            scale_log2, softcap_inner, MASKED=True, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N,
+            BLOCK_D=BLOCK_D)  # fmt: skip
+
+    if sinks_ptr is not None and not SPLIT:
+        sink = tl.load(sinks_ptr + offs_h, mask=mask_m, other=0.0).to(tl.float32) * LOG2_E  # [BLOCK_M]
+        acc, row_sum, row_max = add_sink(acc, row_sum, row_max, sink)
+    out, lse = normalise(acc, row_sum, row_max, broken)
+    heads = kv_heads * GROUP
+    rows_lse = (b64 * heads + h64) * q_len + i64  # [BLOCK_M]
+    if SPLIT:
+        rows_lse += chunk.to(tl.int64) * batch * heads * q_len
+        tl.store(lse_ptr + rows_lse, lse, mask=mask_m)
+        # Most chunks of a short row are empty; the merge never reads the out of those.
+        mask_out = mask_q & (lse != float("-inf"))[:, None]
+        tl.store(out_ptr + rows_lse[:, None] * HEAD_DIM + offs_d[None, :], out, mask=mask_out)
+    else:
+        if lse_ptr is not None:
+            tl.store(lse_ptr + rows_lse, lse * LN_2, mask=mask_m)
+        rows_out = (b64 * stride_out_batch + h64 * stride_out_head + i64 * stride_out_seq) * ALIGN  # [BLOCK_M]
+        out_ptrs = out_ptr + rows_out[:, None] + offs_d[None, :] * stride_out_dim
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_q)
+
+
+def decode_attention(
+    operands: Operands,
+    out: Tensor,
+    lse: Tensor | None,
+    *,
+    batch_invariant: bool = False,
+    config: TileConfig | None = None,
+    chunks: int | None = None,
+) -> None:
+    """Write out, and lse (float32 ``[batch, q_heads, q_len]``, contiguous) if given.
+
+    The number of key chunks follows from shapes alone: nothing is read back from the device. With batch_invariant it
+    is a constant, so that a row's chunks, and with them its bits, do not depend on the rest of the batch.
+    """
+    q_len, head_dim, group = operands.q_len, operands.head_dim, operands.group
+    config = config or default_config("decode", operands.q, rows=q_len * group)
+    row_tiles = triton.cdiv(q_len * group, config.block_m)
+    programs = operands.batch * operands.kv_heads * row_tiles
+    if chunks is None and batch_invariant:
+        chunks = INVARIANT_CHUNKS
+    if chunks is None:
+        chunks = choose_chunks(programs, operands.expected_keys, MIN_TILES * config.block_n, slots(operands.q.device))
+    target, target_lse, sinks = out, lse, operands.sinks
+    if chunks > 1:
+        target = out.new_empty((chunks, *operands.q.shape), dtype=torch.float32)
+        target_lse = out.new_empty((chunks, *operands.q.shape[:3]), dtype=torch.float32)
+    decode_kernel[(programs * chunks,)](
+        **operands.arguments(target if chunks == 1 else out, target_lse),
+        batch=operands.batch, row_tiles=row_tiles, chunks=chunks,
+        HEAD_DIM=head_dim, SPLIT=chunks > 1, MIN_TILES=MIN_TILES,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=padded_head_dim(head_dim),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if chunks > 1:
+        merge_chunks(target, target_lse, out, lse, sinks)

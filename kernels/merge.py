@@ -1,0 +1,61 @@
+"""Join the partial results of the key chunks.
+
+    top = max(max_c lse_c [, sink])     w_c = 2^(lse_c - top)     total = sum_c w_c [+ 2^(sink - top)]
+    out = sum_c w_c out_c / total       lse = ln(2) (top + log2(total))       (partial lse in base 2, final in nats)
+
+A chunk without keys has lse_c = -inf and out_c unwritten. No chunk with keys and no sink: out 0, lse -inf.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prefix_attn.kernels.config import padded_head_dim
+from prefix_attn.kernels.primitives import LN_2, LOG2_E, merge_weights, runtime_jit
+
+
+@runtime_jit
+def merge_kernel(
+    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, sinks_ptr,
+    stride_out_batch, stride_out_head, stride_out_seq, stride_out_dim,
+    rows, heads, q_len, chunks,
+    HEAD_DIM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``out[b, h, i] = sum_c w_c partial[c, b, h, i] / total``; program = one (b, h, i), all chunks in one tile."""
+    row = tl.program_id(0)
+    offs_c = tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    rows_c = offs_c.to(tl.int64) * rows + row  # [BLOCK_C]
+    head = row // q_len % heads
+    sink = None
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
+
+    partial_lse = tl.load(partial_lse_ptr + rows_c, mask=offs_c < chunks, other=float("-inf"))
+    weights, total, top = merge_weights(partial_lse, sink)
+    mask = (weights > 0)[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_C, BLOCK_D]
+    partial = tl.load(partial_ptr + rows_c[:, None] * HEAD_DIM + offs_d[None, :], mask=mask, other=0.0)
+    seen = tl.where(total == 0, 1.0, total)
+    out = tl.sum(partial * weights[:, None], 0) / seen  # [BLOCK_D]
+
+    b64 = (row // q_len // heads).to(tl.int64)
+    row_out = b64 * stride_out_batch + head.to(tl.int64) * stride_out_head + (row % q_len).to(tl.int64) * stride_out_seq
+    out_ptrs = out_ptr + row_out + offs_d * stride_out_dim
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + row, tl.where(total == 0, float("-inf"), top + tl.log2(seen)) * LN_2)
+
+
+def merge_chunks(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor | None, sinks: Tensor | None) -> None:
+    """Write out ``[batch, q_heads, q_len, head_dim]`` and lse from float32 partials with a leading chunk axis."""
+    chunks, batch, heads, q_len, head_dim = partial.shape
+    block_c, block_d = triton.next_power_of_2(chunks), padded_head_dim(head_dim)
+    merge_kernel[(batch * heads * q_len,)](
+        partial_ptr=partial, partial_lse_ptr=partial_lse, out_ptr=out, lse_ptr=lse, sinks_ptr=sinks,
+        stride_out_batch=out.stride(0), stride_out_head=out.stride(1), stride_out_seq=out.stride(2),
+        stride_out_dim=out.stride(3),
+        rows=batch * heads * q_len, heads=heads, q_len=q_len, chunks=chunks,
+        HEAD_DIM=head_dim, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=max(1, min(4, block_c * block_d // 512)),
+    )  # fmt: skip

@@ -1,0 +1,128 @@
+"""Prefill: tiles of many queries; each runs its row's prefix and its own keys in one accumulator, without a merge.
+
+    out = softmax(scale * q @ [pk; k]^T + mask) @ [pv; v]          lse in nats; a query that sees nothing: 0 and -inf
+
+Program = (tile of query rows, kv head, row). The rows of a tile are BLOCK_M / G consecutive queries times the G query
+heads of the kv head. Key tiles that every query of the tile sees in full go through a loop without any mask: those of
+the prefix, then own ones. A second loop takes the edges: the last, partial tile of the prefix, the causal diagonal,
+and what a window cuts through. Tiles that nobody sees (padding on the left, above the diagonal, outside the window)
+are in neither: own tiles are counted from the first visible key, wherever it lies.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prefix_attn.kernels.config import TileConfig, default_config, padded_head_dim
+from prefix_attn.kernels.launch import Operands
+from prefix_attn.kernels.primitives import (
+    LN_2,
+    LOG2_E,
+    add_sink,
+    attend_tile,
+    normalise,
+    open_row,
+    query_rows,
+    runtime_jit,
+    split_span,
+    visible_span,
+)
+
+
+@runtime_jit
+def prefill_kernel(
+    q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
+    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, sinks_ptr,
+    stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
+    stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
+    stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
+    stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
+    stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
+    stride_out_batch, stride_out_head, stride_out_seq, stride_out_dim,
+    stride_task_ids, stride_kv_start, stride_kv_len,
+    kv_heads, q_len, kv_capacity, num_tasks, row_tiles, window, scale_log2, softcap_inner,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """``out[b, h, i] = softmax_j(s_ij) @ v_j`` over all keys j of row b, for BLOCK_M pairs (i, h)."""
+    # Tiles vary fastest, those with the most keys first: neighbours share their keys, and the short ones fill the end.
+    pid = tl.program_id(0)
+    row_tile = row_tiles - 1 - pid % row_tiles
+    pid = pid // row_tiles
+    kv_head = pid % kv_heads
+    b = pid // kv_heads
+
+    offs_i, offs_h, mask_m = query_rows(row_tile, kv_head, q_len, GROUP, BLOCK_M)  # [BLOCK_M] x 3
+    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
+    b64, i64, h64 = b.to(tl.int64), offs_i.to(tl.int64), offs_h.to(tl.int64)
+    rows_q = (b64 * stride_q_batch + h64 * stride_q_head + i64 * stride_q_seq) * ALIGN  # [BLOCK_M]
+    q = tl.load(q_ptr + rows_q[:, None] + offs_d[None, :] * stride_q_dim, mask=mask_q, other=0.0)  # [BLOCK_M, BLOCK_D]
+
+    own_keys, prefix_keys, own_start, own_end, prefix_len, broken = open_row(
+        b, kv_head, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr,
+        task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr,
+        stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
+        stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
+        stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
+        stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
+        stride_task_ids, stride_kv_start, stride_kv_len, kv_capacity, num_tasks, ALIGN)  # fmt: skip
+    past = own_end - q_len
+    query = past + offs_i  # [BLOCK_M]
+    first = past + row_tile * BLOCK_M // GROUP
+    last = past + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1)
+    prefix_lo, prefix_hi, prefix_full_lo, prefix_full_hi = visible_span(
+        0, prefix_len, first + prefix_len, last + prefix_len, window, False)  # fmt: skip
+    own_lo, own_hi, own_full_lo, own_full_hi = visible_span(own_start, own_end, first, last, window, CAUSAL)
+    prefix_left, prefix_full, prefix_right = split_span(prefix_lo, prefix_hi, prefix_full_lo, prefix_full_hi, BLOCK_N)
+    own_left, own_full, own_right = split_span(own_lo, own_hi, own_full_lo, own_full_hi, BLOCK_N)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+
+    for n in tl.range(0, prefix_full + own_full):
+        own = n >= prefix_full
+        tile = tl.where(own, n - prefix_full + own_left, n + prefix_left)
+        start = tl.where(own, own_lo, prefix_lo) + tile * BLOCK_N
+        acc, row_sum, row_max = attend_tile(
+            acc, row_sum, row_max, q, query, start, own_hi, prefix_hi, prefix_len, own, own_keys, prefix_keys, window,
+            scale_log2, softcap_inner, MASKED=False, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N,
+            BLOCK_D=BLOCK_D)  # fmt: skip
+
+    prefix_edges = prefix_left + prefix_right
+    for n in tl.range(0, prefix_edges + own_left + own_right):
+        own = n >= prefix_edges
+        tile = tl.where(own, n - prefix_edges, n)
+        # Left edges come first; what lies to their right is beyond the full tiles.
+        tile += tl.where(tile >= tl.where(own, own_left, prefix_left), tl.where(own, own_full, prefix_full), 0)
+        start = tl.where(own, own_lo, prefix_lo) + tile * BLOCK_N
+        acc, row_sum, row_max = attend_tile(
+            acc, row_sum, row_max, q, query, start, own_hi, prefix_hi, prefix_len, own, own_keys, prefix_keys, window,
+            scale_log2, softcap_inner, MASKED=True, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N,
+            BLOCK_D=BLOCK_D)  # fmt: skip
+
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + offs_h, mask=mask_m, other=0.0).to(tl.float32) * LOG2_E  # [BLOCK_M]
+        acc, row_sum, row_max = add_sink(acc, row_sum, row_max, sink)
+    out, lse = normalise(acc, row_sum, row_max, broken)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + (b64 * kv_heads * GROUP + h64) * q_len + i64, lse * LN_2, mask=mask_m)
+    rows_out = (b64 * stride_out_batch + h64 * stride_out_head + i64 * stride_out_seq) * ALIGN  # [BLOCK_M]
+    out_ptrs = out_ptr + rows_out[:, None] + offs_d[None, :] * stride_out_dim
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_q)
+
+
+def prefill_attention(operands: Operands, out: Tensor, lse: Tensor | None, config: TileConfig | None = None) -> None:
+    """Write out, and lse (float32 ``[batch, q_heads, q_len]``, contiguous) if given."""
+    q_len, head_dim, group = operands.q_len, operands.head_dim, operands.group
+    config = config or default_config("prefill", operands.q)
+    row_tiles = triton.cdiv(q_len * group, config.block_m)
+    prefill_kernel[(row_tiles * operands.kv_heads * operands.batch,)](
+        **operands.arguments(out, lse),
+        row_tiles=row_tiles, HEAD_DIM=head_dim,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=padded_head_dim(head_dim),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

@@ -1,0 +1,261 @@
+"""Pieces shared by every kernel: the product, the online softmax in base 2, what a query sees, merge weights.
+
+    s = log2(e) * scale * q @ k^T          [s = log2(e) * softcap * tanh(scale * q @ k^T / softcap)]
+    m' = max(m, max_j s_j)    l' = 2^(m - m') l + sum_j 2^(s_j - m')    acc' = 2^(m - m') acc + 2^(s - m') @ v
+
+A state (acc, row_sum = l, row_max = m) that has seen no key is (0, 0, -inf); it normalises to 0 with lse = -inf.
+Inside the kernels every log-sum-exp is in base 2; only what leaves the package is in nats.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+NO_LIMIT = tl.constexpr(2**31 - 1)
+
+# Triton decides at decoration time whether kernels are interpreted, so this holds for the life of the process.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+def runtime_jit(fn: Callable[..., Any]) -> Any:
+    """`triton.jit` that never recompiles for another length, batch or stride.
+
+    Triton specialises integers that are 1 or multiples of 16. Here only ``stride_*_dim`` may (1 means contiguous);
+    alignment of the other strides comes from ``ALIGN``: they are passed in units of ALIGN elements.
+    """
+    names = [p.name for p in inspect.signature(fn).parameters.values()]
+    fixed = [n for n in names if not n.endswith(("_ptr", "_dim")) and n != n.upper()]
+    return triton.jit(fn, do_not_specialize=fixed)
+
+
+@triton.jit
+def dot(a, b, acc=None):
+    """``acc + a @ b`` in float32; full float32 products for float32 operands.
+
+    The interpreter's own product is wrong for bfloat16 (it multiplies the bit patterns), hence the upcast.
+    """
+    if INTERPRETED:
+        product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        return product if acc is None else acc + product
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def tanh(x, PRECISE: tl.constexpr):
+    """``tanh(x) = sign(x) (1 - e) / (1 + e)`` with ``e = exp(-2 |x|)``, which never overflows.
+
+    PRECISE adds the odd series below 1/4, where ``1 - e`` cancels: float32 keeps its relative accuracy there.
+    """
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
+    y = (1.0 - e) / (1.0 + e)
+    y = tl.where(x < 0, -y, y)
+    if PRECISE:
+        x2 = x * x
+        series = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
+        y = tl.where(x2 < 0.0625, series, y)
+    return y
+
+
+@triton.jit
+def load_keys(ptr, stride_seq, stride_dim, offs_n, end, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr,
+              BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
+    """Rows ``offs_n`` of a ``[seq, HEAD_DIM]`` matrix; zeros from ``end`` on (if MASKED) and beyond HEAD_DIM."""
+    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    rows = offs_n.to(tl.int64) * stride_seq * ALIGN  # [BLOCK_N]
+    ptrs = ptr + rows[:, None] + offs_d[None, :] * stride_dim  # [BLOCK_N, BLOCK_D]
+    if MASKED and HEAD_DIM < BLOCK_D:
+        return tl.load(ptrs, mask=(offs_n < end)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+    if MASKED:
+        return tl.load(ptrs, mask=(offs_n < end)[:, None], other=0.0)
+    if HEAD_DIM < BLOCK_D:
+        return tl.load(ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(ptrs)
+
+
+@triton.jit
+def softmax_update(acc, row_sum, row_max, scores, v, scale_log2, MASKED: tl.constexpr):
+    """One step of the online softmax (module docstring); ``scale_log2 > 0``, hidden scores are -inf if MASKED."""
+    top = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)  # [BLOCK_M]
+    shift = top
+    if MASKED:
+        shift = tl.where(top == float("-inf"), 0.0, top)
+    weights = tl.exp2(scores * scale_log2 - shift[:, None])  # [BLOCK_M, BLOCK_N]
+    decay = tl.exp2(row_max - shift)  # [BLOCK_M]
+    row_sum = row_sum * decay + tl.sum(weights, 1)
+    acc = dot(weights.to(v.dtype), v, acc * decay[:, None])
+    return acc, row_sum, top
+
+
+@triton.jit
+def attend_tile(acc, row_sum, row_max, q, query, start, own_end, prefix_end, prefix_len, own, own_keys, prefix_keys,
+                window, scale_log2, softcap_inner,
+                MASKED: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr,
+                BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """The state after keys ``start .. start + BLOCK_N`` of the row's own keys (if ``own``) or of its prefix.
+
+    Both kinds of tile run through one loop, told apart by scalars, so that loads of the first own tile are already
+    in flight while the last prefix tile is computed; two loops would drain the pipeline in between.
+
+    Args:
+        q: ``[BLOCK_M, BLOCK_D]``; query: ``[BLOCK_M]``, ``past + i``; among prefix slots it stands prefix_len further.
+        own_end, prefix_end: one past the last key of each kind that may be loaded.
+        own_keys, prefix_keys: ``(k_ptr, v_ptr, stride_k_seq, stride_k_dim, stride_v_seq, stride_v_dim)``.
+    """
+    k_ptr = tl.where(own, own_keys[0], prefix_keys[0])
+    v_ptr = tl.where(own, own_keys[1], prefix_keys[1])
+    stride_k_seq = tl.where(own, own_keys[2], prefix_keys[2])
+    stride_k_dim = tl.where(own, own_keys[3], prefix_keys[3])
+    stride_v_seq = tl.where(own, own_keys[4], prefix_keys[4])
+    stride_v_dim = tl.where(own, own_keys[5], prefix_keys[5])
+    end = tl.where(own, own_end, prefix_end)
+
+    offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    k = load_keys(k_ptr, stride_k_seq, stride_k_dim, offs_n, end, MASKED, HEAD_DIM, BLOCK_D, ALIGN)
+    scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+    if softcap_inner is not None:
+        scores = tanh(scores * softcap_inner, q.dtype == tl.float32)
+    if MASKED:
+        visible = (offs_n < end)[None, :]  # [1, BLOCK_N], [BLOCK_M, BLOCK_N] below
+        if CAUSAL:
+            last = tl.where(own, query, NO_LIMIT)  # [BLOCK_M]
+            visible = visible & (offs_n[None, :] <= last[:, None])
+        if window is not None:
+            first = query + tl.where(own, 0, prefix_len) - window + 1  # [BLOCK_M]
+            visible = visible & (offs_n[None, :] >= first[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+    v = load_keys(v_ptr, stride_v_seq, stride_v_dim, offs_n, end, MASKED, HEAD_DIM, BLOCK_D, ALIGN)
+    return softmax_update(acc, row_sum, row_max, scores, v, scale_log2, MASKED)
+
+
+@triton.jit
+def load_row(b, task_ids_ptr, stride_task_ids, starts_ptr, lens_ptr, kv_start_ptr, stride_kv_start, kv_len_ptr,
+             stride_kv_len, num_tasks, kv_capacity):  # fmt: skip
+    """What row ``b`` attends to: ``(prefix_start, prefix_len, own_start, own_end, broken)``.
+
+    A row is broken when its task id is neither -1 nor a live task, or a key bound lies outside the keys. It gets no
+    keys at all, least of all those of another task, and its output is NaN.
+    """
+    b = b.to(tl.int64)
+    own_start = 0
+    own_end = kv_capacity
+    if kv_start_ptr is not None:
+        own_start = tl.load(kv_start_ptr + b * stride_kv_start)
+    if kv_len_ptr is not None:
+        own_end = tl.load(kv_len_ptr + b * stride_kv_len)
+    task = tl.load(task_ids_ptr + b * stride_task_ids)
+    known = (task >= 0) & (task < num_tasks)
+    prefix_len = tl.load(lens_ptr + task, mask=known, other=0)
+    # Starts are multiples of 16 (types.ALIGNMENT); a value read from memory has no alignment unless it is told.
+    prefix_start = tl.multiple_of(tl.load(starts_ptr + task, mask=known, other=0), 16)
+    broken = ((task != -1) & ~known) | (prefix_len < 0)
+    broken = broken | (own_start < 0) | (own_end < 0) | (own_end > kv_capacity)
+    prefix_len = tl.where(broken, 0, prefix_len)
+    own_start = tl.where(broken, 0, own_start)
+    own_end = tl.where(broken, 0, own_end)
+    return prefix_start, prefix_len, own_start, own_end, broken
+
+
+@triton.jit
+def open_row(
+    b, kv_head, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr,
+    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr,
+    stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
+    stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
+    stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
+    stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
+    stride_task_ids, stride_kv_start, stride_kv_len, kv_capacity, num_tasks, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """The keys of row b and one kv head: ``(own_keys, prefix_keys, own_start, own_end, prefix_len, broken)``."""
+    prefix_start, prefix_len, own_start, own_end, broken = load_row(
+        b, task_ids_ptr, stride_task_ids, starts_ptr, lens_ptr, kv_start_ptr, stride_kv_start, kv_len_ptr,
+        stride_kv_len, num_tasks, kv_capacity)  # fmt: skip
+    b = b.to(tl.int64)
+    h = kv_head.to(tl.int64)
+    start = prefix_start.to(tl.int64)
+    own_keys = (
+        k_ptr + (b * stride_k_batch + h * stride_k_head) * ALIGN,
+        v_ptr + (b * stride_v_batch + h * stride_v_head) * ALIGN,
+        stride_k_seq, stride_k_dim, stride_v_seq, stride_v_dim,
+    )  # fmt: skip
+    prefix_keys = (
+        prefix_k_ptr + (start * stride_prefix_k_seq + h * stride_prefix_k_head) * ALIGN,
+        prefix_v_ptr + (start * stride_prefix_v_seq + h * stride_prefix_v_head) * ALIGN,
+        stride_prefix_k_seq, stride_prefix_k_dim, stride_prefix_v_seq, stride_prefix_v_dim,
+    )  # fmt: skip
+    return own_keys, prefix_keys, own_start, own_end, prefix_len, broken
+
+
+@triton.jit
+def query_rows(row_tile, kv_head, q_len, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The (query, head) pairs of a tile, the GROUP heads of a query side by side: ``offs_i, offs_h, mask_m``."""
+    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    return rows // GROUP, kv_head * GROUP + rows % GROUP, rows < q_len * GROUP
+
+
+@triton.jit
+def split_span(lo, hi, full_lo, full_hi, BLOCK_N: tl.constexpr):
+    """Tiles of ``lo .. hi``, counted from lo: ``(left, full, right)``, where only the full ones need no mask."""
+    left = tl.cdiv(tl.maximum(tl.minimum(full_lo, hi) - lo, 0), BLOCK_N)
+    full = tl.maximum(full_hi - lo - left * BLOCK_N, 0) // BLOCK_N
+    return left, full, tl.cdiv(hi - lo, BLOCK_N) - left - full
+
+
+@triton.jit
+def visible_span(begin, end, first_query, last_query, window, CAUSAL: tl.constexpr):
+    """Keys of ``begin .. end`` that some query sees, ``lo .. hi``, and that all see, ``full_lo .. full_hi``.
+
+    The queries are those at positions ``first_query .. last_query``, both included.
+    """
+    lo = begin
+    full_lo = begin
+    if window is not None:
+        lo = tl.maximum(begin, first_query - window + 1)
+        full_lo = tl.maximum(begin, last_query - window + 1)
+    hi = end
+    full_hi = end
+    if CAUSAL:
+        hi = tl.minimum(end, last_query + 1)
+        full_hi = tl.minimum(end, first_query + 1)
+    return lo, tl.maximum(hi, lo), full_lo, full_hi
+
+
+@triton.jit
+def add_sink(acc, row_sum, row_max, sink_log2):
+    """The state after one more key with score ``sink_log2`` (``[BLOCK_M]``, base 2) and value 0."""
+    top = tl.maximum(row_max, sink_log2)  # [BLOCK_M]
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    decay = tl.exp2(row_max - shift)
+    return acc * decay[:, None], row_sum * decay + tl.exp2(sink_log2 - shift), top
+
+
+@triton.jit
+def normalise(acc, row_sum, row_max, broken):
+    """``(acc / row_sum, lse in base 2)``; 0 and -inf for a state without keys; NaN for a broken row."""
+    poison = tl.where(broken, float("nan"), 0.0)
+    seen = tl.where(row_sum == 0, 1.0, row_sum)  # [BLOCK_M]
+    lse = tl.where(row_sum == 0, float("-inf"), row_max + tl.log2(seen))
+    return acc / seen[:, None] + poison, lse + poison
+
+
+@triton.jit
+def merge_weights(lse, sink_log2):
+    """``(2^(lse - top), their sum, top)`` for partial results with base-2 ``lse`` ``[BLOCK_C]`` and an optional sink.
+
+    Source: the merge of attention states, arXiv:2501.01005 section 2.2.
+    """
+    top = tl.max(lse, 0)
+    if sink_log2 is not None:
+        top = tl.maximum(top, sink_log2)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    weights = tl.exp2(lse - shift)  # [BLOCK_C]
+    total = tl.sum(weights, 0)
+    if sink_log2 is not None:
+        total += tl.exp2(sink_log2 - shift)
+    return weights, total, top

@@ -1,0 +1,314 @@
+"""The store: packed, ragged prefixes of many tasks.
+
+Per layer there are two tensors ``[kv_heads, capacity, head_dim]``; task t owns tokens ``starts[t] .. starts[t] +
+lens[t] - 1`` of each, and all layers share ``starts`` and ``lens``. A `PrefixKV` handed out by `PrefixBank.layer` is a
+snapshot that stays true whatever happens to the bank: its span tables are never changed, and the memory it shows is not
+written again (see storage.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefix_attn.bank import format as files
+from prefix_attn.bank.base import Base
+from prefix_attn.bank.format import Provenance
+from prefix_attn.bank.geometry import Geometry, LayerKV
+from prefix_attn.bank.ids import checked_ids
+from prefix_attn.bank.memory import MemoryUsage, readable
+from prefix_attn.bank.names import check_name
+from prefix_attn.bank.peft import CONFIG as PEFT_CONFIG
+from prefix_attn.bank.peft import read_adapter
+from prefix_attn.bank.storage import Span, Storage
+from prefix_attn.bank.text import text_kv
+from prefix_attn.errors import IncompatiblePrefix, UnknownTask
+from prefix_attn.types import PrefixKV, align
+
+
+class _Task(NamedTuple):
+    name: str
+    span: Span
+    provenance: Provenance
+
+
+class PrefixBank:
+    """Each task's prefix once, for every layer of one frozen model.
+
+    Make one with `for_model` or `from_pretrained`. A task keeps its id (0, 1, ... in the order of adding) for the
+    bank's life; the id of a removed task is never given again. Whatever fails leaves the bank as it was.
+    """
+
+    def __init__(self, base: Base, capacity: int = 0) -> None:
+        self._base = base
+        self._storage = Storage(base, capacity)
+        self._tasks: list[_Task | None] = []  # by id; None was removed
+        self._ids: dict[str, int] = {}
+        self._tabulate()
+
+    @classmethod
+    def for_model(cls, model: Any) -> PrefixBank:
+        """An empty bank in the dtype and on the device of a decoder-only transformers model.
+
+        The model may be plain, patched or PEFT-wrapped; it runs on one token, and its parameters are sampled.
+
+        Raises:
+            UnsupportedModel: the model does not keep plain keys and values in every layer.
+        """
+        return cls(Base.of(model))
+
+    def add(self, name: str, key_values: Sequence[LayerKV]) -> int:
+        """Add a task.
+
+        Args:
+            name: printable, without path separators; not yet in the bank.
+            key_values: per layer (k, v), each ``[kv_heads, m, head_dim]`` in any float dtype and on any device; copied
+                and converted to the bank's. m may be 0.
+
+        Returns:
+            The task's id.
+
+        Raises:
+            IncompatiblePrefix: a bad name, or layers, shapes or values (not finite) that do not fit; names the layer.
+            ContextOverflow: m leaves no position for a request.
+        """
+        return self._insert(name, key_values, Provenance("tensors"), "key_values")
+
+    def load(self, name: str, path: str | os.PathLike[str], check_base: bool = True) -> int:
+        """Add a task from a local folder of a PEFT prefix-tuning adapter, or from a ``.safetensors`` file of ours.
+
+        Args:
+            name: as in `add`.
+            path: on this machine; nothing is downloaded, and no pickle is read.
+            check_base: refuse a file of ours that was made for other weights. (PEFT's folders record only the name of
+                their base model; another name gives a UserWarning.)
+
+        Returns:
+            The task's id.
+
+        Raises:
+            IncompatiblePrefix: the file is missing, damaged, a pickle, of another kind, or made for another model.
+            ContextOverflow: as in `add`.
+        """
+        path = Path(path)
+        self._check_new(name)
+        if not path.exists():
+            raise IncompatiblePrefix(f"path: expected a local file or folder, but {str(path)!r} does not exist; "
+                                     "download it first (huggingface_hub.snapshot_download)")
+        if (path / PEFT_CONFIG).is_file():
+            key_values, provenance = read_adapter(path, self._base)
+        elif path.is_dir():
+            raise IncompatiblePrefix(f"path: expected a folder with {PEFT_CONFIG}, got {path.name!r} without one; "
+                                     "open a saved bank with PrefixBank.from_pretrained")
+        else:
+            key_values, provenance = files.read_prefix(path, self._base, check_base)
+        return self._insert(name, key_values, provenance, path.name)
+
+    def add_text(self, name: str, tokenizer: Any, text: str, model: Any, add_special_tokens: bool = True) -> int:
+        """Add a task whose prefix is the model's own keys and values of a text at positions 0..m-1.
+
+        Args:
+            name: as in `add`.
+            tokenizer: the model's; called as ``tokenizer(text, add_special_tokens=...)["input_ids"]``.
+            text: for instance a system prompt, chat template applied.
+            model: the bank's base model; it runs once, without gradients and dropout.
+            add_special_tokens: leave True for a text that opens the sequence (a BOS token belongs in front of it);
+                requests should then be tokenised without.
+
+        Returns:
+            The task's id.
+
+        Raises:
+            IncompatiblePrefix: the text is empty, or the model is not the bank's base.
+            ContextOverflow: the text leaves no position for a request.
+        """
+        self._check_new(name)
+        self.check_model(model)
+        key_values = text_kv(tokenizer, text, model, self._base, add_special_tokens)
+        return self._insert(name, key_values, Provenance("text"), "text")
+
+    def remove(self, name: str) -> None:
+        """Remove a task: its id becomes an error for good, its space is free for others.
+
+        Raises:
+            UnknownTask: no such task; lists the choices.
+        """
+        task_id = self._id(name)
+        task = self._tasks[task_id]
+        assert task is not None
+        self._storage.free(task.span)
+        self._tasks[task_id] = None
+        del self._ids[name]
+        self._tabulate()
+
+    def _check_new(self, name: str) -> None:
+        if check_name(name) in self._ids:
+            raise IncompatiblePrefix(f"name: {name!r} is already in the bank; remove it first")
+
+    def _insert(self, name: str, key_values: Sequence[LayerKV], provenance: Provenance, what: str) -> int:
+        self._check_new(name)
+        tokens = self._base.geometry.check(key_values, what)
+        self._base.check_context(tokens, what)
+        ours = [(self._convert(k), self._convert(v)) for k, v in key_values]
+        finite = torch.stack([k.isfinite().all() & v.isfinite().all() for k, v in ours]).tolist()
+        if not all(finite):
+            i = finite.index(False)
+            raise IncompatiblePrefix(f"{what}[{i}]: expected finite values in {self.dtype}, got NaN or infinity in "
+                                     f"layer {i}")
+        span = self._storage.put(ours, tokens)
+        self._ids[name] = len(self._tasks)
+        self._tasks.append(_Task(name, span, provenance))
+        self._tabulate()
+        return self._ids[name]
+
+    def _convert(self, x: Tensor) -> Tensor:
+        return x.detach().to(device=self._base.device, dtype=self._base.dtype)
+
+    def _tabulate(self) -> None:
+        """Make the span tables anew; those of a `PrefixKV` that was handed out stay as they are."""
+        self._lengths = [-1 if task is None else task.span.length for task in self._tasks]
+        starts = [0 if task is None else task.span.start for task in self._tasks]
+        with torch.inference_mode(False):
+            self._lens = torch.tensor(self._lengths, dtype=torch.int32, device=self._base.device)
+            self._starts = torch.tensor(starts, dtype=torch.int32, device=self._base.device)
+        self._layers: list[PrefixKV] = []
+
+    def _id(self, name: str) -> int:
+        if name not in self._ids:
+            raise UnknownTask(f"name: expected one of {self.names}, got {name!r}")
+        return self._ids[name]
+
+    def layer(self, i: int) -> PrefixKV:
+        """Layer i's prefixes, sharing the bank's memory: a snapshot, so ask again after a change of the bank."""
+        if not self._layers:
+            self._layers = [PrefixKV(k, v, self._starts, self._lens) for k, v in self._storage.lend()]
+        return self._layers[i]
+
+    def task_ids(self, tasks: Sequence[str | int | None] | Tensor) -> Tensor:
+        """One id per row: int32 ``[batch]`` on the bank's device; -1 for a row without prefix.
+
+        Args:
+            tasks: per row a name, an id, or None (also -1) for no prefix; or an integer tensor ``[batch]`` of ids. A
+                tensor on an accelerator is not read back: there the kernels answer a wrong id with NaN.
+
+        Raises:
+            UnknownTask: a name or an id is not in the bank; lists the choices.
+            DTypeError, ShapeError: not a list or an integer vector.
+        """
+        return checked_ids(tasks, self._ids, self._lengths, self._base.device)
+
+    def prefix_len(self, name: str) -> int:
+        """Tokens of a task's prefix; UnknownTask where there is none."""
+        return self._lengths[self._id(name)]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tasks, in the order of their ids."""
+        return list(self._ids)
+
+    @property
+    def lens(self) -> Tensor:
+        """int32 ``[tasks]`` on the device, by id; -1 for a removed task. Never written: each change makes a new one."""
+        return self._lens
+
+    @property
+    def lengths(self) -> list[int]:
+        """`lens` on the host."""
+        return list(self._lengths)
+
+    @property
+    def base(self) -> Base:
+        """What is known of the frozen model."""
+        return self._base
+
+    @property
+    def geometry(self) -> Geometry:
+        return self._base.geometry
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._base.geometry.layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._base.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._base.device
+
+    @property
+    def context_limit(self) -> int | None:
+        """Positions the model has, prefix included; None where nothing limits them."""
+        return self._base.context_limit
+
+    @property
+    def memory_usage(self) -> MemoryUsage:
+        """Exact bytes per task, in total, and allocated; print it."""
+        token = self._base.geometry.token_bytes(self._base.dtype)
+        tasks = {name: token * self._lengths[i] for name, i in self._ids.items()}
+        allocated = self._storage.nbytes + self._starts.nbytes + self._lens.nbytes
+        return MemoryUsage(tasks=tasks, total=sum(tasks.values()), allocated=allocated)
+
+    def check_model(self, model: Any) -> None:
+        """Raise `IncompatiblePrefix` unless the model is the bank's base: geometry, dtype, device, config and weights.
+
+        Runs the model on one token and samples its parameters, as `for_model` does.
+        """
+        self._base.check_same(Base.of(model))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write one ``.safetensors`` file per task and the index ``bank.json``, which decides what is loaded again.
+
+        Files of the same names are replaced; others stay. Ids are not saved: they count anew from 0.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = files.file_names(self.names)
+        for task in self._tasks:
+            if task is not None:
+                key_values = self._storage.read(task.span)
+                files.write_prefix(folder / names[task.name], key_values, self._base, task.provenance)
+        files.write_index(folder, names)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], model: Any, check_base: bool = True) -> PrefixBank:
+        """A bank saved by `save_pretrained`, for the same model (its dtype and device may differ).
+
+        Args:
+            folder: on this machine.
+            model: the base model, as in `for_model`.
+            check_base: refuse prefixes made for other weights or another config.
+
+        Raises:
+            IncompatiblePrefix: a file is missing, damaged, or made for another model.
+        """
+        folder = Path(folder)
+        base = Base.of(model)
+        names = files.read_index(folder)
+        prefixes = {name: files.read_prefix(folder / file, base, check_base) for name, file in names.items()}
+        bank = cls(base, capacity=sum(align(key_values[0][0].shape[1]) for key_values, _ in prefixes.values()))
+        for name, (key_values, provenance) in prefixes.items():
+            bank._insert(name, key_values, provenance, names[name])
+        return bank
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._ids
+
+    def __repr__(self) -> str:
+        usage = self.memory_usage
+        kind = str(self.dtype).removeprefix("torch.")
+        count = f"{len(self)} task{'' if len(self) == 1 else 's'}"
+        head = f"PrefixBank({count}, {self._base.geometry}, {kind} on {self.device}, "
+        width = max((len(name) for name in self._ids), default=0)
+        sizes = usage.tasks.items()
+        rows = [f"  {name:{width}}  {self.prefix_len(name):>6} tokens  {readable(size)}" for name, size in sizes]
+        return "\n".join([head + f"{readable(usage.total)} of {readable(usage.allocated)})", *rows])

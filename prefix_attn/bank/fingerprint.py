@@ -1,0 +1,93 @@
+"""Whether a prefix was made for these very weights: two SHA-256 digests of a model.
+
+config:  what fixes the meaning of keys and values: model type, sizes, rotary parameters, attention windows.
+weights: names and shapes of all parameters and up to 64 elements of each, as bfloat16, so that one checkpoint loaded
+         in bfloat16 and in float32 agrees. Buffers are left out: they are derived.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefix_attn.bank.geometry import Geometry
+
+SAMPLE = 64
+#: Knuth's multiplicative hash: spreads the sampled elements over rows and columns, whatever the width of a row.
+STRIDE = 2654435761
+#: Only keys that every supported version of transformers writes alike; the rest of a config may change between them.
+CONFIG_KEYS = ("model_type", "hidden_size", "num_attention_heads", "vocab_size", "sliding_window")
+ROPE_KEYS = (
+    "rope_type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast",
+    "beta_slow", "short_factor", "long_factor", "mscale", "mscale_all_dim",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Two hex digests; equal when the models agree."""
+
+    config: str
+    weights: str
+
+    @classmethod
+    def of(cls, model: nn.Module, config: Any, geometry: Geometry) -> Fingerprint:
+        """Of an unwrapped model with its text config. Reads 64 elements per parameter, in one transfer per device."""
+        return cls(config_digest(config, geometry), weights_digest(model))
+
+
+def config_digest(config: Any, geometry: Geometry) -> str:
+    """SHA-256 of the keys above, as sorted JSON without nulls."""
+    facts = {key: getattr(config, key, None) for key in CONFIG_KEYS}
+    facts["geometry"] = geometry.to_json()
+    facts["rope"] = _rope(getattr(config, "rope_parameters", None) or {})
+    kinds = getattr(config, "layer_types", None) or []
+    facts["layer_types"] = list(kinds) if set(kinds) - {"full_attention"} else None
+    facts = {key: value for key, value in facts.items() if value is not None}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over parameters in the order of their names: name, shape, sampled elements in bfloat16."""
+    parameters = sorted(model.named_parameters())
+    samples = [_sample(p.detach()) for _, p in parameters]
+    on_host: dict[int, Tensor] = {}
+    for device in {s.device for s in samples}:
+        members = [i for i, s in enumerate(samples) if s.device == device]
+        flat = torch.cat([samples[i] for i in members]).cpu()
+        on_host.update(zip(members, torch.split(flat, [samples[i].numel() for i in members]), strict=True))
+    digest = hashlib.sha256()
+    for i, (name, p) in enumerate(parameters):
+        digest.update(f"{name}{list(p.shape)}".encode())
+        digest.update(on_host[i].view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sample(p: Tensor) -> Tensor:
+    """Up to `SAMPLE` elements of p in bfloat16, chosen by position alone."""
+    n = p.numel()
+    index = torch.arange(min(n, SAMPLE), dtype=torch.int64, device=p.device)
+    if n > SAMPLE:
+        index = index * STRIDE % n
+    if p.dtype.itemsize == 1:  # quantised weights: their bytes, since few operators take their dtypes
+        p = p.view(torch.uint8)
+    return p.take(index).to(torch.bfloat16)
+
+
+def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The known rotary parameters; some models keep one set per kind of layer."""
+    if any(isinstance(value, dict) for value in parameters.values()):
+        return {kind: _rope(value) for kind, value in parameters.items() if isinstance(value, dict)}
+    return {key: _plain(parameters[key]) for key in ROPE_KEYS if parameters.get(key) is not None}
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as floats: whether 10000 or 10000.0 stands in a config differs between versions."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str) else float(value)

@@ -1,0 +1,193 @@
+"""The package's own file of one prefix, and the index of a saved bank.
+
+``<task>.safetensors`` holds ``k.<layer>`` and ``v.<layer>``, each ``[kv_heads, m, head_dim]``, and in its metadata
+(strings): format, format_version, geometry (JSON, ``[[kv_heads, head_dim], ...]``), dtype, position_mode, base_config
+and base_weights (fingerprint), base_model, source, peft_version (for prefixes made by PEFT), created_by.
+``bank.json`` lists names and files in the order of the tasks. Nothing here reads or writes a pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefix_attn.bank.base import Base
+from prefix_attn.bank.fingerprint import Fingerprint
+from prefix_attn.bank.geometry import Geometry, LayerKV
+from prefix_attn.bank.names import check_name
+from prefix_attn.errors import IncompatiblePrefix
+
+FORMAT = "prefix_attn.prefix"
+BANK_FORMAT = "prefix_attn.bank"
+VERSION = "1"
+INDEX = "bank.json"
+#: A request's token i sits at position m + i (PEFT's rule). A file made for another rule would be silently wrong.
+POSITION_MODE = "offset"
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+PICKLE_MAGIC = (b"\x80", b"PK\x03\x04")
+CONVERT = "convert it with PEFT's save_pretrained(..., safe_serialization=True)"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a prefix came from: "tensors", "text" or "peft:<folder>", and the version of PEFT that wrote it."""
+
+    source: str
+    peft_version: str = ""
+
+
+def write_prefix(path: Path, key_values: Sequence[LayerKV], base: Base, provenance: Provenance) -> None:
+    """Write one prefix; the file appears whole or not at all."""
+    from safetensors.torch import save_file
+
+    from prefix_attn import __version__
+
+    tensors = {
+        f"{name}.{i}": x.clone(memory_format=torch.contiguous_format)
+        for i, pair in enumerate(key_values)
+        for name, x in zip("kv", pair, strict=True)
+    }
+    metadata = {
+        "format": FORMAT,
+        "format_version": VERSION,
+        "geometry": base.geometry.to_json(),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "position_mode": POSITION_MODE,
+        "base_config": base.fingerprint.config,
+        "base_weights": base.fingerprint.weights,
+        "base_model": portable_name(base.name),
+        "source": provenance.source,
+        "created_by": f"prefix_attn {__version__}",
+    }
+    if provenance.peft_version:
+        metadata["peft_version"] = provenance.peft_version
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata)
+    os.replace(partial, path)
+
+
+def read_prefix(path: Path, base: Base, check_base: bool) -> tuple[list[LayerKV], Provenance]:
+    """Read a file of `write_prefix`.
+
+    Raises:
+        IncompatiblePrefix: the file is missing, damaged or not ours, or was made for another geometry, position mode
+            or (with ``check_base``) other weights.
+    """
+    tensors, metadata = read_safetensors(path)
+    _check_metadata(path.name, metadata, base, check_base)
+    layers = len(base.geometry.layers)
+    expected = {f"{name}.{i}" for i in range(layers) for name in "kv"}
+    if tensors.keys() != expected:
+        raise IncompatiblePrefix(f"{path.name}: expected tensors k.<layer> and v.<layer> for {layers} layers, got "
+                                 f"{len(tensors)} tensors: {sorted(tensors)[:4]} ...")
+    key_values = [(tensors[f"k.{i}"], tensors[f"v.{i}"]) for i in range(layers)]
+    base.geometry.check(key_values, path.name)
+    return key_values, Provenance(metadata.get("source", ""), metadata.get("peft_version", ""))
+
+
+def _check_metadata(file: str, metadata: Mapping[str, str], base: Base, check_base: bool) -> None:
+    if metadata.get("format") != FORMAT:
+        raise IncompatiblePrefix(f"{file}: expected a prefix file of this package, got a safetensors file without its "
+                                 "metadata; for a PEFT adapter give the folder with adapter_config.json")
+    for key, mine in (("format_version", VERSION), ("position_mode", POSITION_MODE)):
+        if metadata.get(key) != mine:
+            raise IncompatiblePrefix(f"{file}: expected {key} {mine!r}, got {metadata.get(key)!r}; it was written by "
+                                     f"{metadata.get('created_by', 'an unknown version')}")
+    try:
+        geometry = Geometry.from_json(metadata.get("geometry", ""))
+    except (TypeError, ValueError) as error:
+        raise IncompatiblePrefix(f"{file}: its geometry is unreadable ({error}); the file is damaged") from error
+    if geometry != base.geometry:
+        raise IncompatiblePrefix(f"{file}: expected a prefix for {base.geometry}, got one for {geometry}; "
+                                 f"it was made for {metadata.get('base_model') or 'another model'}")
+    if check_base:
+        fingerprint = Fingerprint(metadata.get("base_config", ""), metadata.get("base_weights", ""))
+        base.check_fingerprint(fingerprint, file, "a prefix works only with the weights it was made for (pass "
+                               "check_base=False if you know that they are the same)")  # fmt: skip
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors on the CPU, and metadata; refuses pickles unread, and damaged files with `IncompatiblePrefix`."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise IncompatiblePrefix(f"{path.name}: refusing to read a pickle, which can run code; {CONVERT}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+        # The header's length comes first and may look like a pickle's magic; the header itself opens with a brace.
+        if head.startswith(PICKLE_MAGIC) and head[8:] != b"{":
+            raise IncompatiblePrefix(f"{path.name}: refusing to read what is a pickle or a zip file; {CONVERT}")
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise IncompatiblePrefix(f"{path.name}: expected a whole safetensors file, but it cannot be read "
+                                 f"({reason}); fetch or save it again") from error
+
+
+def write_index(folder: Path, files: Mapping[str, str]) -> None:
+    """Write ``bank.json``: task names and their files, in order."""
+    tasks = [{"name": name, "file": file} for name, file in files.items()]
+    text = json.dumps({"format": BANK_FORMAT, "format_version": VERSION, "tasks": tasks}, indent=2, ensure_ascii=False)
+    partial = folder / f"{INDEX}.partial"
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, folder / INDEX)
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Inverse of `write_index`; names and files are checked, so that none points out of the folder."""
+    index = read_json(folder / INDEX)
+    if index.get("format") != BANK_FORMAT or index.get("format_version") != VERSION:
+        raise IncompatiblePrefix(f"{INDEX}: expected format {BANK_FORMAT!r} version {VERSION!r}, got "
+                                 f"{index.get('format')!r} version {index.get('format_version')!r}")
+    files: dict[str, str] = {}
+    try:
+        for task in index["tasks"]:
+            name, file = check_name(task["name"]), check_name(task["file"])
+            if name in files:
+                raise IncompatiblePrefix(f"{INDEX}: lists the task {name!r} twice; the file is damaged")
+            files[name] = file
+    except (KeyError, TypeError) as error:
+        raise IncompatiblePrefix(f"{INDEX}: expected tasks with name and file ({error!r}); it is damaged") from error
+    return files
+
+
+def file_names(names: Sequence[str]) -> dict[str, str]:
+    """A file for each task, ``<name>.safetensors``; distinct also where file systems ignore case."""
+    used: set[str] = set()
+    files = {}
+    for name in names:
+        file, n = f"{name}.safetensors", 1
+        while file.casefold() in used:
+            n += 1
+            file = f"{name}~{n}.safetensors"
+        used.add(file.casefold())
+        files[name] = file
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or `IncompatiblePrefix` naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise IncompatiblePrefix(f"{path.name}: expected a JSON file, but it cannot be read ({reason})") from error
+    if not isinstance(content, dict):
+        raise IncompatiblePrefix(f"{path.name}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def portable_name(name: str) -> str:
+    """A hub id as it is; of a path only the last part, so that no file says where it was made."""
+    is_hub_id = name.count("/") <= 1 and "\\" not in name and not name.startswith((".", "~", "/"))
+    return name if is_hub_id else Path(name.replace("\\", "/")).name

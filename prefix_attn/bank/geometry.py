@@ -1,0 +1,84 @@
+"""The shape of a prefix: kv_heads and head_dim of every layer, which may differ from layer to layer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefix_attn.errors import IncompatiblePrefix
+
+#: One layer's prefix: k and v, each ``[kv_heads, m, head_dim]``.
+LayerKV = tuple[Tensor, Tensor]
+
+
+class LayerGeometry(NamedTuple):
+    """What one layer stores per token: ``2 * kv_heads * head_dim`` numbers."""
+
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The layers of a model, as far as a prefix is concerned."""
+
+    layers: tuple[LayerGeometry, ...]
+
+    @classmethod
+    def of(cls, key_values: Sequence[LayerKV]) -> Geometry:
+        """The geometry of ``[kv_heads, m, head_dim]`` keys."""
+        return cls(tuple(LayerGeometry(k.shape[0], k.shape[2]) for k, _ in key_values))
+
+    def token_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of one prefix token over all layers, keys and values."""
+        return sum(2 * layer.kv_heads * layer.head_dim for layer in self.layers) * dtype.itemsize
+
+    def to_json(self) -> str:
+        return json.dumps([list(layer) for layer in self.layers])
+
+    @classmethod
+    def from_json(cls, text: str) -> Geometry:
+        """Inverse of `to_json`; anything else is a ValueError or a TypeError."""
+        return cls(tuple(LayerGeometry(int(kv_heads), int(head_dim)) for kv_heads, head_dim in json.loads(text)))
+
+    def __str__(self) -> str:
+        kinds = dict.fromkeys(self.layers)
+        shapes = " or ".join(f"{layer.kv_heads} kv heads of {layer.head_dim}" for layer in kinds)
+        return f"{len(self.layers)} layers of {shapes}"
+
+    def check(self, key_values: Sequence[LayerKV], what: str = "key_values") -> int:
+        """Return the number of prefix tokens m; ``what`` names the prefix in errors.
+
+        Raises:
+            IncompatiblePrefix: layers are missing, or k or v of a layer is not ``[kv_heads, m, head_dim]`` with one m.
+        """
+        if len(key_values) != len(self.layers):
+            raise IncompatiblePrefix(f"{what}: expected one (k, v) pair for each of the model's {len(self.layers)} "
+                                     f"layers, got {len(key_values)}")
+        tokens: int | None = None
+        for i, (pair, layer) in enumerate(zip(key_values, self.layers, strict=True)):
+            if not (isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair)):
+                raise IncompatiblePrefix(f"{what}[{i}]: expected a pair of tensors (k, v), got {type(pair).__name__}")
+            for name, x in zip("kv", pair, strict=True):
+                expected = f"[{layer.kv_heads}, {'m' if tokens is None else tokens}, {layer.head_dim}]"
+                if x.ndim != 3 or (x.shape[0], x.shape[2]) != layer or tokens not in (None, x.shape[1]):
+                    raise IncompatiblePrefix(f"{what}[{i}]: layer {i} takes {name} of shape [kv_heads, m, head_dim] "
+                                             f"= {expected}, got {list(x.shape)}")
+                if not x.is_floating_point():
+                    raise IncompatiblePrefix(f"{what}[{i}]: layer {i} takes floating-point {name}, got {x.dtype}")
+                tokens = x.shape[1]
+        return tokens or 0
+
+
+def context_limit(config: Any) -> int | None:
+    """Positions a model has, from its (text) config; None where nothing limits them, as with ALiBi or T5's bias."""
+    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
+        limit = getattr(config, key, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return None

@@ -1,0 +1,20 @@
+"""Task names: a name is also a file name, so it may not leave its folder."""
+
+from __future__ import annotations
+
+from prefix_attn.errors import IncompatiblePrefix
+
+MAX_BYTES = 200
+
+
+def check_name(name: object) -> str:
+    """Return the name, or raise `IncompatiblePrefix` saying what is wrong with it."""
+    if not isinstance(name, str) or not name:
+        raise IncompatiblePrefix(f"name: expected a non-empty string, got {name!r}")
+    if "/" in name or "\\" in name or ".." in name or name.startswith("."):
+        raise IncompatiblePrefix(f"name: expected no '/', '\\', '..' or leading dot, as in a file name, got {name!r}")
+    if not name.isprintable():
+        raise IncompatiblePrefix(f"name: expected printable characters only, got {name!r}")
+    if len(name.encode()) > MAX_BYTES:
+        raise IncompatiblePrefix(f"name: expected at most {MAX_BYTES} bytes, got {len(name)} characters")
+    return name

@@ -1,0 +1,34 @@
+"""A prompt as a prefix: the keys and values that the model itself computes for a text at positions 0..m-1.
+
+A request that follows then gets, up to rounding, the result of prepending the text to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from prefix_attn.bank.base import Base
+from prefix_attn.bank.forward import cached_kv, unwrap
+from prefix_attn.bank.geometry import LayerKV
+from prefix_attn.errors import IncompatiblePrefix
+
+
+def text_kv(tokenizer: Any, text: str, model: Any, base: Base, add_special_tokens: bool) -> list[LayerKV]:
+    """Tokenise ``text`` and run the model on it.
+
+    Returns:
+        Per layer k and v, each ``[kv_heads, m, head_dim]``.
+
+    Raises:
+        IncompatiblePrefix: the text is no string, or has no token.
+        ContextOverflow: its tokens leave no position for a request.
+    """
+    if not isinstance(text, str) or not text:
+        raise IncompatiblePrefix(f"text: expected a non-empty string, got {text!r}")
+    tokens = [int(token) for token in tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]]
+    if not tokens:
+        raise IncompatiblePrefix(f"text: expected at least one token, but the tokenizer makes none of {text!r}")
+    base.check_context(len(tokens), "text")
+    return cached_kv(unwrap(model), torch.tensor([tokens], dtype=torch.int64))

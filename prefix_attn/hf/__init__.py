@@ -1,0 +1,5 @@
+"""The patch for Hugging Face models; `patch.py` tells how it works."""
+
+from prefix_attn.hf.patch import patch, unpatch
+
+__all__ = ["patch", "unpatch"]

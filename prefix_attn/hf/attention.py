@@ -1,0 +1,89 @@
+"""Attention over [bank ; request], registered with transformers' AttentionInterface.
+
+The decoder's hook passes a `Batch` down as a keyword. A model that loses it, asks for something the operation does not
+do, or builds a mask of a kind we do not know is refused, so that a prefix is never dropped in silence.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from prefix_attn.attention import prefix_attention
+from prefix_attn.bank import PrefixBank
+from prefix_attn.errors import UnsupportedModel
+from prefix_attn.hf.masks import RequestMask
+
+#: Our name in transformers' registries. (It may contain neither "flash" nor "/": transformers reads meaning into both.)
+NAME = "prefix_attn"
+
+#: The keyword that carries a `Batch` from the decoder's hook to every attention layer.
+KEYWORD = "prefix_batch"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass needs to know: whose prefixes, or, without tasks, the implementation to leave it to."""
+
+    implementation: str
+    bank: PrefixBank | None = None
+    task_ids: Tensor | None = None
+
+
+def prefix_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """One layer's attention as transformers calls it: ``[batch, heads, len, head_dim]`` to ``[batch, len, heads, D]``."""
+    batch: Batch | None = kwargs.pop(KEYWORD, None)
+    layer = type(module).__name__
+    if batch is None:
+        raise UnsupportedModel(f"{layer}: the model does not pass keywords on to its attention layers, so the prefix "
+                               "cannot reach them; unpatch it and use PEFT's own inference")
+    if batch.bank is None or batch.task_ids is None:
+        original = _original(module, batch.implementation)
+        return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+
+    _refuse_what_would_be_wrong(layer, module, dropout, kwargs)
+    mask = RequestMask.unpack(attention_mask, module, kwargs.get("sliding_window"))
+    out = prefix_attention(
+        query, key, value, batch.bank.layer(module.layer_idx), batch.task_ids,
+        kv_start=mask.kv_start, kv_len=mask.kv_len, scale=scaling, window=mask.window,
+        softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"),
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _original(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function the model would use unpatched."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    return function
+
+
+def _refuse_what_would_be_wrong(layer: str, module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    if dropout:
+        raise UnsupportedModel(f"{layer}: attention dropout {dropout} cannot be applied inside the fused operation; "
+                               "call model.eval(), or set the config's attention dropout to 0 before training")
+    if kwargs.get("output_attentions"):
+        raise UnsupportedModel(f"{layer}: attention weights are never built; drop output_attentions=True, or unpatch")
+    if kwargs.get("position_bias") is not None:
+        raise UnsupportedModel(f"{layer}: a position bias has no counterpart for prefix tokens")
+    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise UnsupportedModel(f"{layer}: only causal self-attention takes a prefix")
+    if getattr(module, "layer_idx", None) is None:
+        raise UnsupportedModel(f"{layer}: the layer does not know its index, so its prefix cannot be found")
+
+

@@ -1,0 +1,139 @@
+"""Which of its own keys a row may see, in three numbers instead of a matrix.
+
+transformers builds its masks once per forward pass through AttentionMaskInterface and hands the result to every layer.
+Ours is an int32 tensor ``[batch, 1, 1, 2 or 3]`` holding ``(kv_start, kv_len[, window])`` per row: four axes, because
+transformers passes a mask with four axes through untouched (static caches build it before the forward pass); the third
+number is there only for sliding-window layers, so that its presence can be seen without reading the device.
+
+With ``q_offset`` and ``kv_offset`` the positions of the first query and the first cached key, the alignment of
+`prefix_attention` is ``kv_len = q_offset + q_len - kv_offset``: this covers dynamic, static and sliding caches.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+from prefix_attn.errors import ShapeError, UnsupportedModel
+
+
+class _Scope(threading.local):
+    """Which kind of mask the forward pass under way in this thread needs; its hook sets it before any mask is built."""
+
+    implementation: str | None = None  # the model's own, for a pass without tasks; None: a `RequestMask`
+
+
+scope = _Scope()
+
+
+@dataclass(frozen=True)
+class RequestMask:
+    """The unpacked mask of one layer: int32 views ``[batch]``, and the window in tokens."""
+
+    kv_start: Tensor
+    kv_len: Tensor
+    window: int | None
+
+    @classmethod
+    def unpack(cls, mask: Tensor | None, module: nn.Module, window_of_layer: int | None) -> RequestMask:
+        """Read a layer's mask; the window must be the one the layer itself names, where it names one."""
+        if mask is None or mask.dtype != torch.int32 or mask.ndim != 4 or mask.shape[-1] not in (2, 3):
+            got = "None" if mask is None else f"{mask.dtype} {list(mask.shape)}"
+            raise UnsupportedModel(f"attention_mask: expected the mask prefix_attn builds, got {got}. Pass a 2D padding "
+                                   "mask (1 = token, 0 = padding); custom 4D masks do not say what becomes of the prefix")
+        config: Any = module.config
+        window = config.sliding_window if mask.shape[-1] == 3 else None
+        if window_of_layer is not None and window_of_layer != window:
+            raise UnsupportedModel(f"{type(module).__name__}: the layer slides over {window_of_layer} tokens, but its mask "
+                                   f"over {window}")
+        return cls(mask[:, 0, 0, 0], mask[:, 0, 0, 1], window)
+
+
+def request_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    config: Any = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """Build the mask for AttentionMaskInterface; without tasks, build what the unpatched model would."""
+    if scope.implementation is not None:
+        return ALL_MASK_ATTENTION_FUNCTIONS[scope.implementation](
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, config=config,
+            device=device, **kwargs,
+        )  # type: ignore[no-any-return]  # fmt: skip
+    window = _window(mask_function)
+    if window is not None and window != getattr(config, "sliding_window", None):
+        raise UnsupportedModel(f"sliding window: the mask slides over {window} tokens, the config says "
+                               f"{getattr(config, 'sliding_window', None)}")
+    end = q_offset + q_length - kv_offset
+    ends = end.to(device).expand(batch_size) if isinstance(end, Tensor) else torch.full((batch_size,), end, device=device)
+    if attention_mask is None:
+        starts = torch.zeros_like(ends)
+    else:
+        starts = _first_key(attention_mask, kv_offset, end, ends, q_length)
+    numbers = [starts, ends] if window is None else [starts, ends, torch.full_like(ends, window)]
+    return torch.stack(numbers, dim=1).int()[:, None, None]
+
+
+def _window(mask_function: Callable[..., Any]) -> int | None:
+    """The sliding window of a mask function, None for a plain causal one; anything else is refused.
+
+    Functions are recognised by what they are made of: only these two kinds have a known meaning for prefix tokens.
+    """
+    if mask_function is causal_mask_function:
+        return None
+    parts = _closure(mask_function, "and_masks").get("mask_functions", ())
+    if len(parts) == 2 and parts[1] is causal_mask_function:
+        window = _closure(parts[0], "sliding_window_overlay").get("sliding_window")
+        if isinstance(window, int):
+            return window
+    raise UnsupportedModel(
+        f"attention mask: expected a causal or a causal sliding-window mask, got {mask_function.__qualname__}; packed "
+        "sequences, bidirectional, chunked and custom masks do not say what becomes of the prefix"
+    )
+
+
+def _closure(function: Callable[..., Any], factory: str) -> dict[str, Any]:
+    """The variables a function made by transformers' ``factory`` closed over; empty for any other function."""
+    code = getattr(function, "__code__", None)
+    if code is None or not function.__qualname__.startswith(f"{factory}.<locals>."):
+        return {}
+    return dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
+
+
+def _first_key(padding: Tensor, kv_offset: int, end: int | Tensor, ends: Tensor, q_length: int) -> Tensor:
+    """First valid key of each row, ``[batch]``, from a 2D mask over all tokens; rows must be ``0*1*0*``.
+
+    Zeros behind the ones belong to queries that are padding themselves, whose outputs mean nothing.
+    """
+    if isinstance(end, int) and padding.shape[1] < kv_offset + end:
+        raise ShapeError(f"attention_mask: expected at least {kv_offset + end} columns, one for each token seen so far, "
+                         f"got {padding.shape[1]}")
+    valid = padding[:, kv_offset:].to(device=ends.device, dtype=torch.int32)
+    slot = torch.arange(valid.shape[1], device=ends.device)
+    valid = valid * (slot < ends[:, None])
+    count = valid.sum(dim=1)
+    start = torch.where(count > 0, valid.argmax(dim=1), ends)
+    last = (valid * (slot + 1)).amax(dim=1)
+    whole = ((last - start == count) | (count == 0)).all()
+    message = ("attention_mask: expected each row's tokens side by side (zeros before or after them), got zeros between "
+               "tokens; pad all turns of a conversation on the left")
+    if torch.compiler.is_compiling() or (ends.is_cuda and q_length == 1):
+        torch._assert_async(whole, message)  # no wait for the device in decode
+    elif not whole:
+        raise UnsupportedModel(message)
+    return start

@@ -1,0 +1,178 @@
+"""`patch` and `unpatch`: a transformers model that takes ``task_ids``.
+
+The request's KV cache stays a plain transformers cache of the request's own tokens. The model gets
+
+1. an attention function and a mask function under our name in transformers' registries (attention.py, masks.py), and
+   its own copies of its config objects that select them: models that share a config are not touched;
+2. a hook in front of its decoder that takes ``task_ids``, adds each row's prefix length to the positions, and passes
+   a `Batch` down to the attention layers;
+3. ``generate`` and ``prepare_inputs_for_generation`` that accept ``task_ids`` (generate.py).
+
+Called without ``task_ids``, the same hook leaves masks and attention to the implementation the model had before.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from prefix_attn.bank import PrefixBank
+from prefix_attn.errors import UnsupportedModel
+from prefix_attn.hf.attention import KEYWORD, NAME, Batch, prefix_attention_forward
+from prefix_attn.hf.generate import Generate, PrepareInputs, checked_for_batch
+from prefix_attn.hf.masks import request_mask, scope
+from prefix_attn.hf.positions import shifted_positions
+from prefix_attn.hf.verify import verify_against_replica
+
+_ATTRIBUTE = "_prefix_attn"
+
+
+def patch(model: PreTrainedModel, bank: PrefixBank, verify: bool = False) -> PreTrainedModel:
+    """Let ``model(...)`` and ``model.generate(...)`` take ``task_ids``; reversible by `unpatch`, idempotent.
+
+    Args:
+        model: a decoder-only transformers model that uses the attention interface; changed in place.
+        bank: prefixes made for this model; a model already patched gets this bank instead.
+        verify: before returning, compare the logits of a few tokens, for every task, with a replicated prefix in a plain
+            cache through the model's own attention.
+
+    Returns:
+        The same model. ``task_ids`` is one name, id or None per row, or an integer tensor ``[batch]`` (-1: no prefix).
+
+    Raises:
+        UnsupportedModel: the result would not be exact for this family, or verification found a difference.
+        IncompatiblePrefix: the bank was made for another model.
+    """
+    _refuse(model)
+    bank.check_model(model)
+    before = getattr(model, _ATTRIBUTE, None)
+    unpatch(model)
+    try:
+        setattr(model, _ATTRIBUTE, _Patch(model, bank))
+        _check_wiring(model)
+        if verify:
+            verify_against_replica(model, bank)
+    except BaseException:
+        unpatch(model)
+        if before is not None:
+            setattr(model, _ATTRIBUTE, _Patch(model, before.bank))
+        raise
+    return model
+
+
+def unpatch(model: PreTrainedModel) -> PreTrainedModel:
+    """Undo `patch`; a model that is not patched is left as it is. Returns the model."""
+    state = model.__dict__.pop(_ATTRIBUTE, None)
+    if state is not None:
+        state.remove(model)
+    return model
+
+
+class _Patch:
+    """Everything one patched model got, and what it takes to give it back."""
+
+    def __init__(self, model: Any, bank: PrefixBank) -> None:
+        AttentionInterface.register(NAME, prefix_attention_forward)
+        AttentionMaskInterface.register(NAME, request_mask)
+        self.bank = bank
+        implementation = model.get_decoder().config._attn_implementation
+        copies: dict[int, Any] = {}  # shared by all deepcopies, so that nested configs stay the same objects
+        self.configs: dict[str, PreTrainedConfig] = {}
+        for name, module in model.named_modules():
+            if isinstance(getattr(module, "config", None), PreTrainedConfig):
+                self.configs[name] = module.config
+                module.config = copy.deepcopy(module.config, copies)
+        for module in model.get_decoder().modules():
+            if isinstance(getattr(module, "config", None), PreTrainedConfig):
+                module.config._attn_implementation_internal = NAME
+        model.get_decoder().register_forward_pre_hook(DecoderHook(bank, implementation), with_kwargs=True, prepend=True)
+        model.generate = Generate(model, bank)
+        model.prepare_inputs_for_generation = PrepareInputs(model, implementation)
+
+    def remove(self, model: Any) -> None:
+        hooks = model.get_decoder()._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, DecoderHook)]:
+            del hooks[key]
+            model.get_decoder()._forward_pre_hooks_with_kwargs.pop(key, None)
+        del model.generate, model.prepare_inputs_for_generation
+        for name, module in model.named_modules():
+            if name in self.configs:
+                module.config = self.configs[name]
+
+
+class DecoderHook:
+    """Forward pre-hook of the decoder: turns ``task_ids`` into positions and a `Batch` for the layers below."""
+
+    def __init__(self, bank: PrefixBank, implementation: str) -> None:
+        self.bank = bank
+        self.implementation = implementation
+
+    def __call__(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        task_ids = kwargs.pop("task_ids", None)
+        if task_ids is _PROBE:
+            raise _Wired
+        if task_ids is None:
+            scope.implementation = self.implementation
+            return args, kwargs | {KEYWORD: Batch(self.implementation)}
+        scope.implementation = None
+        if len(args) > 1:
+            bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+            args, kwargs = (), bound | bound.pop("kwargs", {})
+        inputs = args[0] if args else kwargs.get("input_ids")
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        assert isinstance(inputs, Tensor), "transformers requires input_ids or inputs_embeds"
+        ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
+        positions = shifted_positions(
+            self.bank, ids, inputs, kwargs.get("position_ids"), kwargs.get("attention_mask"),
+            kwargs.get("past_key_values"), decoder.config.model_type,
+        )  # fmt: skip
+        return args, kwargs | {"position_ids": positions, KEYWORD: Batch(self.implementation, self.bank, ids)}
+
+
+class _Wired(Exception):
+    """Raised by the hook to say that the probe arrived."""
+
+
+_PROBE: Any = object()
+
+
+def _check_wiring(model: Any) -> None:
+    """Make sure ``task_ids`` given to the model reach its decoder, at no cost: the hook stops the pass on arrival."""
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), task_ids=_PROBE)
+    except _Wired:
+        return
+    except TypeError:
+        pass
+    raise UnsupportedModel(f"{type(model).__name__}: its forward does not pass task_ids on to its decoder")
+
+
+def _refuse(model: Any) -> None:
+    """Raise `UnsupportedModel`, naming the family and the reason, for a model the patch cannot be exact for."""
+    if not isinstance(model, PreTrainedModel):
+        hint = "; patch the base model inside it (model.get_base_model())" if hasattr(model, "get_base_model") else ""
+        raise UnsupportedModel(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}{hint}")
+    config: Any = model.config.get_text_config()
+    family = f"{type(model).__name__} ({config.model_type})"
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModel(f"{family}: encoder-decoder models are not supported yet")
+    if not model._supports_attention_backend:
+        raise UnsupportedModel(f"{family}: the family does not use transformers' attention interface, so its attention "
+                               "cannot be replaced; use PEFT's own inference")
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise UnsupportedModel(f"{family}: the family uses chunked attention, whose chunks do not say which of them a "
+                               "prefix belongs to")
+    if not model.can_generate():
+        raise UnsupportedModel(f"{family}: expected a causal language model with generate, such as AutoModelForCausalLM")
+    decoder: nn.Module = model.get_decoder()
+    implementation = decoder.config._attn_implementation
+    if implementation != NAME and implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise UnsupportedModel(f"{family}: attn_implementation={implementation!r} has no mask function; load the model with "
+                               "attn_implementation='sdpa' or 'eager'")
