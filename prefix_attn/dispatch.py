@@ -26,7 +26,8 @@ BACKENDS = {
     "reference": "prefix_attn.backends.reference",
 }
 
-#: What "auto" tries: the fused kernel where there is a GPU for it, then PyTorch, which runs everything.
+#: What "auto" tries on a GPU: the fused kernels, then PyTorch, which runs everything. (Elsewhere Triton could only
+#: interpret its kernels, which is for tests.)
 AUTO_ORDER = ("triton", "torch")
 
 
@@ -58,7 +59,7 @@ def choose(call: AttentionCall, backend: str = "auto") -> Choice:
     if backend == "auto":
         refused: list[str] = []
         for name in AUTO_ORDER:
-            why_not = refusal(name, call)
+            why_not = "no GPU holds these tensors" if name == "triton" and not call.q.is_cuda else refusal(name, call)
             if why_not is None:
                 return Choice(name, "; ".join([*refused, f"{name}: can run this call"]), _run(name))
             refused.append(f"{name}: {why_not}")

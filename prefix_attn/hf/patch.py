@@ -54,10 +54,11 @@ def patch(model: PreTrainedModel, bank: PrefixBank, verify: bool = False) -> Pre
     before = getattr(model, _ATTRIBUTE, None)
     unpatch(model)
     try:
-        setattr(model, _ATTRIBUTE, _Patch(model, bank))
+        state = _Patch(model, bank)
+        setattr(model, _ATTRIBUTE, state)
         _check_wiring(model)
         if verify:
-            verify_against_replica(model, bank)
+            verify_against_replica(model, bank, state.hook)
     except BaseException:
         unpatch(model)
         if before is not None:
@@ -91,15 +92,13 @@ class _Patch:
         for module in model.get_decoder().modules():
             if isinstance(getattr(module, "config", None), PreTrainedConfig):
                 module.config._attn_implementation_internal = NAME
-        model.get_decoder().register_forward_pre_hook(DecoderHook(bank, implementation), with_kwargs=True, prepend=True)
+        self.hook = DecoderHook(bank, implementation)
+        self.handle = model.get_decoder().register_forward_pre_hook(self.hook, with_kwargs=True, prepend=True)
         model.generate = Generate(model, bank)
         model.prepare_inputs_for_generation = PrepareInputs(model, implementation)
 
     def remove(self, model: Any) -> None:
-        hooks = model.get_decoder()._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(hook, DecoderHook)]:
-            del hooks[key]
-            model.get_decoder()._forward_pre_hooks_with_kwargs.pop(key, None)
+        self.handle.remove()
         del model.generate, model.prepare_inputs_for_generation
         for name, module in model.named_modules():
             if name in self.configs:

@@ -16,8 +16,12 @@ TOKENS = 5
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-def verify_against_replica(model: Any, bank: PrefixBank) -> None:
+def verify_against_replica(model: Any, bank: PrefixBank, hook: Any) -> None:
     """Raise `UnsupportedModel` unless each task's logits equal those of a cache that holds its prefix.
+
+    Args:
+        model: patched with the bank.
+        hook: its decoder's hook, whose fallback for calls without tasks is borrowed meanwhile.
 
     Raises:
         PrefixAttnError: the bank is empty, so that there is nothing to compare.
@@ -26,8 +30,9 @@ def verify_against_replica(model: Any, bank: PrefixBank) -> None:
         raise PrefixAttnError("verify: expected a bank with at least one task; add one, or patch with verify=False")
     device = model.device
     tokens = (torch.arange(TOKENS, device=device) * 7 + 3)[None] % model.config.get_text_config().vocab_size
-    was_training = model.training
+    was_training, was = model.training, hook.implementation
     model.eval()
+    hook.implementation = "eager"
     try:
         with torch.no_grad():
             for name in bank.names:
@@ -41,10 +46,11 @@ def verify_against_replica(model: Any, bank: PrefixBank) -> None:
                     )
     finally:
         model.train(was_training)
+        hook.implementation = was
 
 
 def _with_replica(model: Any, bank: PrefixBank, name: str, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of the model's own attention with the prefix in the cache."""
+    """Logits of the family's own formula ("eager": it alone knows every softcap and sink) with the prefix in the cache."""
     task = int(bank.task_ids([name]))
     cache = DynamicCache(config=model.config)
     m = bank.prefix_len(name)

@@ -1,0 +1,48 @@
+"""PEFT's own prefix tuning, one task at a time: what the patched model must equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
+
+from tests.hf.families import geometry, random_prefix, tiny_model
+
+
+def save_adapter(model: Any, path: Path, m: int, seed: int) -> None:
+    """Write a PEFT prefix-tuning adapter of m tokens for ``model`` as PEFT itself saves it."""
+    layers, kv_heads, head_dim = geometry(model)
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=m, num_layers=layers, token_dim=kv_heads * head_dim,
+        num_attention_heads=kv_heads, num_transformer_submodules=1,
+    )  # fmt: skip
+    peft_model = get_peft_model(model, config)
+    prefix = torch.stack([torch.stack(kv) for kv in random_prefix(model, m, seed)])  # [layers, 2, heads, m, D]
+    with torch.no_grad():
+        peft_model.prompt_encoder["default"].embedding.weight.copy_(prefix.permute(3, 0, 1, 2, 4).reshape(m, -1))
+    peft_model.save_pretrained(path)
+
+
+class PeftOracle:
+    """Adapters of several tasks on disk, and PEFT's generate for any one of them."""
+
+    def __init__(self, family: str, folder: Path, lengths: dict[str, int]) -> None:
+        self.family = family
+        self.paths = {name: folder / name for name in lengths}
+        for seed, (name, m) in enumerate(lengths.items()):
+            save_adapter(tiny_model(family), self.paths[name], m, seed)
+        self.models = {name: PeftModel.from_pretrained(tiny_model(family), path).eval()
+                       for name, path in self.paths.items()}  # fmt: skip
+
+    def generate(self, task: str | None, **kwargs: Any) -> Any:
+        """PEFT's generate with the task's adapter; the bare model's for None."""
+        model = tiny_model(self.family) if task is None else self.models[task]
+        return model.generate(**kwargs, output_logits=True, return_dict_in_generate=True)
+
+    def logits(self, task: str | None, **kwargs: Any) -> torch.Tensor:
+        """Logits of one forward pass."""
+        model = tiny_model(self.family) if task is None else self.models[task]
+        with torch.no_grad():
+            return model(**kwargs).logits
