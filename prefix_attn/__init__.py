@@ -16,8 +16,9 @@ from prefix_attn.errors import (
 from prefix_attn.types import PrefixKV
 
 if TYPE_CHECKING:
-    from prefix_attn.bank import PrefixBank
-    from prefix_attn.hf import patch, unpatch
+    from prefix_attn.bank import PrefixBank as PrefixBank
+    from prefix_attn.hf import patch as patch
+    from prefix_attn.hf import unpatch as unpatch
 
 __version__ = "0.1.0"
 

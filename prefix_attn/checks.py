@@ -40,8 +40,9 @@ def checked_call(
     if softcap is not None and not softcap > 0:
         raise ShapeError(f"softcap: expected None or a positive number, got {softcap}")
     if sinks is not None and (sinks.shape != (q.shape[1],) or sinks.device != q.device):
-        raise ShapeError(f"sinks: expected [q_heads] = [{q.shape[1]}] on {q.device}, "
-                         f"got {list(sinks.shape)} on {sinks.device}")
+        raise ShapeError(
+            f"sinks: expected [q_heads] = [{q.shape[1]}] on {q.device}, got {list(sinks.shape)} on {sinks.device}"
+        )
     ids = _row_integers("task_ids", task_ids, batch, q.device)
     check_task_ids(ids, prefix)
     return AttentionCall(
@@ -71,8 +72,10 @@ def check_task_ids(ids: Tensor, prefix: PrefixKV) -> None:
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix: PrefixKV) -> None:
     if q.ndim != 4 or k.ndim != 4:
-        raise ShapeError("q, k: expected [batch, q_heads, q_len, head_dim] and [batch, kv_heads, kv_len, head_dim], "
-                         f"got {list(q.shape)} and {list(k.shape)}")
+        raise ShapeError(
+            "q, k: expected [batch, q_heads, q_len, head_dim] and [batch, kv_heads, kv_len, head_dim], "
+            f"got {list(q.shape)} and {list(k.shape)}"
+        )
     if k.shape != v.shape:
         raise ShapeError(f"k, v: expected equal shapes, got {list(k.shape)} and {list(v.shape)}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
@@ -80,16 +83,20 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix: PrefixKV) -> None:
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ShapeError(f"q, k: expected q_heads to be a multiple of kv_heads, got {q.shape[1]} and {k.shape[1]}")
     if (prefix.kv_heads, prefix.head_dim) != (k.shape[1], k.shape[3]):
-        raise ShapeError(f"prefix, k: expected the same kv_heads and head_dim, got {prefix.kv_heads} and "
-                         f"{prefix.head_dim} in prefix, {k.shape[1]} and {k.shape[3]} in k")
+        raise ShapeError(
+            f"prefix, k: expected the same kv_heads and head_dim, got {prefix.kv_heads} and "
+            f"{prefix.head_dim} in prefix, {k.shape[1]} and {k.shape[3]} in k"
+        )
     if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
         raise ShapeError(f"q: expected head_dim from 1 to {MAX_HEAD_DIM}, got {q.shape[3]}")
     if q.dtype not in FLOATS:
         raise DTypeError(f"q: expected a dtype among {FLOATS}, got {q.dtype}")
     for name, x in (("k", k), ("v", v), ("prefix.k", prefix.k), ("prefix.v", prefix.v)):
         if x.dtype != q.dtype or x.device != q.device:
-            raise DTypeError(f"{name}: expected {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}; "
-                             "convert it (a bank follows its model: PrefixBank.for_model)")
+            raise DTypeError(
+                f"{name}: expected {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}; "
+                "convert it (a bank follows its model: PrefixBank.for_model)"
+            )
 
 
 def _row_integers(name: str, x: Tensor | Sequence[int], batch: int, device: torch.device) -> Tensor:

@@ -49,8 +49,10 @@ class Cost:
         element = call.q.element_size()
         per_key = 2 * call.kv_heads * call.head_dim
         q_and_out = 2 * call.q_heads * call.head_dim * call.batch * call.q_len
-        pairs = sum(call.q_len * m + visible_own(call, start, end)
-                    for m, start, end in zip(per_row, kv_start, kv_len, strict=True))
+        pairs = sum(
+            call.q_len * m + visible_own(call, start, end)
+            for m, start, end in zip(per_row, kv_start, kv_len, strict=True)
+        )
         return cls(
             bytes=element * (per_key * (shared + sum(own)) + q_and_out),
             flops=4 * call.q_heads * call.head_dim * pairs,
@@ -89,9 +91,11 @@ class Explanation:
     def __str__(self) -> str:
         c = self.cost
         floor = f"unknown: no roof measured for {self.device}" if self.floor_us is None else f"{self.floor_us:.1f} us"
-        return (f"backend   {self.backend} ({self.reason})\n"
-                f"device    {self.device}\n"
-                f"bytes     {c.bytes:,} (a replicated prefix: {c.bytes_replicated:,}, "
-                f"{c.bytes_replicated / max(c.bytes, 1):.2f}x)\n"
-                f"FLOPs     {c.flops:,}\n"
-                f"floor     {floor}")
+        return (
+            f"backend   {self.backend} ({self.reason})\n"
+            f"device    {self.device}\n"
+            f"bytes     {c.bytes:,} (a replicated prefix: {c.bytes_replicated:,}, "
+            f"{c.bytes_replicated / max(c.bytes, 1):.2f}x)\n"
+            f"FLOPs     {c.flops:,}\n"
+            f"floor     {floor}"
+        )

@@ -68,8 +68,9 @@ def choose(call: AttentionCall, backend: str = "auto") -> Choice:
         raise BackendUnavailable(f"backend: expected 'auto' or one of {sorted(BACKENDS)}, got {backend!r}")
     why_not = refusal(backend, call)
     if why_not is not None:
-        raise BackendUnavailable(f"backend={backend!r} cannot run this call: {why_not}. Use backend='auto' to let the "
-                                 "package choose")
+        raise BackendUnavailable(
+            f"backend={backend!r} cannot run this call: {why_not}. Use backend='auto' to let the package choose"
+        )
     return Choice(backend, "named by the caller", _run(backend))
 
 

@@ -54,8 +54,10 @@ class PrefixKV:
                     f"prefixes[0] ({list(first.shape)}), got k {list(k.shape)} and v {list(v.shape)}"
                 )
             if k.dtype != first.dtype or v.dtype != first.dtype or k.device != first.device or v.device != first.device:
-                raise DTypeError(f"prefixes[{i}]: expected {first.dtype} on {first.device} like prefixes[0].k, got "
-                                 f"k {k.dtype} on {k.device}, v {v.dtype} on {v.device}")
+                raise DTypeError(
+                    f"prefixes[{i}]: expected {first.dtype} on {first.device} like prefixes[0].k, got "
+                    f"k {k.dtype} on {k.device}, v {v.dtype} on {v.device}"
+                )
         lens = [k.shape[1] for k, _ in prefixes]
         starts = [0]
         for m in lens:

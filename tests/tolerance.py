@@ -28,4 +28,6 @@ def assert_close(name: str, x: Tensor, eager: Tensor, oracle: Tensor, factor: fl
     rounding = roundings * torch.finfo(x.dtype).eps * max(1.0, float(finite.abs().max()) if finite.numel() else 0.0)
     allowed = factor * error(eager, oracle) + rounding
     got = error(x, oracle)
-    assert got <= allowed, f"{name}: error {got:.2e} against float64, allowed {allowed:.2e} ({factor} x eager {x.dtype})"
+    assert got <= allowed, (
+        f"{name}: error {got:.2e} against float64, allowed {allowed:.2e} ({factor} x eager {x.dtype})"
+    )

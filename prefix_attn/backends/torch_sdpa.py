@@ -9,7 +9,7 @@ Three ways to the same result:
 
 The merge of two parts with outputs ``o`` and log-sum-exps ``l`` (nats):
 
-    lse = log(exp(l1) + exp(l2))          out = exp(l1 - lse) o1 + exp(l2 - lse) o2
+    w = sigmoid(l1 - l2)          out = w o1 + (1 - w) o2          lse = log(exp(l1) + exp(l2))
 
 Source: arXiv:2402.05099 (shared-prefix decomposition), arXiv:1805.02867 (merging partial softmaxes).
 """
@@ -17,6 +17,7 @@ Source: arXiv:2402.05099 (shared-prefix decomposition), arXiv:1805.02867 (mergin
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,9 +27,6 @@ from prefix_attn.backends import reference
 from prefix_attn.types import AttentionCall
 
 Spans = tuple[tuple[int, int], ...]
-
-# Where sharing starts to pay in decode on a CPU; measured by benchmarks/sharing.py, see benchmarks/README.md.
-MIN_SHARED_TOKENS = 1024  # prefix tokens read by the batch that sharing saves
 
 
 def refusal(call: AttentionCall) -> str | None:
@@ -49,7 +47,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     if call.needs_grad or not on_cpu:
         return _concatenated_sdpa(call), None
     batch = _Batch(call)
-    out, lse = _shared(call, batch) if batch.sharing_pays else _concatenated(call, batch)
+    out, lse = _concatenated(call, batch) if batch.window_hides_prefix(call) else _shared(call, batch)
     if call.sinks is not None:
         with_sink = torch.logaddexp(lse, call.sinks.to(lse.dtype)[None, :, None])
         out, lse = out * torch.exp(lse - with_sink)[..., None], with_sink
@@ -60,63 +58,73 @@ class _Batch:
     """What the host needs to know of a call on a CPU: who reads which prefix, and where each row's keys lie."""
 
     def __init__(self, call: AttentionCall) -> None:
-        ids = tuple(call.task_ids.tolist())
-        self.groups = _groups(ids, tuple(call.prefix.spans))
+        self.readers = _readers(tuple(call.task_ids.tolist()), tuple(call.prefix.spans))
         starts = call.kv_start.tolist() if call.kv_start is not None else [0] * call.batch
         ends = call.kv_len.tolist() if call.kv_len is not None else [call.kv_capacity] * call.batch
         self.first, self.last = min(starts), max(max(ends), min(starts))
         self.aligned = min(ends) == self.last and max(starts) == self.first  # every row has the same own keys
-        longest = max((m for _, m, _ in self.groups), default=0)
-        self.hides_prefix = call.window is not None and longest + self.last > call.window
         self.windowed = call.window is not None and self.last - self.first > call.window
-        saved = sum(m * (len(rows) - 1) for _, m, rows in self.groups)
-        self.sharing_pays = not self.hides_prefix and saved >= MIN_SHARED_TOKENS
+
+    def window_hides_prefix(self, call: AttentionCall) -> bool:
+        """Whether some query may be too far from some prefix token; the shared call has no mask for that."""
+        longest = max((m for _, m, _ in self.readers.groups), default=0)
+        return call.window is not None and longest + self.last > call.window
+
+
+class _Readers(NamedTuple):
+    """Rows with a prefix, sorted by task."""
+
+    groups: list[tuple[int, int, int]]  # (start of the prefix, its length, number of rows), task by task
+    order: Tensor | None  # the rows, task by task; None: all rows of the batch, as they are
+    back: Tensor | None  # where each row of the batch stands in that order; None: as they are, or some have no prefix
 
 
 @lru_cache(maxsize=256)
-def _groups(ids: tuple[int, ...], spans: Spans) -> list[tuple[int, int, Tensor]]:
-    """``(start, length, rows)`` of each task that has a prefix and a row in the batch."""
+def _readers(ids: tuple[int, ...], spans: Spans) -> _Readers:
     rows_of: dict[int, list[int]] = {}
     for row, task in enumerate(ids):
         if task >= 0 and spans[task][1] > 0:
             rows_of.setdefault(task, []).append(row)
-    return [(*spans[task], torch.tensor(rows)) for task, rows in rows_of.items()]
+    groups = [(*spans[task], len(rows)) for task, rows in rows_of.items()]
+    order = [row for rows in rows_of.values() for row in rows]
+    if order == list(range(len(ids))):
+        return _Readers(groups, None, None)
+    back = torch.tensor(order).argsort() if len(order) == len(ids) else None
+    return _Readers(groups, torch.tensor(order), back)
 
 
 def _shared(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
     """One call per task over its prefix, one over all own keys, merged in float32."""
     own_out, own_lse = _own(call, batch)
-    if not batch.groups:
+    groups, order, back = batch.readers
+    if not groups:
         return own_out, own_lse
-    group, q_len, dim = call.group, call.q_len, call.head_dim
-    order = torch.cat([rows for _, _, rows in batch.groups])
-    # [kv_heads, rows * group * q_len, D]: the queries of one kv head, task by task
-    packed = call.q[order].transpose(0, 1).reshape(call.kv_heads, group, len(order), -1, dim)
-    packed = packed.transpose(1, 2).reshape(call.kv_heads, -1, dim)
+    q = call.q if order is None else call.q[order]
+    # [1, kv_heads, rows * group * q_len, D]: the queries of one kv head, task by task
+    per_row = call.group * call.q_len
+    packed = q.reshape(-1, call.kv_heads, per_row, call.head_dim).transpose(0, 1).flatten(1, 2)[None]
     parts, begin = [], 0
-    for start, m, rows in batch.groups:
-        end = begin + len(rows) * group * q_len
+    for start, m, rows in groups:
+        end = begin + rows * per_row
         pk, pv = (x[None, :, start : start + m] for x in (call.prefix.k, call.prefix.v))
-        parts.append(_attend(packed[None, :, begin:end], pk, pv, call.scale))
+        parts.append(_attend(packed[:, :, begin:end], pk, pv, call.scale))
         begin = end
-    outs, lses = (torch.cat(x, dim=2)[0] for x in zip(*parts, strict=True))
-    prefix_out = outs.view(call.kv_heads, len(order), group, q_len, dim).transpose(0, 1).flatten(1, 2)
-    prefix_lse = lses.view(call.kv_heads, len(order), group, q_len).transpose(0, 1).flatten(1, 2)
-    if len(order) < call.batch:
-        out, lse = own_out.to(own_lse.dtype), own_lse.clone()
-        out[order], lse[order] = merge(own_out[order], own_lse[order], prefix_out, prefix_lse)
-        return out, lse
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order))
-    return merge(own_out, own_lse, prefix_out[inverse], prefix_lse[inverse])
+    out, lse = parts[0] if len(parts) == 1 else (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
+    out = out.view(call.kv_heads, -1, per_row, call.head_dim).transpose(0, 1).reshape(q.shape)
+    lse = lse.reshape(call.kv_heads, -1, per_row).transpose(0, 1).reshape(q.shape[:3])
+    if order is None:
+        return _merge(own_out, own_lse, out, lse)
+    if back is not None:
+        return _merge(own_out, own_lse, out[back], lse[back])
+    all_out, all_lse = own_out.to(own_lse.dtype), own_lse.clone()
+    all_out[order], all_lse[order] = _merge(own_out[order], own_lse[order], out, lse)
+    return all_out, all_lse
 
 
-def merge(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
-    """Join attention over two disjoint sets of keys; ``out [..., D]``, ``lse [...]``; the result is in lse's dtype."""
-    lse = torch.logaddexp(lse1, lse2)
-    safe = lse.masked_fill(lse == float("-inf"), 0.0)
-    w1, w2 = torch.exp(lse1 - safe)[..., None], torch.exp(lse2 - safe)[..., None]
-    return w1 * out1 + w2 * out2, lse
+def _merge(own_out: Tensor, own_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Join a row's two parts in lse's dtype; the prefix's lse is finite, since it has at least one visible token."""
+    weight = torch.sigmoid(own_lse - lse)[..., None]  # exp(own) / (exp(own) + exp(prefix))
+    return torch.lerp(out.to(lse.dtype), own_out.to(lse.dtype), weight), torch.logaddexp(own_lse, lse)
 
 
 def _own(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
@@ -134,12 +142,13 @@ def _own(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
 
 def _concatenated(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
     """Copy each row's prefix in front of its keys, then one call."""
-    if not batch.groups:
+    groups = batch.readers.groups
+    if not groups:
         return _own(call, batch)
     pk, pv, m = reference.gather_prefix(call.prefix, call.task_ids)
     k = torch.cat([pk, call.k[:, :, : batch.last]], dim=2)
     v = torch.cat([pv, call.v[:, :, : batch.last]], dim=2)
-    same_prefix = len(batch.groups) == 1 and len(batch.groups[0][2]) == call.batch
+    same_prefix = len(groups) == 1 and groups[0][2] == call.batch
     everything = same_prefix and batch.aligned and batch.first == 0 and call.window is None
     if everything and (call.q_len == 1 or not call.causal):
         return _attend_grouped(call.q, k, v, call.scale)
@@ -187,5 +196,7 @@ def _attend(
         return out, lse
     if out.isnan().any():  # 0 * NaN: something unreadable lies in hidden keys; blank it and look again
         unread = ~mask.any(dim=2)[..., None]
-        out, lse = flash(q, k.masked_fill(unread, 0.0), v.masked_fill(unread, 0.0), 0.0, causal, attn_mask=bias, scale=scale)
+        out, lse = flash(
+            q, k.masked_fill(unread, 0.0), v.masked_fill(unread, 0.0), 0.0, causal, attn_mask=bias, scale=scale
+        )
     return out, lse.masked_fill(~mask.any(dim=3), float("-inf"))  # the operator says 0 for a row that sees nothing

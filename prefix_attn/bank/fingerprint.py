@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefix_attn.bank.geometry import Geometry
+from prefix_attn.bank.geometry import Geometry, setting
 
 SAMPLE = 64
 #: Knuth's multiplicative hash: spreads the sampled elements over rows and columns, whatever the width of a row.
@@ -43,10 +43,10 @@ class Fingerprint:
 
 def config_digest(config: Any, geometry: Geometry) -> str:
     """SHA-256 of the keys above, as sorted JSON without nulls."""
-    facts = {key: getattr(config, key, None) for key in CONFIG_KEYS}
+    facts = {key: setting(config, key) for key in CONFIG_KEYS}
     facts["geometry"] = geometry.to_json()
-    facts["rope"] = _rope(getattr(config, "rope_parameters", None) or {})
-    kinds = getattr(config, "layer_types", None) or []
+    facts["rope"] = _rope(setting(config, "rope_parameters") or {})
+    kinds = setting(config, "layer_types") or []
     facts["layer_types"] = list(kinds) if set(kinds) - {"full_attention"} else None
     facts = {key: value for key, value in facts.items() if value is not None}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefix_attn.bank.geometry import LayerKV
+from prefix_attn.bank.geometry import LayerKV, setting
 from prefix_attn.errors import UnsupportedModel
 
 
@@ -60,8 +60,8 @@ def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:
     except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         raise UnsupportedModel(f"model: {config.model_type} does not run with a plain cache of keys and values "
                                f"({type(error).__name__}: {error})") from error
-    layers = getattr(config, "num_hidden_layers", None)
-    if len(cache.layers) != layers or getattr(config, "num_kv_shared_layers", None):
+    layers = setting(config, "num_hidden_layers")
+    if len(cache.layers) != layers or setting(config, "num_kv_shared_layers"):
         raise UnsupportedModel(f"model: expected {config.model_type} to cache keys and values in each of its {layers} "
                                f"layers, got {len(cache.layers)} cached layers; some share them or keep another state")
     result = []

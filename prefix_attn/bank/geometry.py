@@ -75,10 +75,18 @@ class Geometry:
         return tokens or 0
 
 
+def setting(config: Any, key: str) -> Any:
+    """A value of a config, or None where it has none, or one per layer (transformers then refuses the question)."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:
+        return None
+
+
 def context_limit(config: Any) -> int | None:
     """Positions a model has, from its (text) config; None where nothing limits them, as with ALiBi or T5's bias."""
     for key in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
-        limit = getattr(config, key, None)
+        limit = setting(config, key)
         if isinstance(limit, int) and limit > 0:
             return limit
     return None

@@ -1,5 +1,5 @@
-"""The patch for Hugging Face models; `patch.py` tells how it works."""
+"""The patch for Hugging Face models; `patching.py` tells how it works."""
 
-from prefix_attn.hf.patch import patch, unpatch
+from prefix_attn.hf.patching import patch, unpatch
 
 __all__ = ["patch", "unpatch"]

@@ -45,20 +45,23 @@ def prefix_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """One layer's attention as transformers calls it: ``[batch, heads, len, head_dim]`` to ``[batch, len, heads, D]``."""
+    """One layer's attention as transformers calls it: ``[batch, heads, q_len, D]`` in, ``[batch, q_len, heads, D]`` out."""
     batch: Batch | None = kwargs.pop(KEYWORD, None)
     layer = type(module).__name__
     if batch is None:
-        raise UnsupportedModel(f"{layer}: the model does not pass keywords on to its attention layers, so the prefix "
-                               "cannot reach them; unpatch it and use PEFT's own inference")
+        raise UnsupportedModel(
+            f"{layer}: the model does not pass keywords on to its attention layers, so the prefix "
+            "cannot reach them; unpatch it and use PEFT's own inference"
+        )
     if batch.bank is None or batch.task_ids is None:
         original = _original(module, batch.implementation)
         return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
     _refuse_what_would_be_wrong(layer, module, dropout, kwargs)
     mask = RequestMask.unpack(attention_mask, module, kwargs.get("sliding_window"))
+    index: Any = module.layer_idx
     out = prefix_attention(
-        query, key, value, batch.bank.layer(module.layer_idx), batch.task_ids,
+        query, key, value, batch.bank.layer(index), batch.task_ids,
         kv_start=mask.kv_start, kv_len=mask.kv_len, scale=scaling, window=mask.window,
         softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"),
     )  # fmt: skip
@@ -75,8 +78,10 @@ def _original(module: nn.Module, implementation: str) -> Callable[..., tuple[Ten
 
 def _refuse_what_would_be_wrong(layer: str, module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout:
-        raise UnsupportedModel(f"{layer}: attention dropout {dropout} cannot be applied inside the fused operation; "
-                               "call model.eval(), or set the config's attention dropout to 0 before training")
+        raise UnsupportedModel(
+            f"{layer}: attention dropout {dropout} cannot be applied inside the fused operation; "
+            "call model.eval(), or set the config's attention dropout to 0 before training"
+        )
     if kwargs.get("output_attentions"):
         raise UnsupportedModel(f"{layer}: attention weights are never built; drop output_attentions=True, or unpatch")
     if kwargs.get("position_bias") is not None:
@@ -85,5 +90,3 @@ def _refuse_what_would_be_wrong(layer: str, module: nn.Module, dropout: float, k
         raise UnsupportedModel(f"{layer}: only causal self-attention takes a prefix")
     if getattr(module, "layer_idx", None) is None:
         raise UnsupportedModel(f"{layer}: the layer does not know its index, so its prefix cannot be found")
-
-

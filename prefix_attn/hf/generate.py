@@ -73,11 +73,12 @@ class Generate(_Method):
         if new is None:
             new = max(total - inputs.shape[1], 1) if total is not None else 1
         mask = kwargs.get("attention_mask")
-        padding_known = isinstance(mask, Tensor) and mask.ndim == 2
-        tokens = mask.sum(dim=1).tolist() if padding_known else [inputs.shape[1]] * len(inputs)
+        tokens = [inputs.shape[1]] * len(inputs)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            tokens = mask.sum(dim=1).tolist()
         for row, (task, n) in enumerate(zip(ids.tolist(), tokens, strict=True)):
             m = self.bank.lengths[task] if task >= 0 else 0
-            if m and m + n + new - 1 > limit:  # the last new token is never fed back
+            if m and m + n + new - 1 > limit:  # the last new token is not fed back
                 raise overflow(row, m, n + new - 1, limit)
 
 

@@ -45,13 +45,16 @@ class RequestMask:
         """Read a layer's mask; the window must be the one the layer itself names, where it names one."""
         if mask is None or mask.dtype != torch.int32 or mask.ndim != 4 or mask.shape[-1] not in (2, 3):
             got = "None" if mask is None else f"{mask.dtype} {list(mask.shape)}"
-            raise UnsupportedModel(f"attention_mask: expected the mask prefix_attn builds, got {got}. Pass a 2D padding "
-                                   "mask (1 = token, 0 = padding); custom 4D masks do not say what becomes of the prefix")
+            raise UnsupportedModel(
+                f"attention_mask: expected the mask prefix_attn builds, got {got}. Pass a 2D padding "
+                "mask (1 = token, 0 = padding); custom 4D masks do not say what becomes of the prefix"
+            )
         config: Any = module.config
         window = config.sliding_window if mask.shape[-1] == 3 else None
         if window_of_layer is not None and window_of_layer != window:
-            raise UnsupportedModel(f"{type(module).__name__}: the layer slides over {window_of_layer} tokens, but its mask "
-                                   f"over {window}")
+            raise UnsupportedModel(
+                f"{type(module).__name__}: the layer slides over {window_of_layer} tokens, but its mask over {window}"
+            )
         return cls(mask[:, 0, 0, 0], mask[:, 0, 0, 1], window)
 
 
@@ -70,17 +73,22 @@ def request_mask(
 ) -> Tensor | None:
     """Build the mask for AttentionMaskInterface; without tasks, build what the unpatched model would."""
     if scope.implementation is not None:
-        return ALL_MASK_ATTENTION_FUNCTIONS[scope.implementation](
+        theirs: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[scope.implementation](
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, config=config,
             device=device, **kwargs,
-        )  # type: ignore[no-any-return]  # fmt: skip
+        )  # fmt: skip
+        return theirs
     window = _window(mask_function)
     if window is not None and window != getattr(config, "sliding_window", None):
-        raise UnsupportedModel(f"sliding window: the mask slides over {window} tokens, the config says "
-                               f"{getattr(config, 'sliding_window', None)}")
+        raise UnsupportedModel(
+            f"sliding window: the mask slides over {window} tokens, the config says "
+            f"{getattr(config, 'sliding_window', None)}"
+        )
     end = q_offset + q_length - kv_offset
-    ends = end.to(device).expand(batch_size) if isinstance(end, Tensor) else torch.full((batch_size,), end, device=device)
+    ends = (
+        end.to(device).expand(batch_size) if isinstance(end, Tensor) else torch.full((batch_size,), end, device=device)
+    )
     if attention_mask is None:
         starts = torch.zeros_like(ends)
     else:
@@ -121,8 +129,10 @@ def _first_key(padding: Tensor, kv_offset: int, end: int | Tensor, ends: Tensor,
     Zeros behind the ones belong to queries that are padding themselves, whose outputs mean nothing.
     """
     if isinstance(end, int) and padding.shape[1] < kv_offset + end:
-        raise ShapeError(f"attention_mask: expected at least {kv_offset + end} columns, one for each token seen so far, "
-                         f"got {padding.shape[1]}")
+        raise ShapeError(
+            f"attention_mask: expected at least {kv_offset + end} columns, one for each token seen so far, "
+            f"got {padding.shape[1]}"
+        )
     valid = padding[:, kv_offset:].to(device=ends.device, dtype=torch.int32)
     slot = torch.arange(valid.shape[1], device=ends.device)
     valid = valid * (slot < ends[:, None])
@@ -130,8 +140,10 @@ def _first_key(padding: Tensor, kv_offset: int, end: int | Tensor, ends: Tensor,
     start = torch.where(count > 0, valid.argmax(dim=1), ends)
     last = (valid * (slot + 1)).amax(dim=1)
     whole = ((last - start == count) | (count == 0)).all()
-    message = ("attention_mask: expected each row's tokens side by side (zeros before or after them), got zeros between "
-               "tokens; pad all turns of a conversation on the left")
+    message = (
+        "attention_mask: expected each row's tokens side by side (zeros before or after them), got zeros between "
+        "tokens; pad all turns of a conversation on the left"
+    )
     if torch.compiler.is_compiling() or (ends.is_cuda and q_length == 1):
         torch._assert_async(whole, message)  # no wait for the device in decode
     elif not whole:

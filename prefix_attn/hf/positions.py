@@ -43,8 +43,10 @@ def shifted_positions(
     if position_ids is None:
         position_ids = _default_positions(q_len, past, inputs, attention_mask, model_type)
     if position_ids.ndim != 2:
-        raise UnsupportedModel(f"position_ids: expected [batch, q_len], got {list(position_ids.shape)}; positions with "
-                               "several axes do not say where a prefix stands")
+        raise UnsupportedModel(
+            f"position_ids: expected [batch, q_len], got {list(position_ids.shape)}; positions with "
+            "several axes do not say where a prefix stands"
+        )
     m = prefix_lengths(bank, task_ids).to(position_ids.device)
     shifted = position_ids + m[:, None]
     _check_context(bank, shifted, m, past, q_len)
@@ -55,7 +57,8 @@ def _default_positions(q_len: int, past: Any, inputs: Tensor, attention_mask: An
     if model_type in COUNTED_BY_MASK and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         counted = (attention_mask.cumsum(dim=1) * attention_mask - 1).long()
         return counted[:, -q_len:]
-    return (torch.arange(q_len, device=inputs.device) + past)[None]
+    positions: Tensor = torch.arange(q_len, device=inputs.device) + past
+    return positions[None]
 
 
 def _check_context(bank: PrefixBank, positions: Tensor, m: Tensor, past: Any, q_len: int) -> None:

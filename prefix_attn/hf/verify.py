@@ -32,7 +32,7 @@ def verify_against_replica(model: Any, bank: PrefixBank, hook: Any) -> None:
     tokens = (torch.arange(TOKENS, device=device) * 7 + 3)[None] % model.config.get_text_config().vocab_size
     was_training, was = model.training, hook.implementation
     model.eval()
-    hook.implementation = "eager"
+    hook.implementation = "eager"  # the family's own formula: sdpa leaves out softcaps in some versions
     try:
         with torch.no_grad():
             for name in bank.names:
@@ -41,8 +41,8 @@ def verify_against_replica(model: Any, bank: PrefixBank, hook: Any) -> None:
                 error, largest = float((got - expected).abs().max()), float(expected.abs().max())
                 if not error <= TOLERANCE[got.dtype] * max(largest, 1.0):
                     raise UnsupportedModel(
-                        f"{type(model).__name__}: for task {name!r} the patched logits differ from a replicated prefix by "
-                        f"{error:.1e} (largest logit {largest:.1e}); please report the family"
+                        f"{type(model).__name__}: for task {name!r} the patched logits differ by {error:.1e} from those of a "
+                        f"replicated prefix (largest logit {largest:.1e}); unpatched, and please report the family"
                     )
     finally:
         model.train(was_training)
@@ -50,7 +50,7 @@ def verify_against_replica(model: Any, bank: PrefixBank, hook: Any) -> None:
 
 
 def _with_replica(model: Any, bank: PrefixBank, name: str, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of the family's own formula ("eager": it alone knows every softcap and sink) with the prefix in the cache."""
+    """Logits of the family's own formula with the prefix in the cache."""
     task = int(bank.task_ids([name]))
     cache = DynamicCache(config=model.config)
     m = bank.prefix_len(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ class Pair(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A patched model whose bank was loaded from the adapters PEFT saved, and PEFT with the same adapters."""
     folder: Path = tmp_path_factory.mktemp(request.param)
     peft = PeftOracle(request.param, folder, LENGTHS)
@@ -31,7 +30,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     bank = pa.PrefixBank.for_model(model)
     for name, path in peft.paths.items():
         bank.load(name, path)
-    yield Pair(pa.patch(model, bank, verify=True), peft)
+    return Pair(pa.patch(model, bank, verify=True), peft)
 
 
 def one_row(inputs: dict[str, torch.Tensor], row: int) -> dict[str, torch.Tensor]:

@@ -59,7 +59,9 @@ def test_continuing_a_cache(patched: Any) -> None:
     """Two turns on one cache equal one turn over the whole conversation."""
     first = padded_inputs()
     cache = DynamicCache(config=patched.config)
-    turn = patched.generate(**first, max_new_tokens=3, do_sample=False, task_ids=TASKS, past_key_values=cache, eos_token_id=-1)
+    turn = patched.generate(
+        **first, max_new_tokens=3, do_sample=False, task_ids=TASKS, past_key_values=cache, eos_token_id=-1
+    )
     more = torch.randint(3, 99, (4, 4), generator=torch.Generator().manual_seed(1))
     conversation = {"input_ids": torch.cat([turn, more], dim=1)}
     padding = first["attention_mask"]

@@ -18,7 +18,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -39,8 +39,8 @@ def patch(model: PreTrainedModel, bank: PrefixBank, verify: bool = False) -> Pre
     Args:
         model: a decoder-only transformers model that uses the attention interface; changed in place.
         bank: prefixes made for this model; a model already patched gets this bank instead.
-        verify: before returning, compare the logits of a few tokens, for every task, with a replicated prefix in a plain
-            cache through the model's own attention.
+        verify: before returning, compare each task's logits for a few tokens with those of the family's eager
+            attention over a plain cache that holds the prefix.
 
     Returns:
         The same model. ``task_ids`` is one name, id or None per row, or an integer tensor ``[batch]`` (-1: no prefix).
@@ -112,7 +112,9 @@ class DecoderHook:
         self.bank = bank
         self.implementation = implementation
 
-    def __call__(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def __call__(
+        self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         task_ids = kwargs.pop("task_ids", None)
         if task_ids is _PROBE:
             raise _Wired
@@ -163,15 +165,21 @@ def _refuse(model: Any) -> None:
     if model.config.is_encoder_decoder:
         raise UnsupportedModel(f"{family}: encoder-decoder models are not supported yet")
     if not model._supports_attention_backend:
-        raise UnsupportedModel(f"{family}: the family does not use transformers' attention interface, so its attention "
-                               "cannot be replaced; use PEFT's own inference")
+        raise UnsupportedModel(
+            f"{family}: the family does not use transformers' attention interface, so its attention "
+            "cannot be replaced; use PEFT's own inference"
+        )
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
-        raise UnsupportedModel(f"{family}: the family uses chunked attention, whose chunks do not say which of them a "
-                               "prefix belongs to")
+        raise UnsupportedModel(
+            f"{family}: the family uses chunked attention, whose chunks do not say which of them a prefix belongs to"
+        )
     if not model.can_generate():
-        raise UnsupportedModel(f"{family}: expected a causal language model with generate, such as AutoModelForCausalLM")
-    decoder: nn.Module = model.get_decoder()
-    implementation = decoder.config._attn_implementation
+        raise UnsupportedModel(
+            f"{family}: expected a causal language model with generate, such as AutoModelForCausalLM"
+        )
+    implementation = model.get_decoder().config._attn_implementation
     if implementation != NAME and implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
-        raise UnsupportedModel(f"{family}: attn_implementation={implementation!r} has no mask function; load the model with "
-                               "attn_implementation='sdpa' or 'eager'")
+        raise UnsupportedModel(
+            f"{family}: attn_implementation={implementation!r} has no mask function; load the model with "
+            "attn_implementation='sdpa' or 'eager'"
+        )

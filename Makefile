@@ -1,0 +1,41 @@
+# make demo | test | bench | gpu | fix     everything runs in .venv, which is made on first use
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0  # pinned for development: a bare "torch" may pull gigabytes of CUDA libraries
+
+.PHONY: demo test lint types bench gpu fix clean
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/ready  ## six prefix-tuned tasks, one frozen model, one mixed batch
+	$(BIN)/prefix-attn demo
+
+test: lint types  ## lint, type-check, compile every kernel for four GPUs, run all tests
+	$(BIN)/python -m benchmarks.compile_report --quick --check
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/ready
+	$(BIN)/mypy
+
+bench: $(VENV)/ready  ## mixed-task generation on the CPU, patched against PEFT
+	$(BIN)/python -m benchmarks.generate
+
+gpu:  ## on a machine with an NVIDIA GPU: tests, parity and timings with the torch and Triton it has
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
+
+fix: $(VENV)/ready  ## what a formatter can repair
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
