@@ -8,6 +8,8 @@ through; chunk c takes ``c * per_chunk`` and on, where ``per_chunk`` follows fro
 costs neither a launch nor a merge, and a long one is split like any other keys.
 """
 
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+
 from __future__ import annotations
 
 import math
@@ -18,13 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from prefix_attn.kernels.config import TileConfig, default_config, padded_head_dim, slots
-from prefix_attn.kernels.launch import Operands
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands
 from prefix_attn.kernels.merge import merge_chunks
 from prefix_attn.kernels.primitives import (
     LN_2,
     LOG2_E,
     add_sink,
     attend_tile,
+    cast,
     normalise,
     open_row,
     query_rows,
@@ -142,7 +145,7 @@ def decode_kernel(
             tl.store(lse_ptr + rows_lse, lse * LN_2, mask=mask_m)
         rows_out = (b64 * stride_out_batch + h64 * stride_out_head + i64 * stride_out_seq) * ALIGN  # [BLOCK_M]
         out_ptrs = out_ptr + rows_out[:, None] + offs_d[None, :] * stride_out_dim
-        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_q)
+        tl.store(out_ptrs, cast(out, out_ptr.dtype.element_ty), mask=mask_q)
 
 
 def decode_attention(
@@ -167,16 +170,18 @@ def decode_attention(
         chunks = INVARIANT_CHUNKS
     if chunks is None:
         chunks = choose_chunks(programs, operands.expected_keys, MIN_TILES * config.block_n, slots(operands.q.device))
-    target, target_lse, sinks = out, lse, operands.sinks
-    if chunks > 1:
-        target = out.new_empty((chunks, *operands.q.shape), dtype=torch.float32)
-        target_lse = out.new_empty((chunks, *operands.q.shape[:3]), dtype=torch.float32)
+    split = chunks > 1
+    target, target_lse = out, lse
+    if split:
+        partial = out.new_empty((chunks, *operands.q.shape), dtype=torch.float32)
+        partial_lse = out.new_empty((chunks, *operands.q.shape[:3]), dtype=torch.float32)
+        target, target_lse = partial[0], partial_lse
     decode_kernel[(programs * chunks,)](
-        **operands.arguments(target if chunks == 1 else out, target_lse),
+        **operands.arguments(target, target_lse),
         batch=operands.batch, row_tiles=row_tiles, chunks=chunks,
-        HEAD_DIM=head_dim, SPLIT=chunks > 1, MIN_TILES=MIN_TILES,
+        SPLIT=split, MIN_TILES=MIN_TILES,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=padded_head_dim(head_dim),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
     )  # fmt: skip
-    if chunks > 1:
-        merge_chunks(target, target_lse, out, lse, sinks)
+    if split:
+        merge_chunks(partial, partial_lse, out, lse, operands.sinks)

@@ -6,6 +6,8 @@
 A chunk without keys has lse_c = -inf and out_c unwritten. No chunk with keys and no sink: out 0, lse -inf.
 """
 
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+
 from __future__ import annotations
 
 import triton
@@ -13,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from prefix_attn.kernels.config import padded_head_dim
-from prefix_attn.kernels.primitives import LN_2, LOG2_E, merge_weights, runtime_jit
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS
+from prefix_attn.kernels.primitives import LN_2, LOG2_E, cast, merge_weights, runtime_jit
 
 
 @runtime_jit
@@ -43,7 +46,7 @@ def merge_kernel(
     b64 = (row // q_len // heads).to(tl.int64)
     row_out = b64 * stride_out_batch + head.to(tl.int64) * stride_out_head + (row % q_len).to(tl.int64) * stride_out_seq
     out_ptrs = out_ptr + row_out + offs_d * stride_out_dim
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+    tl.store(out_ptrs, cast(out, out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
     if lse_ptr is not None:
         tl.store(lse_ptr + row, tl.where(total == 0, float("-inf"), top + tl.log2(seen)) * LN_2)
 
@@ -57,5 +60,10 @@ def merge_chunks(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor 
         stride_out_batch=out.stride(0), stride_out_head=out.stride(1), stride_out_seq=out.stride(2),
         stride_out_dim=out.stride(3),
         rows=batch * heads * q_len, heads=heads, q_len=q_len, chunks=chunks,
-        HEAD_DIM=head_dim, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=max(1, min(4, block_c * block_d // 512)),
+        HEAD_DIM=head_dim, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=merge_warps(block_c, block_d), **LAUNCH_OPTIONS,
     )  # fmt: skip
+
+
+def merge_warps(block_c: int, block_d: int) -> int:
+    """Warps for a tile of partials: a few 16-byte loads a thread."""
+    return max(1, min(4, block_c * block_d // 512))

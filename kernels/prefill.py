@@ -9,6 +9,8 @@ and what a window cuts through. Tiles that nobody sees (padding on the left, abo
 are in neither: own tiles are counted from the first visible key, wherever it lies.
 """
 
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+
 from __future__ import annotations
 
 import triton
@@ -16,12 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from prefix_attn.kernels.config import TileConfig, default_config, padded_head_dim
-from prefix_attn.kernels.launch import Operands
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands
 from prefix_attn.kernels.primitives import (
     LN_2,
     LOG2_E,
     add_sink,
     attend_tile,
+    cast,
     normalise,
     open_row,
     query_rows,
@@ -112,7 +115,7 @@ def prefill_kernel(
         tl.store(lse_ptr + (b64 * kv_heads * GROUP + h64) * q_len + i64, lse * LN_2, mask=mask_m)
     rows_out = (b64 * stride_out_batch + h64 * stride_out_head + i64 * stride_out_seq) * ALIGN  # [BLOCK_M]
     out_ptrs = out_ptr + rows_out[:, None] + offs_d[None, :] * stride_out_dim
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_q)
+    tl.store(out_ptrs, cast(out, out_ptr.dtype.element_ty), mask=mask_q)
 
 
 def prefill_attention(operands: Operands, out: Tensor, lse: Tensor | None, config: TileConfig | None = None) -> None:
@@ -122,7 +125,7 @@ def prefill_attention(operands: Operands, out: Tensor, lse: Tensor | None, confi
     row_tiles = triton.cdiv(q_len * group, config.block_m)
     prefill_kernel[(row_tiles * operands.kv_heads * operands.batch,)](
         **operands.arguments(out, lse),
-        row_tiles=row_tiles, HEAD_DIM=head_dim,
+        row_tiles=row_tiles,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=padded_head_dim(head_dim),
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
     )  # fmt: skip

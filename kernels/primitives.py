@@ -7,6 +7,8 @@ A state (acc, row_sum = l, row_max = m) that has seen no key is (0, 0, -inf); it
 Inside the kernels every log-sum-exp is in base 2; only what leaves the package is in nats.
 """
 
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+
 from __future__ import annotations
 
 import inspect
@@ -48,6 +50,17 @@ def dot(a, b, acc=None):
 
 
 @triton.jit
+def cast(x, DTYPE: tl.constexpr):
+    """``x`` (float32) rounded to DTYPE, to nearest even: the interpreter would cut a bfloat16 off instead."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        rounded = (bits >> 16).to(tl.uint16)
+        return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def tanh(x, PRECISE: tl.constexpr):
     """``tanh(x) = sign(x) (1 - e) / (1 + e)`` with ``e = exp(-2 |x|)``, which never overflows.
 
@@ -64,16 +77,21 @@ def tanh(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def load_keys(ptr, stride_seq, stride_dim, offs_n, end, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr,
-              BLOCK_D: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
-    """Rows ``offs_n`` of a ``[seq, HEAD_DIM]`` matrix; zeros from ``end`` on (if MASKED) and beyond HEAD_DIM."""
+def load_keys(ptr, stride_seq, stride_dim, start, end, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr,
+              ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Rows ``start .. start + BLOCK_N`` of a ``[seq, HEAD_DIM]`` matrix; 0 from ``end`` on (if MASKED) and beyond
+    HEAD_DIM.
+
+    Offsets within the tile are 32 bits wide, which saves registers; the backend refuses strides too large for that.
+    """
+    offs_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    rows = offs_n.to(tl.int64) * stride_seq * ALIGN  # [BLOCK_N]
-    ptrs = ptr + rows[:, None] + offs_d[None, :] * stride_dim  # [BLOCK_N, BLOCK_D]
+    ptr += start.to(tl.int64) * stride_seq * ALIGN
+    ptrs = ptr + (offs_n[:, None] * (stride_seq * ALIGN) + offs_d[None, :] * stride_dim)  # [BLOCK_N, BLOCK_D]
     if MASKED and HEAD_DIM < BLOCK_D:
-        return tl.load(ptrs, mask=(offs_n < end)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+        return tl.load(ptrs, mask=(start + offs_n < end)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
     if MASKED:
-        return tl.load(ptrs, mask=(offs_n < end)[:, None], other=0.0)
+        return tl.load(ptrs, mask=(start + offs_n < end)[:, None], other=0.0)
     if HEAD_DIM < BLOCK_D:
         return tl.load(ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
     return tl.load(ptrs)
@@ -89,7 +107,7 @@ def softmax_update(acc, row_sum, row_max, scores, v, scale_log2, MASKED: tl.cons
     weights = tl.exp2(scores * scale_log2 - shift[:, None])  # [BLOCK_M, BLOCK_N]
     decay = tl.exp2(row_max - shift)  # [BLOCK_M]
     row_sum = row_sum * decay + tl.sum(weights, 1)
-    acc = dot(weights.to(v.dtype), v, acc * decay[:, None])
+    acc = dot(cast(weights, v.dtype), v, acc * decay[:, None])
     return acc, row_sum, top
 
 
@@ -116,12 +134,12 @@ def attend_tile(acc, row_sum, row_max, q, query, start, own_end, prefix_end, pre
     stride_v_dim = tl.where(own, own_keys[5], prefix_keys[5])
     end = tl.where(own, own_end, prefix_end)
 
-    offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    k = load_keys(k_ptr, stride_k_seq, stride_k_dim, offs_n, end, MASKED, HEAD_DIM, BLOCK_D, ALIGN)
+    k = load_keys(k_ptr, stride_k_seq, stride_k_dim, start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)
     scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
     if softcap_inner is not None:
         scores = tanh(scores * softcap_inner, q.dtype == tl.float32)
     if MASKED:
+        offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         visible = (offs_n < end)[None, :]  # [1, BLOCK_N], [BLOCK_M, BLOCK_N] below
         if CAUSAL:
             last = tl.where(own, query, NO_LIMIT)  # [BLOCK_M]
@@ -130,7 +148,7 @@ def attend_tile(acc, row_sum, row_max, q, query, start, own_end, prefix_end, pre
             first = query + tl.where(own, 0, prefix_len) - window + 1  # [BLOCK_M]
             visible = visible & (offs_n[None, :] >= first[:, None])
         scores = tl.where(visible, scores, float("-inf"))
-    v = load_keys(v_ptr, stride_v_seq, stride_v_dim, offs_n, end, MASKED, HEAD_DIM, BLOCK_D, ALIGN)
+    v = load_keys(v_ptr, stride_v_seq, stride_v_dim, start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)
     return softmax_update(acc, row_sum, row_max, scores, v, scale_log2, MASKED)
 
 

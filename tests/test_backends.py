@@ -130,7 +130,7 @@ class TestTorch(BackendSuite):
 
         if DEVICE != "cpu":
             pytest.skip("the shared way is the CPU's")
-        monkeypatch.setattr(torch_sdpa._Batch, "window_hides_prefix", lambda *_: True)
+        monkeypatch.setattr(torch_sdpa._Batch, "window_cuts_prefixes", lambda *_: True)
         for case in CASES:
             inputs = make(case)
             exact, eager = oracle(inputs), oracle(inputs, torch.float32)

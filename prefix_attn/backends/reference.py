@@ -31,7 +31,9 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     return out.to(call.q.dtype), lse
 
 
-def by_row(call: AttentionCall, run: Callable[[AttentionCall], tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+def by_row(
+    call: AttentionCall, run: Callable[[AttentionCall], tuple[Tensor, Tensor | None]]
+) -> tuple[Tensor, Tensor | None]:
     """Run each row as a batch of one, cut to the keys it may read: its bits cannot depend on the other rows."""
     outs, lses = zip(*(run(call.row(b)) for b in range(call.batch)), strict=True)
     return torch.cat(outs), None if lses[0] is None else torch.cat(lses)

@@ -3,8 +3,10 @@
 Three ways to the same result:
 
 - **shared**: the queries of all rows of a task are packed into one call over the task's prefix; own keys are another
-  call; the two are merged by their log-sum-exps in float32. For CPU decode, when a prefix has enough readers.
-- **concatenated**: each row gets its own copy of its prefix in front of its keys, then one call.
+  call; the two are merged by their log-sum-exps in float32. On a CPU, where it beats copying even for a single reader
+  (measured: benchmarks/results/cpu/sharing.md).
+- **concatenated**: each row gets its own copy of its prefix in front of its keys, then one masked call. Where a window
+  hides part of a prefix, on other devices, and under autograd.
 - **formula**: `reference`, for what PyTorch's attention cannot express (softcap; gradients of lse or sinks).
 
 The merge of two parts with outputs ``o`` and log-sum-exps ``l`` (nats):
@@ -47,7 +49,12 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     if call.needs_grad or not on_cpu:
         return _concatenated_sdpa(call), None
     batch = _Batch(call)
-    out, lse = _concatenated(call, batch) if batch.window_hides_prefix(call) else _shared(call, batch)
+    if batch.window_hides_prefixes(call):
+        out, lse = _own(call, batch)
+    elif batch.window_cuts_prefixes(call):
+        out, lse = _concatenated(call, batch)
+    else:
+        out, lse = _shared(call, batch)
     if call.sinks is not None:
         with_sink = torch.logaddexp(lse, call.sinks.to(lse.dtype)[None, :, None])
         out, lse = out * torch.exp(lse - with_sink)[..., None], with_sink
@@ -62,10 +69,15 @@ class _Batch:
         starts = call.kv_start.tolist() if call.kv_start is not None else [0] * call.batch
         ends = call.kv_len.tolist() if call.kv_len is not None else [call.kv_capacity] * call.batch
         self.first, self.last = min(starts), max(max(ends), min(starts))
-        self.aligned = min(ends) == self.last and max(starts) == self.first  # every row has the same own keys
+        self.shortest = min(ends)
+        self.aligned = self.shortest == self.last and max(starts) == self.first  # every row has the same own keys
         self.windowed = call.window is not None and self.last - self.first > call.window
 
-    def window_hides_prefix(self, call: AttentionCall) -> bool:
+    def window_hides_prefixes(self, call: AttentionCall) -> bool:
+        """Whether every query has left all of its prefix behind."""
+        return call.window is not None and self.shortest - call.q_len + 1 >= call.window
+
+    def window_cuts_prefixes(self, call: AttentionCall) -> bool:
         """Whether some query may be too far from some prefix token; the shared call has no mask for that."""
         longest = max((m for _, m, _ in self.readers.groups), default=0)
         return call.window is not None and longest + self.last > call.window

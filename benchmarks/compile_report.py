@@ -1,0 +1,299 @@
+"""What the compiler makes of every kernel, without a GPU: registers, spills, shared memory, instructions.
+
+Each kernel is compiled for sm_80, sm_90, sm_100 and gfx942 with the configs that `kernels.config` picks, and the result
+goes to ``benchmarks/results/compile_report.{json,md}``. ``--check`` fails when a default config spills at a head
+dimension up to 128, loses its tensor-core instructions or its pipelined loads, or overflows shared memory.
+
+    python -m benchmarks.compile_report --check
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+RESULTS = Path(__file__).parent / "results"
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "float32": ("fp32", 4)}
+
+#: PTX (for NVIDIA) or assembly (for AMD) that tells which path the compiler took.
+INSTRUCTIONS = {
+    "mma": r"\bmma\.sync|v_mfma_",
+    "wgmma": r"wgmma\.mma_async",
+    "tcgen05": r"tcgen05\.mma",
+    "cp.async": r"cp\.async\.c[ag]\.",
+    "cp.async narrow": r"cp\.async\.ca\.shared\.global[^;]*, 0x[48],",
+    "bulk copy": r"cp\.async\.bulk",
+    "wide load": r"ld\.global[^;]*\.v4\.b32|ld\.global[^;]*\.v2\.b64|global_load_dwordx4|buffer_load_dwordx4",
+    "scalar load": r"ld\.global[^;v]*\.b16 |global_load_ushort|global_load_short|buffer_load_ushort",
+}
+
+#: 32-bit registers and bytes of shared memory of one multiprocessor, and the program's fixed share of the latter.
+REGISTERS, SHARED, RESERVED = 65_536, {"sm_80": 167_936, "sm_90": 233_472, "sm_100": 233_472}, 1024
+
+
+@dataclass(frozen=True)
+class Job:
+    """One compilation. ``options`` are the kernel's optional features that are on."""
+
+    kernel: str
+    target: str
+    head_dim: int
+    dtype: str
+    rows: int = 0
+    group: int = 4
+    options: tuple[str, ...] = ()
+
+
+@dataclass
+class Row:
+    """What came out of one compilation; ``registers`` are VGPRs on AMD, ``spills`` bytes of stack per thread."""
+
+    job: Job
+    config: dict[str, int]
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    blocks: int = 0
+    instructions: dict[str, int] = field(default_factory=dict)
+    error: str = ""
+
+
+def jobs(quick: bool) -> list[Job]:
+    """Every kernel on every target: bfloat16 at all head dimensions, other dtypes and options where they matter."""
+    found = []
+    for target in TARGETS:
+        for head_dim in (64, 128) if quick else (64, 80, 128, 256):
+            found.append(Job("decode", target, head_dim, "bfloat16", rows=4))
+            found.append(Job("prefill", target, head_dim, "bfloat16"))
+        if quick:
+            continue
+        found += [
+            Job("decode", target, 128, "float32", rows=4),
+            Job("prefill", target, 128, "float32"),
+            Job("decode", target, 128, "bfloat16", rows=64),
+            Job("decode", target, 256, "bfloat16", rows=2, group=2, options=("window", "softcap", "sinks")),
+            Job("prefill", target, 128, "bfloat16", options=("window", "kv_start", "kv_len")),
+            Job("merge", target, 128, "bfloat16"),
+        ]
+    if not quick:
+        found += [
+            Job("decode", "sm_90", 128, "float16", rows=4),
+            Job("prefill", "sm_90", 128, "float16"),
+            Job("decode", "sm_90", 128, "bfloat16", rows=1, group=1),
+            Job("decode", "sm_90", 128, "bfloat16", rows=4, options=("split",)),
+            Job("prefill", "sm_90", 256, "bfloat16", group=2, options=("window", "softcap")),
+        ]
+    return found
+
+
+def compile_job(job: Job) -> Row:
+    """Compile one job and read the result."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from prefix_attn.kernels.launch import LAUNCH_OPTIONS
+
+    kernel, config, constants = specialisation(job)
+    signature, attributes = {}, {}
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = argument_type(name, job)
+        if name.endswith("_ptr"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    amd = job.target.startswith("gfx")
+    target = GPUTarget("hip", job.target, 64) if amd else GPUTarget("cuda", int(job.target[3:]), 32)
+    options = {key: config[key] for key in ("num_warps", "num_stages") if key in config} | LAUNCH_OPTIONS
+    row = Row(job, config)
+    try:
+        compiled = triton.compile(source, target=target, options=options)
+    except Exception as e:  # the compiler's own errors, of many types; each is a row of the report
+        row.error = f"{type(e).__name__}: {str(e).splitlines()[0][:120]}"
+        return row
+    text = compiled.asm["amdgcn" if amd else "ptx"]
+    row.instructions = {name: n for name, p in INSTRUCTIONS.items() if (n := len(re.findall(p, text)))}
+    row.shared = compiled.metadata.shared
+    row.registers, row.spills = amd_usage(text) if amd else cuda_usage(compiled.asm["cubin"])
+    row.blocks = resident_blocks(row)
+    return row
+
+
+def specialisation(job: Job) -> tuple[Any, dict[str, int], dict[str, Any]]:
+    """The jitted kernel, its tile config, and the values of its compile-time arguments."""
+    from prefix_attn.kernels import config as configs
+    from prefix_attn.kernels import decode, merge, prefill
+
+    block_d = configs.padded_head_dim(job.head_dim)
+    align = min(16, job.head_dim & -job.head_dim)
+    absent = {"kv_start", "kv_len", "sinks", "window", "softcap", "lse"} - set(job.options)
+    constants: dict[str, Any] = {"HEAD_DIM": job.head_dim, "BLOCK_D": block_d}
+    if job.kernel == "merge":
+        constants |= {"BLOCK_C": 8, "stride_out_dim": 1, "sinks_ptr": None, "lse_ptr": None}
+        return merge.merge_kernel, {"num_warps": merge.merge_warps(8, block_d)}, constants
+    itemsize = TYPES[job.dtype][1]
+    block_m = configs.decode_rows(job.rows) if job.kernel == "decode" else 0
+    config = asdict(configs.heuristic(job.kernel, job.head_dim, itemsize, job.target, block_m))
+    names = {"window": "window", "softcap": "softcap_inner"}
+    constants |= {names.get(name, f"{name}_ptr"): None for name in absent}
+    constants |= {f"stride_{x}_dim": 1 for x in ("q", "k", "v", "prefix_k", "prefix_v", "out")}
+    constants |= {"GROUP": job.group, "ALIGN": align, "CAUSAL": job.kernel == "prefill" or job.rows > job.group}
+    constants |= {"BLOCK_M": config["block_m"], "BLOCK_N": config["block_n"]}
+    if job.kernel == "prefill":
+        return prefill.prefill_kernel, config, constants
+    constants |= {"SPLIT": "split" in job.options, "MIN_TILES": decode.MIN_TILES}
+    if "split" in job.options:
+        del constants["lse_ptr"]
+    return decode.decode_kernel, config, constants
+
+
+def argument_type(name: str, job: Job) -> str:
+    """Triton's name for the type of a run-time argument."""
+    if name in ("scale_log2", "softcap_inner"):
+        return "fp32"
+    if not name.endswith("_ptr"):
+        return "i32"
+    if name in ("task_ids_ptr", "starts_ptr", "lens_ptr", "kv_start_ptr", "kv_len_ptr"):
+        return "*i32"
+    partial = name == "out_ptr" and "split" in job.options
+    if partial or name in ("sinks_ptr", "lse_ptr", "partial_ptr", "partial_lse_ptr"):
+        return "*fp32"
+    return f"*{TYPES[job.dtype][0]}"
+
+
+def cuda_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes per thread, by the cuobjdump that comes with Triton."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [cuobjdump(), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+@cache
+def cuobjdump() -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def amd_usage(text: str) -> tuple[int, int]:
+    """VGPRs and scratch bytes per lane from the metadata of AMD assembly."""
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
+    scratch = re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)
+    assert registers, "the assembly does not say how many registers"
+    assert scratch, "the assembly does not say how much scratch"
+    return int(registers[1]), int(scratch[1])
+
+
+def resident_blocks(row: Row) -> int:
+    """Programs that fit one NVIDIA multiprocessor, by registers, shared memory and threads; 0 for AMD."""
+    if row.job.target not in SHARED:
+        return 0
+    warps = row.config["num_warps"]
+    by_registers = REGISTERS // (-(-row.registers // 8) * 8 * 32 * warps)
+    by_shared = SHARED[row.job.target] // (row.shared + RESERVED)
+    return min(by_registers, by_shared, 64 // warps, 32)
+
+
+def complaints(row: Row) -> list[str]:
+    """Why a row must not be a default."""
+    if row.error:
+        return [row.error]
+    from prefix_attn.kernels.config import SHARED_MEMORY
+
+    job, ins, found = row.job, row.instructions, []
+    if row.shared > SHARED_MEMORY[job.target]:
+        found.append(f"shared memory {row.shared} exceeds {SHARED_MEMORY[job.target]}")
+    if row.spills and job.head_dim <= 128:
+        found.append(f"spills {row.spills} bytes")
+    if job.kernel == "merge" or job.dtype == "float32":
+        return found
+    if not any(ins.get(x) for x in ("mma", "wgmma", "tcgen05")):
+        found.append("no tensor-core instructions")
+    if job.target == "sm_90" and row.config["block_m"] >= 64 and not ins.get("wgmma"):
+        found.append("no wgmma for a tile of 64 rows or more")
+    if job.target.startswith("sm_") and (not ins.get("cp.async") or ins.get("cp.async narrow")):
+        found.append("keys are not loaded by 16-byte cp.async")
+    if ins.get("scalar load"):
+        found.append("scalar loads")
+    return found
+
+
+def markdown(rows: Iterable[Row], version: str) -> str:
+    """The report as a table."""
+    lines = [
+        "# Compile report",
+        "",
+        f"Triton {version}; made by `python -m benchmarks.compile_report`, without a GPU. Spills are bytes of stack "
+        "per thread; blocks are programs resident on one NVIDIA multiprocessor; shared memory is in KiB; instruction "
+        "counts are static.",
+        "",
+        "| kernel | target | D | dtype | options | tile | warps | stages | registers | spills | shared | blocks | "
+        "instructions | complaint |",
+        "|---|---|--:|---|---|---|--:|--:|--:|--:|--:|--:|---|---|",
+    ]
+    for row in rows:
+        job, config = row.job, row.config
+        options = [f"rows {job.rows}"] * (job.rows > 4) + [f"G {job.group}"] * (job.group != 4) + list(job.options)
+        tile = f"{config['block_m']}x{config['block_n']}" if "block_m" in config else ""
+        counts = ", ".join(f"{name} {n}" for name, n in row.instructions.items())
+        lines.append(
+            f"| {job.kernel} | {job.target} | {job.head_dim} | {job.dtype} | {', '.join(options)} | {tile} | "
+            f"{config['num_warps']} | {config.get('num_stages', '')} | {row.registers} | {row.spills} | "
+            f"{row.shared / 1024:.1f} | {row.blocks or ''} | {counts} | {'; '.join(complaints(row))} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    assert __doc__
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="only the default decode and prefill at D = 64 and 128")
+    parser.add_argument("--check", action="store_true", help="fail if a default config is unfit; name it")
+    parser.add_argument("--processes", type=int, default=2, help="compilations at a time")
+    parser.add_argument("--out", type=Path, default=None, help=f"folder of the report; {RESULTS} unless --quick")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        parser.error("TRITON_INTERPRET=1: kernels are interpreted, not compiled; unset it")
+    import triton
+
+    todo = jobs(options.quick)
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        rows = list(tqdm(pool.imap(compile_job, todo), total=len(todo), unit="kernel"))
+    out = options.out or (None if options.quick else RESULTS)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "compile_report.md").write_text(markdown(rows, triton.__version__))
+        record = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
+        (out / "compile_report.json").write_text(json.dumps(record, indent=1) + "\n")
+    unfit = [(row, why) for row in rows if (why := complaints(row))]
+    for row, why in unfit:
+        print(f"{row.job}: {'; '.join(why)}", file=sys.stderr)
+    where = f"; {out}" if out else ""
+    print(f"{len(rows)} kernels compiled by Triton {triton.__version__}, {len(unfit)} unfit{where}")
+    return 1 if options.check and unfit else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

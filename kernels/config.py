@@ -1,0 +1,137 @@
+"""Tile shapes: explicit > tuned file ``configs/<gpu>.json`` > heuristic.
+
+The heuristic knows a GPU by its compiler target (``sm_90``, ``gfx942``): what spills and what fits its shared memory is
+checked without the GPU by benchmarks/compile_report.py. A tuned file knows one GPU by name, and was timed on it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+#: Bytes of shared memory one program may take, by target.
+SHARED_MEMORY = {
+    "sm_80": 166_912, "sm_86": 101_376, "sm_87": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448,
+    "sm_103": 232_448, "sm_120": 101_376, "sm_121": 101_376, "gfx942": 65_536, "gfx950": 163_840,
+}  # fmt: skip
+
+#: Targets with matrix instructions that read shared memory (wgmma, tcgen05), and much of it.
+LARGE_TILES = ("sm_90", "sm_100", "sm_103")
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """BLOCK_M query rows by BLOCK_N keys; warps per program; tiles in flight."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The tile width for a head dimension: the next power of two, at least 16; what lies beyond is masked."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def default_config(kind: str, q: Tensor, rows: int = 0) -> TileConfig:
+    """The tuned or heuristic config for q's device; ``rows`` query rows share the keys (decode only)."""
+    block_m = decode_rows(rows) if kind == "decode" else 0
+    return _config_for(kind, q.shape[3], q.dtype, block_m, q.device)
+
+
+def decode_rows(rows: int) -> int:
+    """Rows of a decode tile: 16 is what the matrix instructions take at least."""
+    return min(64, max(16, 1 << (rows - 1).bit_length()))
+
+
+@cache
+def _config_for(kind: str, head_dim: int, dtype: torch.dtype, block_m: int, device: torch.device) -> TileConfig:
+    name = str(dtype).removeprefix("torch.")
+    tuned = tuned_configs(device).get(f"{kind}/{padded_head_dim(head_dim)}/{name}/{block_m}")
+    return tuned or heuristic(kind, head_dim, dtype.itemsize, target_of(device), block_m)
+
+
+def heuristic(kind: str, head_dim: int, itemsize: int, target: str, block_m: int = 16) -> TileConfig:
+    """A config that neither spills nor overflows shared memory on ``target``; see the compile report."""
+    config = _shape(kind, padded_head_dim(head_dim), itemsize, target, block_m)
+    limit = shared_limit(target)
+    while config.num_stages > 1 and shared_bytes(config, head_dim, itemsize, target) > limit:
+        config = replace(config, num_stages=config.num_stages - 1)
+    while config.block_n > 16 and shared_bytes(config, head_dim, itemsize, target) > limit:
+        config = replace(config, block_n=config.block_n // 2)
+    return config
+
+
+def shared_limit(target: str) -> int:
+    """Bytes of shared memory one program may take; for an unknown target, what every GPU since 2020 has."""
+    return SHARED_MEMORY.get(target, 65_536 if target.startswith("gfx") else 101_376)
+
+
+def shared_bytes(config: TileConfig, head_dim: int, itemsize: int, target: str) -> int:
+    """An upper estimate of a program's shared memory: K and V in flight, and q.
+
+    On AMD GPUs q stays in registers, and so does the stage that is being loaded.
+    """
+    amd = target.startswith("gfx")
+    stages = max(1, config.num_stages - 1) if amd else config.num_stages
+    rows = 2 * stages * config.block_n + (0 if amd else config.block_m)
+    return rows * padded_head_dim(head_dim) * itemsize + 1024
+
+
+def _shape(kind: str, block_d: int, itemsize: int, target: str, block_m: int) -> TileConfig:
+    amd, large = target.startswith("gfx"), target in LARGE_TILES
+    if itemsize == 4:  # full float32 products run on the ordinary cores, where tiles only cost registers
+        if kind == "decode":
+            return TileConfig(min(block_m, 32), 32 if block_d <= 128 else 16, 8, 2)
+        return TileConfig(32, 64, 8, 1) if block_d <= 128 else TileConfig(16, 32, 8, 2)
+    if kind == "decode":
+        # 16 KiB of keys and 16 KiB of values a stage: enough in flight from two programs a multiprocessor. Tiles of
+        # 64 rows get wgmma where there is wgmma; elsewhere they need the registers of half the keys.
+        block_n = min(128, max(32, 8192 // block_d))
+        if block_m == 64 and not large:
+            block_n = min(block_n, 32)
+        return TileConfig(block_m, block_n, 4 if block_m <= 32 or block_d <= 128 else 8, 2 if amd else 3)
+    if amd:
+        return TileConfig(128, 64, 4, 1) if block_d <= 128 else TileConfig(64, 32, 4, 1)
+    if block_d <= 64:
+        return TileConfig(128, 128, 8, 3)
+    if block_d == 128:
+        return TileConfig(128, 64, 8, 3)
+    return TileConfig(128, 32, 8, 3) if large else TileConfig(64, 32, 8, 2)
+
+
+@cache
+def target_of(device: torch.device) -> str:
+    """The compiler target of a device; on a CPU, where kernels are interpreted, that of a small GPU."""
+    if device.type != "cuda":
+        return "sm_80"
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(device).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@cache
+def slots(device: torch.device) -> int:
+    """Programs of a decode kernel that a device runs at once: two per multiprocessor."""
+    if device.type != "cuda":
+        return 8
+    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def tuned_configs(device: torch.device) -> dict[str, TileConfig]:
+    """What ``configs/<gpu>.json`` says: ``{"kind/block_d/dtype/block_m": {"block_m": .., "block_n": .., ...}}``."""
+    if device.type != "cuda":
+        return {}
+    gpu = torch.cuda.get_device_name(device).lower().replace(" ", "_")
+    path = Path(__file__).parent / "configs" / f"{gpu}.json"
+    if not path.is_file():
+        return {}
+    return {key: TileConfig(**value) for key, value in json.loads(path.read_text()).items()}

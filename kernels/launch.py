@@ -1,0 +1,111 @@
+"""From tensors to kernel arguments: strides, alignment, the scale in base 2. What every attention kernel shares."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+LOG2_E = math.log2(math.e)
+
+#: Multiply-add fusion is Triton's default up to 3.9 and no longer from 3.10: said, so that bits do not depend on it.
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """The inputs of one attention call, as in `prefix_attn.types.AttentionCall`.
+
+    q: ``[batch, q_heads, q_len, head_dim]``; k, v: ``[batch, kv_heads, kv_len, head_dim]``; prefix_k, prefix_v:
+    ``[kv_heads, tokens, head_dim]``; starts, lens: int32 ``[tasks]``; task_ids, kv_start, kv_len: int32 ``[batch]``;
+    sinks: ``[q_heads]``. Any strides.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    prefix_k: Tensor
+    prefix_v: Tensor
+    starts: Tensor
+    lens: Tensor
+    task_ids: Tensor
+    kv_start: Tensor | None
+    kv_len: Tensor | None
+    sinks: Tensor | None
+    causal: bool
+    scale: float
+    window: int | None
+    softcap: float | None
+
+    @property
+    def batch(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def q_len(self) -> int:
+        return self.q.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.q.shape[3]
+
+    @property
+    def expected_keys(self) -> int:
+        """Keys of a row as far as shapes tell: the capacity of its own, and a mean prefix."""
+        return self.k.shape[2] + self.prefix_k.shape[1] // max(1, self.lens.shape[0])
+
+    def arguments(self, out: Tensor, lse: Tensor | None) -> dict[str, Any]:
+        """Keyword arguments of a kernel that writes ``out`` (any strides) and ``lse`` (contiguous)."""
+        strides = {
+            "q_batch": self.q.stride(0), "q_head": self.q.stride(1), "q_seq": self.q.stride(2),
+            "k_batch": self.k.stride(0), "k_head": self.k.stride(1), "k_seq": self.k.stride(2),
+            "v_batch": self.v.stride(0), "v_head": self.v.stride(1), "v_seq": self.v.stride(2),
+            "prefix_k_head": self.prefix_k.stride(0), "prefix_k_seq": self.prefix_k.stride(1),
+            "prefix_v_head": self.prefix_v.stride(0), "prefix_v_seq": self.prefix_v.stride(1),
+            "out_batch": out.stride(0), "out_head": out.stride(1), "out_seq": out.stride(2),
+        }  # fmt: skip
+        # In units of `align` elements the compiler sees how wide it may load, for one more variant per alignment only.
+        align = math.gcd(16, *strides.values())
+        scale_log2, softcap_inner = score_scales(self.scale, self.softcap)
+        return {
+            **{f"stride_{axis}": stride // align for axis, stride in strides.items()},
+            "q_ptr": self.q if self.scale >= 0 or self.softcap is not None else -self.q,
+            "k_ptr": self.k, "v_ptr": self.v, "prefix_k_ptr": self.prefix_k, "prefix_v_ptr": self.prefix_v,
+            "out_ptr": out, "lse_ptr": lse, "sinks_ptr": self.sinks,
+            "task_ids_ptr": self.task_ids, "starts_ptr": self.starts.contiguous(), "lens_ptr": self.lens.contiguous(),
+            "kv_start_ptr": self.kv_start, "kv_len_ptr": self.kv_len,
+            "stride_q_dim": self.q.stride(3), "stride_k_dim": self.k.stride(3), "stride_v_dim": self.v.stride(3),
+            "stride_prefix_k_dim": self.prefix_k.stride(2), "stride_prefix_v_dim": self.prefix_v.stride(2),
+            "stride_out_dim": out.stride(3), "stride_task_ids": self.task_ids.stride(0),
+            "stride_kv_start": 0 if self.kv_start is None else self.kv_start.stride(0),
+            "stride_kv_len": 0 if self.kv_len is None else self.kv_len.stride(0),
+            "kv_heads": self.kv_heads, "q_len": self.q_len, "kv_capacity": self.k.shape[2],
+            "num_tasks": self.lens.shape[0],
+            # A window that hides nothing would still be compared with, and may not fit 32 bits.
+            "window": self.window, "scale_log2": scale_log2, "softcap_inner": softcap_inner,
+            "GROUP": self.group, "HEAD_DIM": self.head_dim, "ALIGN": align,
+            # The one query of a row sees all its keys up to its end.
+            "CAUSAL": self.causal and self.q_len > 1,
+        }  # fmt: skip
+
+
+def score_scales(scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """``(scale_log2, softcap_inner)``: base-2 scores are ``scale_log2 * f(q @ k)`` with f the identity or
+    ``tanh(softcap_inner * .)``.
+
+    The kernels take scale_log2 out of the maximum, so it must be positive: the sign of a negative scale goes to q, and
+    0 becomes too small to matter.
+    """
+    if softcap is not None:
+        return softcap * LOG2_E, scale / softcap
+    return max(abs(scale) * LOG2_E, 1e-30), None

@@ -1,0 +1,85 @@
+"""Launches bound by Triton itself, compiled for sm_90 but never run; prints the distinct kernels as JSON.
+
+Run by test_compile.py in a process of its own, where kernels are not interpreted. No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from prefix_attn.kernels import config, decode, merge, prefill
+from prefix_attn.kernels.launch import Operands
+
+
+class Hopper:
+    """A driver that only says what to compile for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiled:
+    """A kernel whose launches stop after compilation."""
+
+    found: dict[str, list[Any]] = {}  # noqa: RUF012
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(**arguments: Any) -> None:
+            kernel = self.kernel.warmup(grid=grid, **arguments)
+            copies = re.findall(r"cp\.async\.c[ag][^;]*, 0x(\w+),", kernel.asm["ptx"])
+            self.found[kernel.hash] = [kernel.name, sorted(set(copies))]
+
+        return launch
+
+
+def operands(batch: int, kv_len: int, q_len: int, head_dim: int = 128, window: int | None = None) -> Operands:
+    def sixteen_bits(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, head_dim, dtype=torch.bfloat16)
+
+    def integers(n: int) -> torch.Tensor:
+        return torch.zeros(n, dtype=torch.int32)
+
+    k, prefix = sixteen_bits(batch, kv_len, 8).transpose(1, 2), sixteen_bits(8, 64)
+    return Operands(
+        q=sixteen_bits(batch, q_len, 32).transpose(1, 2), k=k, v=k, prefix_k=prefix, prefix_v=prefix,
+        starts=integers(3), lens=integers(3), task_ids=integers(batch), kv_start=None, kv_len=integers(batch),
+        sinks=None, causal=True, scale=0.1, window=window, softcap=None,
+    )  # fmt: skip
+
+
+def main() -> None:
+    triton.runtime.driver.set_active(Hopper())
+    config.target_of = lambda device: "sm_90"
+    decode.decode_kernel = Compiled(decode.decode_kernel)
+    merge.merge_kernel = Compiled(merge.merge_kernel)
+    prefill.prefill_kernel = Compiled(prefill.prefill_kernel)
+    for kv_len, batch in ((100, 1), (128, 3), (1, 16), (4097, 2), (16, 1)):
+        call = operands(batch, kv_len, 1)
+        decode.decode_attention(call, torch.empty_like(call.q), None, chunks=1)
+        call = operands(batch, kv_len, 1, window=kv_len)
+        decode.decode_attention(call, torch.empty_like(call.q), None, chunks=3 + kv_len % 2)
+        call = operands(batch, kv_len, 17 + kv_len)
+        prefill.prefill_attention(call, torch.empty_like(call.q), torch.empty(1))
+    for kv_len in (99, 100):
+        call = operands(2, kv_len, 1, head_dim=72)
+        decode.decode_attention(call, torch.empty_like(call.q), None, chunks=1)
+    print(json.dumps(list(Compiled.found.values())))
+
+
+if __name__ == "__main__":
+    main()

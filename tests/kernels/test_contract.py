@@ -1,0 +1,147 @@
+"""What the kernels promise beside the numbers: nothing unread leaks, bad ids poison, bits repeat, opcheck passes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import prefix_attn as pa
+from prefix_attn import ops
+from prefix_attn.backends import triton as backend
+from prefix_attn.checks import checked_call
+from prefix_attn.kernels.decode import INVARIANT_CHUNKS, MAX_CHUNKS, choose_chunks
+from prefix_attn.types import AttentionCall
+from tests.cases import Case, make, poisoned
+from tests.kernels.calls import DEVICE, WAYS, launch, with_tasks
+
+WAY = pytest.mark.parametrize("way", WAYS)
+CASE = Case("contract", q_heads=2, kv_heads=1, q_len=3, kv_len=40, starts=(0, 3, 17, 40), ends=(40, 33, 38, 40))
+
+
+def call(case: Case = CASE, **options: object) -> AttentionCall:
+    inputs = make(case, device=DEVICE)
+    return checked_call(*inputs.args, **(inputs.options | options))
+
+
+@WAY
+@pytest.mark.parametrize("window", [None, 24])
+def test_unread_nan_stays_unread(way: str, window: int | None) -> None:
+    inputs = make(replace(CASE, window=window), device=DEVICE)
+    bad = poisoned(inputs)
+    clean = launch(checked_call(*inputs.args, **inputs.options), way)
+    dirty = launch(checked_call(*bad.args, **bad.options), way)
+    assert torch.equal(clean[0], dirty[0])
+    assert torch.equal(clean[1], dirty[1])
+    assert not clean[0].isnan().any()
+
+
+@WAY
+def test_keys_outside_the_window_may_hold_nan(way: str) -> None:
+    case = Case("window", prefix_lens=(40,), task_ids=(0, 0), q_len=3, kv_len=40, window=9)
+    plain = call(case)
+    first_seen = 40 - 3 - 9 + 1
+    k, v, prefix = plain.k.clone(), plain.v.clone(), plain.prefix
+    k[:, :, :first_seen], v[:, :, :first_seen] = float("nan"), float("nan")
+    nothing = replace(prefix, k=torch.full_like(prefix.k, float("nan")), v=torch.full_like(prefix.v, float("nan")))
+    assert torch.equal(launch(replace(plain, k=k, v=v, prefix=nothing), way)[0], launch(plain, way)[0])
+
+
+@WAY
+@pytest.mark.parametrize("task", [3, -2, 2**31 - 1])
+def test_an_unknown_task_poisons_its_row_only(way: str, task: int) -> None:
+    plain = call()
+    out, lse = launch(with_tasks(plain, [0, task, -1, 2]), way)
+    expected, _ = launch(plain, way)
+    assert out[1].isnan().all()
+    assert lse[1].isnan().all()
+    kept = [0, 3]  # row 2 of the plain call has another id
+    assert torch.equal(out[kept], expected[kept])
+    assert not out[2].isnan().any()
+
+
+@WAY
+def test_a_removed_task_poisons_its_row(way: str) -> None:
+    plain = call()
+    lens = plain.prefix.lens.clone()
+    lens[2] = -1
+    out, _ = launch(with_tasks(plain, [2, 0, -1, 1], lens), way)
+    assert out[0].isnan().all()
+    assert not out[1:].isnan().any()
+
+
+@WAY
+@pytest.mark.parametrize("bound", [{"kv_len": 41}, {"kv_len": -1}, {"kv_start": -1}], ids=str)
+def test_key_bounds_outside_the_keys_poison_their_row(way: str, bound: dict[str, int]) -> None:
+    plain = call()
+    ((name, value),) = bound.items()
+    values = getattr(plain, name).clone()
+    values[1] = value
+    out, _ = launch(replace(plain, **{name: values}), way)
+    assert out[1].isnan().all()
+    assert not out[[0, 2, 3]].isnan().any()
+
+
+@WAY
+def test_bits_repeat(way: str) -> None:
+    plain = call(replace(CASE, sinks=True, softcap=4.0))
+    first, second = launch(plain, way), launch(plain, way)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+@WAY
+def test_strided_tables(way: str) -> None:
+    plain = call()
+    every_other = {name: torch.stack([x, x + 99], 1)[:, 0] for name in ("task_ids", "kv_start", "kv_len")
+                   if (x := getattr(plain, name)) is not None}  # fmt: skip
+    tables = torch.stack([plain.prefix.starts, plain.prefix.lens], 1)
+    strided = replace(plain, **every_other, prefix=replace(plain.prefix, starts=tables[:, 0], lens=tables[:, 1]))
+    assert torch.equal(launch(strided, way)[0], launch(plain, way)[0])
+
+
+@pytest.mark.parametrize("q_len", [1, 20])
+def test_opcheck(q_len: int) -> None:
+    plain = call(Case("opcheck", task_ids=(2, -1), q_len=q_len, kv_len=20, starts=(0, 2), sinks=True, head_dim=16))
+    prefix = plain.prefix
+    for return_lse in (False, True):
+        arguments = (plain.q, plain.k, plain.v, prefix.k, prefix.v, prefix.starts, prefix.lens, plain.task_ids,
+                     plain.kv_start, plain.kv_len, plain.sinks, True, 0.25, 9, 5.0, return_lse, False)  # fmt: skip
+        torch.library.opcheck(torch.ops.prefix_attn.attention.default, arguments)
+
+
+def test_out_has_the_layout_of_q() -> None:
+    plain = call(replace(CASE, strided=True))
+    out, _ = ops.attention(plain)
+    assert out.stride() == plain.q.stride()
+
+
+def test_refusals() -> None:
+    plain = call()
+    assert backend.refusal(plain) is None
+    assert "float64" in str(backend.refusal(replace(plain, q=plain.q.double())))
+    assert "head_dim" in str(backend.refusal(call(replace(CASE, head_dim=8))))
+    assert "backward" in str(backend.refusal(replace(plain, q=plain.q.clone().requires_grad_())))
+    far = torch.empty_strided(plain.k.shape, (0, 0, 2**25, 1), device="meta")
+    assert "stride" in str(backend.refusal(replace(plain, k=far)))
+    inputs = make(CASE, torch.float64, DEVICE)
+    with pytest.raises(pa.BackendUnavailable, match="float64"):
+        pa.prefix_attention(*inputs.args, **inputs.options, backend="triton")
+
+
+def test_chunks_follow_from_shapes() -> None:
+    assert choose_chunks(programs=1000, keys=100_000, least_keys=256, slots=264) <= 2
+    assert choose_chunks(programs=8, keys=200, least_keys=256, slots=264) == 1
+    assert choose_chunks(programs=8, keys=100_000, least_keys=256, slots=264) >= 28
+    assert choose_chunks(programs=1, keys=10**9, least_keys=256, slots=264) <= MAX_CHUNKS
+    assert INVARIANT_CHUNKS <= MAX_CHUNKS
+
+
+def test_registration_needs_no_triton() -> None:
+    code = "import sys, prefix_attn.ops, prefix_attn.backends.triton; assert 'triton' not in sys.modules"
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=root)

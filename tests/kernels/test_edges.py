@@ -1,0 +1,79 @@
+"""Lengths, windows and paddings that fall on, before and after the edges of tiles and chunks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.cases import Case, make
+from tests.kernels.calls import DEVICE, WAYS, check
+
+EDGES = (0, 1, 15, 16, 17, 33)
+WAY = pytest.mark.parametrize("way", WAYS)
+
+
+@WAY
+@pytest.mark.parametrize("kv_len", EDGES)
+def test_own_keys_around_tile_edges(way: str, kv_len: int) -> None:
+    check(make(Case("edge", prefix_lens=(15, 16, 17), task_ids=(0, 1, 2), kv_len=kv_len), device=DEVICE), way)
+
+
+@WAY
+@pytest.mark.parametrize("m", EDGES)
+def test_prefix_around_tile_edges(way: str, m: int) -> None:
+    check(make(Case("edge", prefix_lens=(5, m, 3), task_ids=(1, -1), kv_len=18, q_len=3), device=DEVICE), way)
+
+
+@WAY
+@pytest.mark.parametrize("q_len", [15, 17, 33])
+@pytest.mark.parametrize("group", [1, 3])
+def test_queries_around_tile_edges(way: str, q_len: int, group: int) -> None:
+    case = Case("edge", task_ids=(2, 1), q_heads=group, kv_heads=1, q_len=q_len, kv_len=q_len + 4)
+    check(make(case, device=DEVICE), way)
+
+
+@WAY
+@pytest.mark.parametrize("window", [1, 16, 17, 40, 60])
+def test_windows_around_tile_edges(way: str, window: int) -> None:
+    case = Case("edge", prefix_lens=(20, 33), task_ids=(1, 0, 1), q_heads=2, q_len=18, kv_len=35, window=window,
+                starts=(0, 3, 17))  # fmt: skip
+    check(make(case, device=DEVICE), way)
+
+
+@WAY
+@pytest.mark.parametrize("start", [15, 17, 35])
+def test_left_padding_around_tile_edges(way: str, start: int) -> None:
+    case = Case("edge", task_ids=(2, -1), q_heads=2, q_len=18, kv_len=35, starts=(start, 0))
+    check(make(case, device=DEVICE), way)
+
+
+@WAY
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "window": 20}, {"sinks": True}], ids=str)
+def test_sixteen_bits(way: str, dtype: torch.dtype, options: dict[str, float]) -> None:
+    check(make(replace(Case("sixteen", q_len=9, kv_len=40), **options), dtype, DEVICE), way)
+
+
+@WAY
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_scales_that_are_not_positive(way: str, scale: float, softcap: float | None) -> None:
+    check(make(Case("scale", q_len=4, scale=scale, softcap=softcap, starts=(0, 2, 0, 13)), device=DEVICE), way)
+
+
+@WAY
+def test_head_dims_that_fill_no_tile(way: str) -> None:
+    for head_dim in (17, 24, 72):
+        check(make(Case("head_dim", q_len=2, head_dim=head_dim, task_ids=(2, 0)), device=DEVICE), way)
+
+
+def test_default_tiles() -> None:
+    """The shipped configs, not the small tiles of this file, over several of their tiles."""
+    from prefix_attn.kernels.config import default_config
+
+    case = Case("defaults", prefix_lens=(150, 70), task_ids=(0, 1), q_heads=2, q_len=70, kv_len=200)
+    inputs = make(case, device=DEVICE)
+    for way in WAYS:
+        check(inputs, way, default_config(way.removesuffix("_split"), inputs.q, rows=64))
