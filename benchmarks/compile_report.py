@@ -41,6 +41,11 @@ INSTRUCTIONS = {
     "scalar load": r"ld\.global[^;v]*\.b16 |global_load_ushort|global_load_short|buffer_load_ushort",
 }
 
+#: Arguments that are int32 arrays.
+INTEGER_TABLES = {
+    f"{x}_ptr" for x in ("task_ids", "starts", "lens", "kv_start", "kv_len", "planned", "tasks", "members")
+}
+
 #: 32-bit registers and bytes of shared memory of one multiprocessor, and the program's fixed share of the latter.
 REGISTERS, SHARED, RESERVED = 65_536, {"sm_80": 167_936, "sm_90": 233_472, "sm_100": 233_472}, 1024
 
@@ -79,20 +84,25 @@ def jobs(quick: bool) -> list[Job]:
         for head_dim in (64, 128) if quick else (64, 80, 128, 256):
             found.append(Job("decode", target, head_dim, "bfloat16", rows=4))
             found.append(Job("prefill", target, head_dim, "bfloat16"))
+            found.append(Job("grouped", target, head_dim, "bfloat16", rows=4))
         if quick:
             continue
         found += [
             Job("decode", target, 128, "float32", rows=4),
             Job("prefill", target, 128, "float32"),
+            Job("grouped", target, 128, "float32", rows=4),
             Job("decode", target, 128, "bfloat16", rows=64),
             Job("decode", target, 256, "bfloat16", rows=2, group=2, options=("window", "softcap", "sinks")),
             Job("prefill", target, 128, "bfloat16", options=("window", "kv_start", "kv_len")),
+            Job("grouped", target, 128, "bfloat16", rows=64),
+            Job("grouped", target, 128, "bfloat16", rows=4, options=("window", "softcap", "kv_start", "kv_len")),
             Job("merge", target, 128, "bfloat16"),
         ]
     if not quick:
         found += [
             Job("decode", "sm_90", 128, "float16", rows=4),
             Job("prefill", "sm_90", 128, "float16"),
+            Job("grouped", "sm_90", 128, "float16", rows=4),
             Job("decode", "sm_90", 128, "bfloat16", rows=1, group=1),
             Job("decode", "sm_90", 128, "bfloat16", rows=4, options=("split",)),
             Job("prefill", "sm_90", 256, "bfloat16", group=2, options=("window", "softcap")),
@@ -139,7 +149,7 @@ def compile_job(job: Job) -> Row:
 def specialisation(job: Job) -> tuple[Any, dict[str, int], dict[str, Any]]:
     """The jitted kernel, its tile config, and the values of its compile-time arguments."""
     from prefix_attn.kernels import config as configs
-    from prefix_attn.kernels import decode, merge, prefill
+    from prefix_attn.kernels import decode, grouped, merge, prefill
 
     block_d = configs.padded_head_dim(job.head_dim)
     align = min(16, job.head_dim & -job.head_dim)
@@ -158,7 +168,12 @@ def specialisation(job: Job) -> tuple[Any, dict[str, int], dict[str, Any]]:
     constants |= {"BLOCK_M": config["block_m"], "BLOCK_N": config["block_n"]}
     if job.kernel == "prefill":
         return prefill.prefill_kernel, config, constants
-    constants |= {"SPLIT": "split" in job.options, "MIN_TILES": decode.MIN_TILES}
+    constants["MIN_TILES"] = decode.MIN_TILES
+    if job.kernel == "grouped":
+        constants |= {"BLOCK_P": config["block_m"], "BLOCK_M": configs.decode_rows(job.rows)}
+        present = {parameter.name for parameter in grouped.grouped_kernel.params} - {"lse_ptr"}
+        return grouped.grouped_kernel, config, {name: x for name, x in constants.items() if name in present}
+    constants["SPLIT"] = "split" in job.options
     if "split" in job.options:
         del constants["lse_ptr"]
     return decode.decode_kernel, config, constants
@@ -170,9 +185,9 @@ def argument_type(name: str, job: Job) -> str:
         return "fp32"
     if not name.endswith("_ptr"):
         return "i32"
-    if name in ("task_ids_ptr", "starts_ptr", "lens_ptr", "kv_start_ptr", "kv_len_ptr"):
+    if name in INTEGER_TABLES:
         return "*i32"
-    partial = name == "out_ptr" and "split" in job.options
+    partial = name == "out_ptr" and ("split" in job.options or job.kernel == "grouped")
     if partial or name in ("sinks_ptr", "lse_ptr", "partial_ptr", "partial_lse_ptr"):
         return "*fp32"
     return f"*{TYPES[job.dtype][0]}"

@@ -86,6 +86,8 @@ def shared_bytes(config: TileConfig, head_dim: int, itemsize: int, target: str) 
 
 def _shape(kind: str, block_d: int, itemsize: int, target: str, block_m: int) -> TileConfig:
     amd, large = target.startswith("gfx"), target in LARGE_TILES
+    if kind == "grouped":
+        return _grouped_shape(block_d, itemsize, amd, large)
     if itemsize == 4:  # full float32 products run on the ordinary cores, where tiles only cost registers
         if kind == "decode":
             return TileConfig(min(block_m, 32), 32 if block_d <= 128 else 16, 8, 2)
@@ -104,6 +106,18 @@ def _shape(kind: str, block_d: int, itemsize: int, target: str, block_m: int) ->
     if block_d == 128:
         return TileConfig(128, 64, 8, 3)
     return TileConfig(128, 32, 8, 3) if large else TileConfig(64, 32, 8, 2)
+
+
+def _grouped_shape(block_d: int, itemsize: int, amd: bool, large: bool) -> TileConfig:
+    """Key tiles and warps of both kinds of work items; block_m is the prefix tile's (`prefix_attn.plan.TILE_ROWS`)."""
+    if itemsize == 4:
+        return TileConfig(64, 16, 8, 1)  # with two stages in flight sm_90 spills
+    if block_d > 128:
+        return TileConfig(64, 32, 8, 2 if amd else 3)
+    if amd:
+        return TileConfig(64, 32, 4, 2)
+    # Without wgmma, four warps would spill.
+    return TileConfig(64, 64, 4, 3) if large else TileConfig(64, 32, 8, 3)
 
 
 @cache

@@ -184,4 +184,4 @@ def decode_attention(
         num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
     )  # fmt: skip
     if split:
-        merge_chunks(partial, partial_lse, out, lse, operands.sinks)
+        merge_chunks(partial, partial_lse, out, lse, operands.sinks, group=operands.q.shape[1])

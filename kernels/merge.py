@@ -23,15 +23,16 @@ from prefix_attn.kernels.primitives import LN_2, LOG2_E, cast, merge_weights, ru
 def merge_kernel(
     partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, sinks_ptr,
     stride_out_batch, stride_out_head, stride_out_seq, stride_out_dim,
-    rows, heads, q_len, chunks,
+    rows, batch, heads, group, q_len, chunks,
     HEAD_DIM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``out[b, h, i] = sum_c w_c partial[c, b, h, i] / total``; program = one (b, h, i), all chunks in one tile."""
     row = tl.program_id(0)
     offs_c = tl.arange(0, BLOCK_C)  # [BLOCK_C]
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    rows_c = offs_c.to(tl.int64) * rows + row  # [BLOCK_C]
-    head = row // q_len % heads
+    b, head, i = row // q_len // heads, row // q_len % heads, row % q_len
+    partial_row = ((head // group * batch + b) * group + head % group) * q_len + i
+    rows_c = offs_c.to(tl.int64) * rows + partial_row  # [BLOCK_C]
     sink = None
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
@@ -43,23 +44,28 @@ def merge_kernel(
     seen = tl.where(total == 0, 1.0, total)
     out = tl.sum(partial * weights[:, None], 0) / seen  # [BLOCK_D]
 
-    b64 = (row // q_len // heads).to(tl.int64)
-    row_out = b64 * stride_out_batch + head.to(tl.int64) * stride_out_head + (row % q_len).to(tl.int64) * stride_out_seq
+    row_out = b.to(tl.int64) * stride_out_batch + head.to(tl.int64) * stride_out_head + i.to(tl.int64) * stride_out_seq
     out_ptrs = out_ptr + row_out + offs_d * stride_out_dim
     tl.store(out_ptrs, cast(out, out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
     if lse_ptr is not None:
         tl.store(lse_ptr + row, tl.where(total == 0, float("-inf"), top + tl.log2(seen)) * LN_2)
 
 
-def merge_chunks(partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor | None, sinks: Tensor | None) -> None:
-    """Write out ``[batch, q_heads, q_len, head_dim]`` and lse from float32 partials with a leading chunk axis."""
-    chunks, batch, heads, q_len, head_dim = partial.shape
+def merge_chunks(
+    partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor | None, sinks: Tensor | None, group: int
+) -> None:
+    """Write out ``[batch, q_heads, q_len, head_dim]`` and lse.
+
+    Args:
+        partial, partial_lse: float32, contiguous, ``[chunks, q_heads / group, batch, group, q_len(, head_dim)]``.
+    """
+    chunks, (batch, heads, q_len, head_dim) = partial.shape[0], out.shape
     block_c, block_d = triton.next_power_of_2(chunks), padded_head_dim(head_dim)
     merge_kernel[(batch * heads * q_len,)](
         partial_ptr=partial, partial_lse_ptr=partial_lse, out_ptr=out, lse_ptr=lse, sinks_ptr=sinks,
         stride_out_batch=out.stride(0), stride_out_head=out.stride(1), stride_out_seq=out.stride(2),
         stride_out_dim=out.stride(3),
-        rows=batch * heads * q_len, heads=heads, q_len=q_len, chunks=chunks,
+        rows=batch * heads * q_len, batch=batch, heads=heads, group=group, q_len=q_len, chunks=chunks,
         HEAD_DIM=head_dim, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=merge_warps(block_c, block_d), **LAUNCH_OPTIONS,
     )  # fmt: skip
 

@@ -112,11 +112,38 @@ def softmax_update(acc, row_sum, row_max, scores, v, scale_log2, MASKED: tl.cons
 
 
 @triton.jit
+def attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_log2, softcap_inner,
+                MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
+                BLOCK_D: tl.constexpr):  # fmt: skip
+    """The state after keys ``start .. start + BLOCK_N``; from ``end`` on none is loaded (if MASKED).
+
+    Args:
+        q: ``[BLOCK_M, BLOCK_D]``; first, last: the first and the last key each query sees, ``[BLOCK_M]``, or None where
+            nothing but ``end`` limits them; used if MASKED.
+        keys: ``(k_ptr, v_ptr, stride_k_seq, stride_k_dim, stride_v_seq, stride_v_dim)``.
+    """
+    k = load_keys(keys[0], keys[2], keys[3], start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)
+    scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+    if softcap_inner is not None:
+        scores = tanh(scores * softcap_inner, q.dtype == tl.float32)
+    if MASKED:
+        offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        visible = (offs_n < end)[None, :]  # [1, BLOCK_N], [BLOCK_M, BLOCK_N] below
+        if last is not None:
+            visible = visible & (offs_n[None, :] <= last[:, None])
+        if first is not None:
+            visible = visible & (offs_n[None, :] >= first[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
+    v = load_keys(keys[1], keys[4], keys[5], start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)
+    return softmax_update(acc, row_sum, row_max, scores, v, scale_log2, MASKED)
+
+
+@triton.jit
 def attend_tile(acc, row_sum, row_max, q, query, start, own_end, prefix_end, prefix_len, own, own_keys, prefix_keys,
                 window, scale_log2, softcap_inner,
                 MASKED: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr,
                 BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """The state after keys ``start .. start + BLOCK_N`` of the row's own keys (if ``own``) or of its prefix.
+    """`attend_keys` for a tile of the row's own keys (if ``own``) or of its prefix.
 
     Both kinds of tile run through one loop, told apart by scalars, so that loads of the first own tile are already
     in flight while the last prefix tile is computed; two loops would drain the pipeline in between.
@@ -124,32 +151,21 @@ def attend_tile(acc, row_sum, row_max, q, query, start, own_end, prefix_end, pre
     Args:
         q: ``[BLOCK_M, BLOCK_D]``; query: ``[BLOCK_M]``, ``past + i``; among prefix slots it stands prefix_len further.
         own_end, prefix_end: one past the last key of each kind that may be loaded.
-        own_keys, prefix_keys: ``(k_ptr, v_ptr, stride_k_seq, stride_k_dim, stride_v_seq, stride_v_dim)``.
+        own_keys, prefix_keys: as in `attend_keys`.
     """
-    k_ptr = tl.where(own, own_keys[0], prefix_keys[0])
-    v_ptr = tl.where(own, own_keys[1], prefix_keys[1])
-    stride_k_seq = tl.where(own, own_keys[2], prefix_keys[2])
-    stride_k_dim = tl.where(own, own_keys[3], prefix_keys[3])
-    stride_v_seq = tl.where(own, own_keys[4], prefix_keys[4])
-    stride_v_dim = tl.where(own, own_keys[5], prefix_keys[5])
+    keys = (
+        tl.where(own, own_keys[0], prefix_keys[0]), tl.where(own, own_keys[1], prefix_keys[1]),
+        tl.where(own, own_keys[2], prefix_keys[2]), tl.where(own, own_keys[3], prefix_keys[3]),
+        tl.where(own, own_keys[4], prefix_keys[4]), tl.where(own, own_keys[5], prefix_keys[5]),
+    )  # fmt: skip
     end = tl.where(own, own_end, prefix_end)
-
-    k = load_keys(k_ptr, stride_k_seq, stride_k_dim, start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)
-    scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
-    if softcap_inner is not None:
-        scores = tanh(scores * softcap_inner, q.dtype == tl.float32)
-    if MASKED:
-        offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        visible = (offs_n < end)[None, :]  # [1, BLOCK_N], [BLOCK_M, BLOCK_N] below
-        if CAUSAL:
-            last = tl.where(own, query, NO_LIMIT)  # [BLOCK_M]
-            visible = visible & (offs_n[None, :] <= last[:, None])
-        if window is not None:
-            first = query + tl.where(own, 0, prefix_len) - window + 1  # [BLOCK_M]
-            visible = visible & (offs_n[None, :] >= first[:, None])
-        scores = tl.where(visible, scores, float("-inf"))
-    v = load_keys(v_ptr, stride_v_seq, stride_v_dim, start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)
-    return softmax_update(acc, row_sum, row_max, scores, v, scale_log2, MASKED)
+    first, last = None, None
+    if CAUSAL:
+        last = tl.where(own, query, NO_LIMIT)  # [BLOCK_M]
+    if window is not None:
+        first = query + tl.where(own, 0, prefix_len) - window + 1  # [BLOCK_M]
+    return attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_log2, softcap_inner, MASKED,
+                       HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)  # fmt: skip
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from torch import Tensor
 from prefix_attn import dispatch
 from prefix_attn.checks import checked_call
 from prefix_attn.cost import Explanation
+from prefix_attn.plan import BatchPlan
 from prefix_attn.types import PrefixKV
 
 
@@ -30,6 +31,7 @@ def prefix_attention(
     return_lse: bool = False,
     backend: str = "auto",
     batch_invariant: bool = False,
+    plan: BatchPlan | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend to each row's task prefix, then to the row's own keys.
 
@@ -55,6 +57,9 @@ def prefix_attention(
         return_lse: also return the log-sum-exp of the visible scores.
         backend: ``"auto"``, or a name in ``prefix_attn.dispatch.BACKENDS``; a named backend runs or raises.
         batch_invariant: the bits of a row depend neither on its place in the batch nor on the other rows.
+        plan: ``bank.plan(task_ids)``, to be made once for all layers and steps; without it, each call that needs one
+            works it out anew. A plan made for other ids or for an older state of the bank turns the rows it gets wrong
+            into NaN.
 
     Returns:
         ``[batch, q_heads, q_len, head_dim]`` in q's dtype; with ``return_lse`` also ``[batch, q_heads, q_len]`` in
@@ -70,7 +75,7 @@ def prefix_attention(
     """
     call = checked_call(
         q, k, v, prefix, task_ids, kv_start=kv_start, kv_len=kv_len, causal=causal, scale=scale, window=window,
-        softcap=softcap, sinks=sinks, return_lse=return_lse, batch_invariant=batch_invariant,
+        softcap=softcap, sinks=sinks, return_lse=return_lse, batch_invariant=batch_invariant, plan=plan,
     )  # fmt: skip
     out, lse = dispatch.choose(call, backend).run(call)
     if not return_lse:
@@ -94,7 +99,8 @@ def explain(
     Args: those of `prefix_attention`; ``options`` are its remaining keywords.
 
     Returns:
-        The backend and the reason, bytes and FLOPs that must be spent, and the floor time on the device; print it.
+        The backend and its regime, each with the reason, bytes and FLOPs that must be spent, the floor time on the
+        device and what sharing saves; print it.
         Reads lengths and task ids back from the device.
     """
     call = checked_call(q, k, v, prefix, task_ids, **options)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn.errors import DTypeError, ShapeError, UnknownTask
+from prefix_attn.plan import BatchPlan
 from prefix_attn.types import AttentionCall, PrefixKV
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -31,6 +32,7 @@ def checked_call(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     batch_invariant: bool = False,
+    plan: BatchPlan | None = None,
 ) -> AttentionCall:
     """Check every argument against q and return the call; see `prefix_attention` for the rules."""
     _check_tensors(q, k, v, prefix)
@@ -45,6 +47,11 @@ def checked_call(
         )
     ids = _row_integers("task_ids", task_ids, batch, q.device)
     check_task_ids(ids, prefix)
+    if plan is not None and (plan.task_ids.shape != (batch,) or plan.task_ids.device != q.device):
+        raise ShapeError(
+            f"plan: expected one for [batch] = [{batch}] rows on {q.device}, got {list(plan.task_ids.shape)} on "
+            f"{plan.task_ids.device}; make one per batch (bank.plan(task_ids))"
+        )
     return AttentionCall(
         q=q, k=k, v=v, prefix=prefix, task_ids=ids,
         kv_start=_key_bound("kv_start", kv_start, batch, k),
@@ -52,7 +59,7 @@ def checked_call(
         causal=causal,
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
         window=window, softcap=softcap, sinks=sinks,
-        return_lse=return_lse, batch_invariant=batch_invariant,
+        return_lse=return_lse, batch_invariant=batch_invariant, plan=plan,
     )  # fmt: skip
 
 

@@ -9,11 +9,12 @@ once per task, not once per row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from prefix_attn.dispatch import Choice
+from prefix_attn.dispatch import Choice, regime
+from prefix_attn.regime import Regime
 from prefix_attn.types import AttentionCall
 
 
@@ -63,6 +64,13 @@ class Cost:
         """Microseconds below which the call cannot run on a device with this roof."""
         return 1e6 * max(self.bytes / roof.bytes_per_s, self.flops / roof.flops_per_s)
 
+    def saving(self, roof: Roof | None) -> float:
+        """Predicted speed-up against a replicated prefix, both at their floor; the ratio of bytes without a roof."""
+        if roof is None:
+            return self.bytes_replicated / max(self.bytes, 1)
+        replicated = replace(self, bytes=self.bytes_replicated)
+        return replicated.floor_us(roof) / max(self.floor_us(roof), 1e-9)
+
 
 def visible_own(call: AttentionCall, start: int, end: int) -> int:
     """Query-key pairs a row attends to among its own keys ``start..end`` (the window is not subtracted)."""
@@ -78,24 +86,29 @@ class Explanation:
 
     backend: str
     reason: str
+    regime: Regime | None
     device: str
     cost: Cost
     floor_us: float | None
+    saving: float
 
     @classmethod
     def of(cls, call: AttentionCall, choice: Choice) -> Explanation:
         device = torch.cuda.get_device_name(call.q.device) if call.q.is_cuda else call.q.device.type
         cost, roof = Cost.of(call), ROOFS.get(device)
-        return cls(choice.name, choice.reason, device, cost, cost.floor_us(roof) if roof else None)
+        floor_us = cost.floor_us(roof) if roof else None
+        return cls(choice.name, choice.reason, regime(choice.name, call), device, cost, floor_us, cost.saving(roof))
 
     def __str__(self) -> str:
         c = self.cost
         floor = f"unknown: no roof measured for {self.device}" if self.floor_us is None else f"{self.floor_us:.1f} us"
+        regime = f"regime    {self.regime.name} ({self.regime.reason})\n" if self.regime else ""
         return (
             f"backend   {self.backend} ({self.reason})\n"
+            f"{regime}"
             f"device    {self.device}\n"
-            f"bytes     {c.bytes:,} (a replicated prefix: {c.bytes_replicated:,}, "
-            f"{c.bytes_replicated / max(c.bytes, 1):.2f}x)\n"
+            f"bytes     {c.bytes:,} (a replicated prefix: {c.bytes_replicated:,})\n"
             f"FLOPs     {c.flops:,}\n"
-            f"floor     {floor}"
+            f"floor     {floor}\n"
+            f"saving    {self.saving:.2f}x against a replicated prefix, at the floor of both"
         )

@@ -3,7 +3,9 @@
 A backend is a module with two functions:
 
 - ``refusal(call)``: why it cannot run this call here, or None;
-- ``run(call)``: ``(out, lse)``; lse may be None unless ``call.return_lse``.
+- ``run(call)``: ``(out, lse)``; lse may be None unless ``call.return_lse``;
+
+and one with several ways of running has ``choose_regime(call)``: which it takes, and why.
 
 ``"auto"`` takes the first of `AUTO_ORDER` that does not refuse. A named backend runs or raises.
 """
@@ -17,6 +19,7 @@ from importlib import import_module
 from torch import Tensor
 
 from prefix_attn.errors import BackendUnavailable
+from prefix_attn.regime import Regime
 from prefix_attn.types import AttentionCall
 
 #: Name -> module. Modules are imported when first asked for, so that none is needed to import the package.
@@ -48,6 +51,12 @@ def refusal(name: str, call: AttentionCall) -> str | None:
         return f"it could not be imported ({e})"
     reason: str | None = module.refusal(call)
     return reason
+
+
+def regime(name: str, call: AttentionCall) -> Regime | None:
+    """The way backend ``name`` would run ``call``; None if it has only one."""
+    choose_regime = getattr(import_module(BACKENDS[name]), "choose_regime", None)
+    return None if choose_regime is None else choose_regime(call)
 
 
 def choose(call: AttentionCall, backend: str = "auto") -> Choice:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn.errors import DTypeError, ShapeError
+from prefix_attn.plan import BatchPlan
 
 #: Every prefix starts at a multiple of this many tokens, so that kernels may load it in wide, pipelined pieces.
 ALIGNMENT = 16
@@ -29,12 +30,14 @@ class PrefixKV:
             Tokens outside every task's span are never read.
         starts: int32 ``[tasks]``; multiples of `ALIGNMENT`.
         lens: int32 ``[tasks]``; 0 is an empty prefix, -1 a task that was removed (its id is an error).
+        max_len: tokens of the longest prefix, if the host knows. It only helps to choose the faster way.
     """
 
     k: Tensor
     v: Tensor
     starts: Tensor
     lens: Tensor
+    max_len: int | None = None
 
     @classmethod
     def pack(cls, prefixes: Sequence[tuple[Tensor, Tensor]]) -> PrefixKV:
@@ -68,6 +71,7 @@ class PrefixKV:
             v=torch.cat([t for (_, v), z in zip(prefixes, pad, strict=True) for t in (v, z)], dim=1),
             starts=torch.tensor(starts[:-1], dtype=torch.int32, device=first.device),
             lens=torch.tensor(lens, dtype=torch.int32, device=first.device),
+            max_len=max(lens),
         )
 
     @property
@@ -81,6 +85,11 @@ class PrefixKV:
     @property
     def num_tasks(self) -> int:
         return self.lens.shape[0]
+
+    @property
+    def expected_max_len(self) -> int:
+        """`max_len`, or what the shapes suggest: the mean."""
+        return self.k.shape[1] // max(1, self.num_tasks) if self.max_len is None else self.max_len
 
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
@@ -106,6 +115,7 @@ class AttentionCall:
     sinks: Tensor | None  # [q_heads]
     return_lse: bool
     batch_invariant: bool
+    plan: BatchPlan | None = None  # who shares with whom; a backend that wants to know makes one
 
     @property
     def batch(self) -> int:
@@ -144,7 +154,7 @@ class AttentionCall:
         start, one = min(start, end), slice(b, b + 1)
         return replace(
             self, q=self.q[one].contiguous(), k=self.k[one, :, :end].contiguous(), v=self.v[one, :, :end].contiguous(),
-            task_ids=self.task_ids[one], kv_start=self.task_ids.new_tensor([start]), kv_len=None,
+            task_ids=self.task_ids[one], kv_start=self.task_ids.new_tensor([start]), kv_len=None, plan=None,
         )  # fmt: skip
 
     @property

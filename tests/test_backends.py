@@ -10,6 +10,9 @@ import torch
 import prefix_attn as pa
 from prefix_attn.backends import reference
 from prefix_attn.checks import checked_call
+from prefix_attn.ops import use_decode
+from prefix_attn.regime import Regime
+from prefix_attn.types import AttentionCall
 from tests.cases import CASES, DECODE, PREFILL, Case, Inputs, make, poisoned
 from tests.tolerance import GRADIENT, assert_close
 
@@ -141,3 +144,34 @@ class TestTorch(BackendSuite):
 class TestTriton(BackendSuite):
     name = "triton"
     differentiable = False
+
+
+class TestTritonGrouped(TestTriton):
+    """Every decode call made grouped, which by shapes alone none of the suite's would be."""
+
+    @pytest.fixture(autouse=True)
+    def grouped(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from prefix_attn.backends import triton
+
+        def choose(call: AttentionCall) -> Regime:
+            if not use_decode(call.q_len, call.group) or call.q_len > 8:
+                pytest.skip("more than a handful of queries a row")
+            return Regime("grouped", "forced")
+
+        monkeypatch.setattr(triton, "choose_regime", choose)
+
+    @pytest.mark.parametrize("case", [c for c in CASES if c.name in (
+        "decode", "few_queries", "sinks_nothing_visible", "static_cache_padded", "window_cuts_prefix")],
+        ids=lambda c: c.name)  # fmt: skip
+    def test_a_row_alone_gives_the_same(self, case: Case) -> None:
+        """Fewer cases than elsewhere: the interpreter is slow."""
+        super().test_a_row_alone_gives_the_same(case)
+
+    @pytest.mark.parametrize("case", [DECODE], ids=lambda c: c.name)
+    def test_batch_invariant_bits(self, case: Case) -> None:
+        """Grouping is not for this mode."""
+        from prefix_attn import regime
+
+        inputs = make(case, device=DEVICE)
+        call = checked_call(*inputs.args, **inputs.options, batch_invariant=True)
+        assert regime.choose(call).name == "inline"

@@ -13,16 +13,18 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "prefix_attn"
 
 #: room -> rooms of the package it may import; leaves may import only leaves.
-LEAVES = {"errors", "types", "checks"}
+LEAVES = {"errors", "types", "plan", "checks"}
 MAY_IMPORT = {
     "errors": set(),
-    "types": {"errors"},
-    "checks": {"errors", "types"},
+    "plan": set(),
+    "types": {"errors", "plan"},
+    "checks": {"errors", "types", "plan"},
     "kernels": set(),
     "ops": LEAVES | {"kernels"},
-    "backends": LEAVES | {"ops"},
-    "dispatch": LEAVES | {"backends"},
-    "cost": LEAVES | {"dispatch"},
+    "regime": LEAVES | {"ops"},
+    "backends": LEAVES | {"ops", "regime"},
+    "dispatch": LEAVES | {"backends", "regime"},
+    "cost": LEAVES | {"dispatch", "regime"},
     "attention": LEAVES | {"dispatch", "cost"},
     "bank": LEAVES | {"attention"},
     "hf": LEAVES | {"attention", "bank"},

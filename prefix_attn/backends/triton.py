@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from prefix_attn import ops
+from prefix_attn.plan import BatchPlan
+from prefix_attn.regime import choose as choose_regime
 from prefix_attn.types import AttentionCall
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -43,7 +45,11 @@ def refusal(call: AttentionCall) -> str | None:
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Out, and lse (float32) if ``call.return_lse``."""
-    out, lse = ops.attention(call)
+    tiles = None
+    if choose_regime(call).name == "grouped":
+        plan = call.plan or BatchPlan(call.task_ids, call.prefix.lens)
+        tiles = plan.tiles(call.q_len * call.group)
+    out, lse = ops.attention(call, tiles)
     return out, lse if call.return_lse else None
 
 

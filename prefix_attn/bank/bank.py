@@ -28,6 +28,7 @@ from prefix_attn.bank.peft import read_adapter
 from prefix_attn.bank.storage import Span, Storage
 from prefix_attn.bank.text import text_kv
 from prefix_attn.errors import IncompatiblePrefix, UnknownTask
+from prefix_attn.plan import BatchPlan
 from prefix_attn.types import PrefixKV, align
 
 
@@ -186,7 +187,8 @@ class PrefixBank:
     def layer(self, i: int) -> PrefixKV:
         """Layer i's prefixes, sharing the bank's memory: a snapshot, so ask again after a change of the bank."""
         if not self._layers:
-            self._layers = [PrefixKV(k, v, self._starts, self._lens) for k, v in self._storage.lend()]
+            longest = max(self._lengths, default=0)
+            self._layers = [PrefixKV(k, v, self._starts, self._lens, longest) for k, v in self._storage.lend()]
         return self._layers[i]
 
     def task_ids(self, tasks: Sequence[str | int | None] | Tensor) -> Tensor:
@@ -201,6 +203,15 @@ class PrefixBank:
             DTypeError, ShapeError: not a list or an integer vector.
         """
         return checked_ids(tasks, self._ids, self._lengths, self._base.device)
+
+    def plan(self, tasks: Sequence[str | int | None] | Tensor) -> BatchPlan:
+        """Which rows of a batch share which prefix, for all layers and steps; the ``plan`` of `prefix_attention`.
+
+        Costs nothing until a kernel needs it. Make a new one for other rows, or after a change of the bank.
+
+        Args, Raises: as in `task_ids`.
+        """
+        return BatchPlan(self.task_ids(tasks), self._lens)
 
     def prefix_len(self, name: str) -> int:
         """Tokens of a task's prefix; UnknownTask where there is none."""

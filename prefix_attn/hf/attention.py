@@ -18,6 +18,7 @@ from prefix_attn.attention import prefix_attention
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import UnsupportedModel
 from prefix_attn.hf.masks import RequestMask
+from prefix_attn.plan import BatchPlan
 
 #: Our name in transformers' registries. (It may contain neither "flash" nor "/": transformers reads meaning into both.)
 NAME = "prefix_attn"
@@ -33,6 +34,7 @@ class Batch:
     implementation: str
     bank: PrefixBank | None = None
     task_ids: Tensor | None = None
+    plan: BatchPlan | None = None
 
 
 def prefix_attention_forward(
@@ -63,7 +65,7 @@ def prefix_attention_forward(
     out = prefix_attention(
         query, key, value, batch.bank.layer(index), batch.task_ids,
         kv_start=mask.kv_start, kv_len=mask.kv_len, scale=scaling, window=mask.window,
-        softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"),
+        softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"), plan=batch.plan,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None

@@ -29,6 +29,7 @@ from prefix_attn.hf.generate import Generate, PrepareInputs, checked_for_batch
 from prefix_attn.hf.masks import request_mask, scope
 from prefix_attn.hf.positions import shifted_positions
 from prefix_attn.hf.verify import verify_against_replica
+from prefix_attn.plan import BatchPlan
 
 _ATTRIBUTE = "_prefix_attn"
 
@@ -133,7 +134,8 @@ class DecoderHook:
             self.bank, ids, inputs, kwargs.get("position_ids"), kwargs.get("attention_mask"),
             kwargs.get("past_key_values"), decoder.config.model_type,
         )  # fmt: skip
-        return args, kwargs | {"position_ids": positions, KEYWORD: Batch(self.implementation, self.bank, ids)}
+        batch = Batch(self.implementation, self.bank, ids, BatchPlan(ids, self.bank.lens))
+        return args, kwargs | {"position_ids": positions, KEYWORD: batch}
 
 
 class _Wired(Exception):

@@ -172,6 +172,17 @@ def test_bad_task_ids(bank: PrefixBank, tasks: object, error: type[Exception], w
         bank.task_ids(tasks)  # type: ignore[arg-type]
 
 
+def test_plan(bank: PrefixBank) -> None:
+    bank.add("long", random_kv(bank.geometry, 9))
+    bank.add("empty", random_kv(bank.geometry, 0))
+    tiles = bank.plan(["empty", "long", None, "long"]).tiles(2)
+    assert tiles.planned.tolist() == [-1, 0, -1, 0]
+    assert [x for x in tiles.members[0].tolist() if x >= 0] == [2, 3, 6, 7]
+    assert bank.layer(0).max_len == 9
+    with pytest.raises(UnknownTask):
+        bank.plan(["short"])
+
+
 def test_unknown_names(bank: PrefixBank) -> None:
     bank.add("a", random_kv(bank.geometry, 3))
     for call in (bank.remove, bank.prefix_len):

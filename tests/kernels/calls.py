@@ -11,8 +11,10 @@ from prefix_attn.backends import reference
 from prefix_attn.checks import checked_call
 from prefix_attn.kernels.config import TileConfig
 from prefix_attn.kernels.decode import decode_attention
+from prefix_attn.kernels.grouped import grouped_attention
 from prefix_attn.kernels.launch import Operands
 from prefix_attn.kernels.prefill import prefill_attention
+from prefix_attn.plan import row_tiles
 from prefix_attn.types import AttentionCall, PrefixKV
 from tests.cases import Inputs
 from tests.tolerance import assert_close
@@ -20,8 +22,8 @@ from tests.tolerance import assert_close
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = TileConfig(block_m=16, block_n=16, num_warps=4, num_stages=2)
 
-#: How a call can be launched: the number of key chunks, or None for the prefill kernel.
-WAYS = {"decode": 1, "decode_split": 3, "prefill": None}
+#: How a call can be launched: the number of key chunks; of prefix and own ones; or None for the prefill kernel.
+WAYS = {"decode": 1, "decode_split": 3, "grouped": (2, 2), "prefill": None}
 
 
 def operands(call: AttentionCall) -> Operands:
@@ -38,10 +40,14 @@ def launch(call: AttentionCall, way: str, tile: TileConfig = TILE) -> tuple[Tens
     """Out and lse of one kernel; both start as NaN, so that an element nobody writes shows."""
     out = torch.full_like(call.q, float("nan"))
     lse = torch.full(call.q.shape[:3], float("nan"), device=call.q.device)
-    if WAYS[way] is None:
+    chunks = WAYS[way]
+    if chunks is None:
         prefill_attention(operands(call), out, lse, config=tile)
+    elif isinstance(chunks, tuple):
+        tiles = row_tiles(call.task_ids, call.prefix.lens, call.q_len * call.group, tile.block_m)
+        grouped_attention(operands(call), *tiles, out, lse, max_len=100, config=tile, chunks=chunks)
     else:
-        decode_attention(operands(call), out, lse, config=tile, chunks=WAYS[way])
+        decode_attention(operands(call), out, lse, config=tile, chunks=chunks)
     return out, lse
 
 

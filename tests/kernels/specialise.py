@@ -13,8 +13,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from prefix_attn.kernels import config, decode, merge, prefill
+from prefix_attn.kernels import config, decode, grouped, merge, prefill
 from prefix_attn.kernels.launch import Operands
+from prefix_attn.plan import row_tiles
 
 
 class Hopper:
@@ -47,12 +48,13 @@ class Compiled:
         return launch
 
 
+def integers(n: int) -> torch.Tensor:
+    return torch.zeros(n, dtype=torch.int32)
+
+
 def operands(batch: int, kv_len: int, q_len: int, head_dim: int = 128, window: int | None = None) -> Operands:
     def sixteen_bits(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, head_dim, dtype=torch.bfloat16)
-
-    def integers(n: int) -> torch.Tensor:
-        return torch.zeros(n, dtype=torch.int32)
 
     k, prefix = sixteen_bits(batch, kv_len, 8).transpose(1, 2), sixteen_bits(8, 64)
     return Operands(
@@ -68,6 +70,7 @@ def main() -> None:
     decode.decode_kernel = Compiled(decode.decode_kernel)
     merge.merge_kernel = Compiled(merge.merge_kernel)
     prefill.prefill_kernel = Compiled(prefill.prefill_kernel)
+    grouped.grouped_kernel = Compiled(grouped.grouped_kernel)
     for kv_len, batch in ((100, 1), (128, 3), (1, 16), (4097, 2), (16, 1)):
         call = operands(batch, kv_len, 1)
         decode.decode_attention(call, torch.empty_like(call.q), None, chunks=1)
@@ -75,6 +78,10 @@ def main() -> None:
         decode.decode_attention(call, torch.empty_like(call.q), None, chunks=3 + kv_len % 2)
         call = operands(batch, kv_len, 17 + kv_len)
         prefill.prefill_attention(call, torch.empty_like(call.q), torch.empty(1))
+        call, tiles = operands(batch, kv_len, 1), row_tiles(integers(batch), integers(3) + kv_len, 4)
+        grouped.grouped_attention(
+            call, *tiles, torch.empty_like(call.q), None, max_len=kv_len, chunks=(2, 1 + kv_len % 2)
+        )
     for kv_len in (99, 100):
         call = operands(2, kv_len, 1, head_dim=72)
         decode.decode_attention(call, torch.empty_like(call.q), None, chunks=1)

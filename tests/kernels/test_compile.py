@@ -37,9 +37,11 @@ def test_default_configs_are_fit() -> None:
 
 
 def test_a_new_length_batch_or_window_compiles_nothing_and_loads_stay_wide() -> None:
-    """One variant each of: plain decode, decode with a window in chunks, its merge, prefill, decode at head_dim 72."""
+    """One variant each of: plain decode, decode with a window in chunks, grouped decode, the merge of both, prefill,
+    decode at head_dim 72."""
     kernels = json.loads(run_module("tests.kernels.specialise"))
-    assert sorted(name for name, _ in kernels) == ["decode_kernel"] * 3 + ["merge_kernel", "prefill_kernel"]
+    names = ["decode_kernel"] * 3 + ["grouped_kernel", "merge_kernel", "prefill_kernel"]
+    assert sorted(name for name, _ in kernels) == names
     assert all(widths == ["10"] for name, widths in kernels if name != "merge_kernel"), kernels  # 16 bytes
 
 
@@ -47,7 +49,7 @@ def test_a_new_length_batch_or_window_compiles_nothing_and_loads_stay_wide() -> 
 def test_heuristic_fits_shared_memory(target: str) -> None:
     for head_dim in (16, 64, 72, 96, 128, 256):
         for itemsize in (2, 4):
-            for kind, block_m in (("decode", 16), ("decode", 64), ("prefill", 0)):
+            for kind, block_m in (("decode", 16), ("decode", 64), ("grouped", 0), ("prefill", 0)):
                 config = heuristic(kind, head_dim, itemsize, target, block_m)
                 assert shared_bytes(config, head_dim, itemsize, target) <= shared_limit(target)
                 assert config.block_m >= 16

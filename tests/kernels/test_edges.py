@@ -69,6 +69,21 @@ def test_head_dims_that_fill_no_tile(way: str) -> None:
         check(make(Case("head_dim", q_len=2, head_dim=head_dim, task_ids=(2, 0)), device=DEVICE), way)
 
 
+@pytest.mark.parametrize("count", [15, 16, 17])
+@pytest.mark.parametrize("options", [{}, {"window": 70, "q_len": 2}], ids=str)
+def test_gathered_rows_around_tile_edges(count: int, options: dict[str, int]) -> None:
+    """Rows of two tasks in turn, and one without; with the window each row sees other slots of the prefix."""
+    case = Case("gathered", prefix_lens=(64, 65), task_ids=(1, 0) * count + (-1,), q_heads=1, kv_heads=1, kv_len=9,
+                ends=tuple(3 + b % 7 for b in range(2 * count + 1)))  # fmt: skip
+    check(make(replace(case, **options), device=DEVICE), "grouped")
+
+
+@pytest.mark.parametrize("m", [64, 65, 129])
+def test_prefix_around_chunk_edges(m: int) -> None:
+    """Two chunks take at least four tiles of 16 keys each."""
+    check(make(Case("chunk", prefix_lens=(3, m), task_ids=(1, 0, 1), kv_len=70), device=DEVICE), "grouped")
+
+
 def test_default_tiles() -> None:
     """The shipped configs, not the small tiles of this file, over several of their tiles."""
     from prefix_attn.kernels.config import default_config

@@ -1,0 +1,300 @@
+"""Grouped decode: few queries a row, and a prefix that rows share is read once for a tile of them.
+
+    out = softmax(scale * q @ [pk; k]^T + mask) @ [pv; v]          lse in nats; a query that sees nothing: 0 and -inf
+
+One launch has two kinds of work items, and both write float32 partial results, which merge_kernel joins in the order
+prefix chunks, own chunks:
+
+- prefix item = (tile of query rows gathered by task, kv head, chunk of the task's prefix). The rows of a tile belong to
+  many rows of the batch; they are found by index (prefix_attn/plan.py), nothing is moved. Full tiles of keys take no
+  mask.
+- request item = (row, kv head, tile of query rows, chunk of the row's own keys), as in decode.py without the prefix.
+
+The first kind keeps the tensor cores busy and the second the memory; they alternate in the launch, so that they
+overlap.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prefix_attn.kernels.config import TileConfig, decode_rows, default_config, padded_head_dim, slots
+from prefix_attn.kernels.decode import MAX_CHUNKS, MIN_TILES, choose_chunks
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands
+from prefix_attn.kernels.merge import merge_chunks
+from prefix_attn.kernels.primitives import (
+    attend_keys,
+    normalise,
+    open_row,
+    query_rows,
+    runtime_jit,
+    split_span,
+    visible_span,
+)
+
+
+@triton.jit
+def prefix_item(
+    item, q_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
+    starts_ptr, lens_ptr, kv_len_ptr, tasks_ptr, members_ptr,
+    stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
+    stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
+    stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
+    stride_kv_len, batch, kv_heads, q_len, kv_capacity, num_tasks, tiles, chunks,
+    window, scale_log2, softcap_inner,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, MIN_TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Partial results of one tile of gathered query rows over one chunk of their task's prefix."""
+    # Tiles vary fastest: those of one task lie side by side and read the same keys.
+    tile = item % tiles
+    item = item // tiles
+    kv_head = item % kv_heads
+    chunk = item // kv_heads
+    task = tl.load(tasks_ptr + tile)
+    if task >= 0:
+        known = task < num_tasks
+        prefix_len = tl.maximum(tl.load(lens_ptr + task, mask=known, other=0), 0)
+        # Starts are multiples of 16 (types.ALIGNMENT); a value read from memory has no alignment unless it is told.
+        prefix_start = tl.multiple_of(tl.load(starts_ptr + task, mask=known, other=0), 16).to(tl.int64)
+
+        member_ptrs = members_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M], as all below
+        member = tl.load(member_ptrs)
+        mask_m = member >= 0
+        member = tl.maximum(member, 0)
+        within = member % (q_len * GROUP)
+        offs_i = within % q_len
+        b64, i64 = (member // (q_len * GROUP)).to(tl.int64), offs_i.to(tl.int64)
+        h64 = (kv_head * GROUP + within // q_len).to(tl.int64)
+        offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+        mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
+        rows_q = (b64 * stride_q_batch + h64 * stride_q_head + i64 * stride_q_seq) * ALIGN  # [BLOCK_M]
+        q = tl.load(q_ptr + rows_q[:, None] + offs_d[None, :] * stride_q_dim, mask=mask_q, other=0.0)
+
+        lo, first = tl.full([], 0, tl.int32), None
+        full_lo = lo
+        if window is not None:
+            own_end = tl.zeros([BLOCK_M], tl.int32) + kv_capacity
+            if kv_len_ptr is not None:
+                own_end = tl.load(kv_len_ptr + b64 * stride_kv_len, mask=mask_m, other=0)
+            first = prefix_len + own_end - q_len + offs_i - window + 1  # [BLOCK_M], the first slot a query sees
+            # A row whose kv_len is an error becomes NaN elsewhere; here it must not widen what the others read.
+            sound = mask_m & (own_end >= 0) & (own_end <= kv_capacity)
+            lo = tl.minimum(tl.maximum(tl.min(tl.where(sound, first, prefix_len), 0), 0), prefix_len)
+            full_lo = tl.maximum(tl.max(tl.where(sound, first, 0), 0), 0)
+        left, full, right = split_span(lo, prefix_len, full_lo, prefix_len, BLOCK_N)
+        key_tiles = left + full + right
+        per_chunk = tl.maximum(tl.cdiv(key_tiles, chunks), MIN_TILES)
+        begin = chunk * per_chunk
+        end = tl.minimum(begin + per_chunk, key_tiles)
+        full_begin = tl.maximum(begin, left)
+        skip = tl.maximum(tl.minimum(end, left + full) - full_begin, 0)  # tiles that need no mask
+
+        keys = (
+            prefix_k_ptr + (prefix_start * stride_prefix_k_seq + kv_head.to(tl.int64) * stride_prefix_k_head) * ALIGN,
+            prefix_v_ptr + (prefix_start * stride_prefix_v_seq + kv_head.to(tl.int64) * stride_prefix_v_head) * ALIGN,
+            stride_prefix_k_seq, stride_prefix_k_dim, stride_prefix_v_seq, stride_prefix_v_dim,
+        )  # fmt: skip
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        for n in tl.range(full_begin, full_begin + skip):
+            acc, row_sum, row_max = attend_keys(
+                acc, row_sum, row_max, q, lo + n * BLOCK_N, prefix_len, None, None, keys, scale_log2, softcap_inner,
+                MASKED=False, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
+        for edge in tl.range(begin, end - skip):
+            n = tl.where(edge < full_begin, edge, edge + skip)
+            acc, row_sum, row_max = attend_keys(
+                acc, row_sum, row_max, q, lo + n * BLOCK_N, prefix_len, first, None, keys, scale_log2, softcap_inner,
+                MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
+
+        out, lse = normalise(acc, row_sum, row_max, False)
+        member = tl.load(member_ptrs, volatile=True)  # again, for it would fill registers during the loops
+        rows_lse = (chunk.to(tl.int64) * kv_heads + kv_head) * batch * GROUP * q_len + member  # [BLOCK_M]
+        tl.store(lse_ptr + rows_lse, lse, mask=member >= 0)
+        seen = (member >= 0) & (lse != float("-inf"))  # the merge never reads the out of the others
+        mask_out = seen[:, None] & (offs_d < HEAD_DIM)[None, :]
+        tl.store((out_ptr + rows_lse * HEAD_DIM)[:, None] + offs_d[None, :], out, mask=mask_out)
+
+
+@triton.jit
+def request_item(
+    item, q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
+    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, planned_ptr,
+    stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
+    stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
+    stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
+    stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
+    stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
+    stride_task_ids, stride_kv_start, stride_kv_len,
+    batch, kv_heads, q_len, kv_capacity, num_tasks, row_tiles, prefix_chunks, own_chunks,
+    window, scale_log2, softcap_inner,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, MIN_TILES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Partial results of one tile of a row's query rows over one chunk of its own keys."""
+    b = item % batch
+    item = item // batch
+    kv_head = item % kv_heads
+    item = item // kv_heads
+    row_tile = item % row_tiles
+    chunk = item // row_tiles
+
+    offs_i, offs_h, mask_m = query_rows(row_tile, kv_head, q_len, GROUP, BLOCK_M)  # [BLOCK_M] x 3
+    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
+    b64, i64, h64 = b.to(tl.int64), offs_i.to(tl.int64), offs_h.to(tl.int64)
+    rows_q = (b64 * stride_q_batch + h64 * stride_q_head + i64 * stride_q_seq) * ALIGN  # [BLOCK_M]
+    q = tl.load(q_ptr + rows_q[:, None] + offs_d[None, :] * stride_q_dim, mask=mask_q, other=0.0)  # [BLOCK_M, BLOCK_D]
+
+    keys, _, own_start, own_end, prefix_len, broken = open_row(
+        b, kv_head, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr,
+        task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr,
+        stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
+        stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
+        stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
+        stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
+        stride_task_ids, stride_kv_start, stride_kv_len, kv_capacity, num_tasks, ALIGN)  # fmt: skip
+    # A plan of other ids, or of the bank as it was, has left the row out or given it to another task.
+    planned = tl.load(planned_ptr + b)
+    task = tl.load(task_ids_ptr + b64 * stride_task_ids)
+    broken = broken | ((planned != task) & ((planned >= 0) | (prefix_len > 0)))
+    past = own_end - q_len
+    query = past + offs_i  # [BLOCK_M]
+    lo, hi, _, _ = visible_span(
+        own_start, own_end, past + row_tile * BLOCK_M // GROUP,
+        past + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1), window, CAUSAL)  # fmt: skip
+    first, last = None, None
+    if CAUSAL:
+        last = query
+    if window is not None:
+        first = query - window + 1
+
+    key_tiles = tl.cdiv(hi - lo, BLOCK_N)
+    per_chunk = tl.maximum(tl.cdiv(key_tiles, own_chunks), MIN_TILES)
+    begin = chunk * per_chunk
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for n in tl.range(begin, tl.minimum(begin + per_chunk, key_tiles)):
+        acc, row_sum, row_max = attend_keys(
+            acc, row_sum, row_max, q, lo + n * BLOCK_N, hi, first, last, keys, scale_log2, softcap_inner,
+            MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
+
+    out, lse = normalise(acc, row_sum, row_max, broken)
+    step = batch.to(tl.int64) * kv_heads * GROUP * q_len
+    rows_lse = ((kv_head.to(tl.int64) * batch + b) * GROUP + offs_h % GROUP) * q_len + i64  # [BLOCK_M]
+    if (planned < 0) & (chunk == 0):  # no prefix item writes for this row
+        for c in tl.range(0, prefix_chunks):
+            nothing = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            tl.store(lse_ptr + c * step + rows_lse, nothing, mask=mask_m)
+    rows_lse += (prefix_chunks + chunk) * step
+    tl.store(lse_ptr + rows_lse, lse, mask=mask_m)
+    mask_out = mask_q & (lse != float("-inf"))[:, None]
+    tl.store((out_ptr + rows_lse * HEAD_DIM)[:, None] + offs_d[None, :], out, mask=mask_out)
+
+
+@runtime_jit
+def grouped_kernel(
+    q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
+    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, planned_ptr, tasks_ptr, members_ptr,
+    stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
+    stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
+    stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
+    stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
+    stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
+    stride_task_ids, stride_kv_start, stride_kv_len,
+    batch, kv_heads, q_len, kv_capacity, num_tasks, tiles, row_tiles, prefix_chunks, own_chunks,
+    prefix_items, request_items, window, scale_log2, softcap_inner,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, MIN_TILES: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Normalised ``out[c, b, h, i]`` and base-2 ``lse[c, b, h, i]`` of the prefix chunks, then the own chunks c.
+
+    float32 ``[prefix_chunks + own_chunks, kv_heads, batch, GROUP, q_len(, HEAD_DIM)]``, so that the place of a tile's
+    row follows from ``members`` without a division; lse is -inf for a chunk without keys.
+    """
+    pid = tl.program_id(0)
+    both = 2 * tl.minimum(prefix_items, request_items)
+    on_prefix = tl.where(pid < both, pid % 2 == 0, prefix_items > request_items)
+    item = tl.where(pid < both, pid // 2, pid - both // 2)
+    if on_prefix:
+        prefix_item(
+            item, q_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
+            starts_ptr, lens_ptr, kv_len_ptr, tasks_ptr, members_ptr,
+            stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
+            stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
+            stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
+            stride_kv_len, batch, kv_heads, q_len, kv_capacity, num_tasks, tiles, prefix_chunks,
+            window, scale_log2, softcap_inner,
+            GROUP=GROUP, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, MIN_TILES=MIN_TILES,
+            BLOCK_M=BLOCK_P, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
+    else:
+        request_item(
+            item, q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
+            task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, planned_ptr,
+            stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
+            stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
+            stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
+            stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
+            stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
+            stride_task_ids, stride_kv_start, stride_kv_len,
+            batch, kv_heads, q_len, kv_capacity, num_tasks, row_tiles, prefix_chunks, own_chunks,
+            window, scale_log2, softcap_inner,
+            GROUP=GROUP, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, CAUSAL=CAUSAL, MIN_TILES=MIN_TILES,
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
+
+
+def grouped_attention(
+    operands: Operands,
+    planned: Tensor,
+    tasks: Tensor,
+    members: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    *,
+    max_len: int,
+    config: TileConfig | None = None,
+    chunks: tuple[int, int] | None = None,
+) -> None:
+    """Write out, and lse (float32 ``[batch, q_heads, q_len]``, contiguous) if given.
+
+    Args:
+        planned, tasks, members: who shares with whom, as in `prefix_attn.plan.RowTiles`.
+        max_len: about how long the longest prefix is; only speed depends on it.
+        chunks: of the prefixes and of the own keys; by default they follow from shapes and max_len. Nothing is read
+            back from the device.
+    """
+    batch, q_len, head_dim, kv_heads = operands.batch, operands.q_len, operands.head_dim, operands.kv_heads
+    rows, (tiles, tile_rows) = q_len * operands.group, members.shape
+    config = config or default_config("grouped", operands.q)
+    block_m = decode_rows(rows)
+    row_tiles = triton.cdiv(rows, block_m)
+    if chunks is None:
+        least_keys, at_once = MIN_TILES * config.block_n, slots(operands.q.device)
+        chunks = (
+            choose_chunks(triton.cdiv(batch * rows, tile_rows) * kv_heads, max_len, least_keys, at_once),
+            choose_chunks(batch * kv_heads * row_tiles, operands.k.shape[2], least_keys, at_once),
+        )
+    prefix_chunks, own_chunks = (min(c, MAX_CHUNKS // 2) for c in chunks)
+    shape = (prefix_chunks + own_chunks, kv_heads, batch, operands.group, q_len)
+    partial_lse = out.new_empty(shape, dtype=torch.float32)
+    partial = partial_lse.new_empty((*shape, head_dim))
+    prefix_items = tiles * kv_heads * prefix_chunks
+    request_items = batch * kv_heads * row_tiles * own_chunks
+    arguments = operands.arguments(partial[0, 0], partial_lse)
+    unused = {"sinks_ptr", "stride_out_batch", "stride_out_head", "stride_out_seq", "stride_out_dim"}  # the merge's
+    grouped_kernel[(prefix_items + request_items,)](
+        **{name: value for name, value in arguments.items() if name not in unused},
+        planned_ptr=planned, tasks_ptr=tasks, members_ptr=members,
+        batch=batch, tiles=tiles, row_tiles=row_tiles, prefix_chunks=prefix_chunks, own_chunks=own_chunks,
+        prefix_items=prefix_items, request_items=request_items, MIN_TILES=MIN_TILES,
+        BLOCK_P=tile_rows, BLOCK_M=block_m, BLOCK_N=config.block_n, BLOCK_D=padded_head_dim(head_dim),
+        num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
+    )  # fmt: skip
+    merge_chunks(partial, partial_lse, out, lse, operands.sinks, operands.group)

@@ -1,0 +1,99 @@
+"""Which rows of a batch share which prefix: what grouped decode needs to know, found without asking the host.
+
+A row has ``rows`` query rows per kv head: its q_len queries times the group's heads. The query rows of all batch rows
+of a task, side by side, are cut into tiles of `TILE_ROWS`; every tile attends to its task's prefix once. Shapes are
+those of the worst case, ``ceil(batch * rows / TILE_ROWS) + min(batch, tasks) - 1`` tiles, whatever the ids are: the
+plan needs no synchronisation, and can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Query rows of a tile: the fewest that take the wide matrix instructions (wgmma) of sm_90.
+TILE_ROWS = 64
+
+
+class RowTiles(NamedTuple):
+    """Tiles of query rows, gathered by task.
+
+    Attributes:
+        planned: int32 ``[batch]``; the task in whose tiles a row is; -1 for a row in none (no task, an empty prefix, or
+            an id that is an error).
+        tasks: int32 ``[tiles]``; the task of each tile; -1 for a tile that is not used.
+        members: int32 ``[tiles, tile_rows]``; ``b * rows + r`` for query row r of batch row b; -1 for none.
+    """
+
+    planned: Tensor
+    tasks: Tensor
+    members: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BatchPlan:
+    """Who shares with whom in one batch; `PrefixBank.plan` makes one for all layers and steps.
+
+    Nothing is computed before a kernel asks, and then once. A plan that no longer fits the batch's task ids or the
+    bank shows: rows that it misses become NaN.
+
+    Attributes:
+        task_ids: integer ``[batch]``; -1 for a row without prefix.
+        lens: int32 ``[tasks]``, as in `PrefixKV`.
+    """
+
+    task_ids: Tensor
+    lens: Tensor
+    _tiles: dict[tuple[int, int], RowTiles] = field(default_factory=dict, init=False, repr=False)
+
+    def tiles(self, rows: int, tile_rows: int = TILE_ROWS) -> RowTiles:
+        """The tiles for ``rows`` query rows per batch row and kv head; worked out on the device, at the first call."""
+        key = rows, tile_rows
+        if key in self._tiles:
+            return self._tiles[key]
+        tiles = row_tiles(self.task_ids, self.lens, rows, tile_rows)
+        # What a capture records is not computed yet, and its memory belongs to the graph.
+        if not (self.task_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._tiles[key] = tiles
+        return tiles
+
+
+def most_tiles(batch: int, tasks: int, rows: int, tile_rows: int = TILE_ROWS) -> int:
+    """Tiles that ``batch`` rows of up to ``tasks`` tasks can take; the table's length."""
+    groups = min(batch, tasks)
+    return min(-(-batch * rows // tile_rows) + groups - 1, batch * -(-rows // tile_rows)) if groups else 0
+
+
+def row_tiles(task_ids: Tensor, lens: Tensor, rows: int, tile_rows: int = TILE_ROWS) -> RowTiles:
+    """Gather ``rows`` query rows per batch row by task and cut them into tiles; static shapes only."""
+    batch, tasks, device = task_ids.shape[0], lens.shape[0], task_ids.device
+    count = most_tiles(batch, tasks, rows, tile_rows)
+    if count == 0:
+        nobody = torch.full((batch,), -1, dtype=torch.int32, device=device)
+        return RowTiles(nobody, nobody.new_empty(0), nobody.new_empty((0, tile_rows)))
+    known = (task_ids >= 0) & (task_ids < tasks)
+    has_prefix = known & (lens[torch.where(known, task_ids, 0).long()] > 0)
+    planned = torch.where(has_prefix, task_ids, -1)
+    ids, order = torch.sort(torch.where(has_prefix, task_ids, tasks).long(), stable=True)  # rows without prefix last
+
+    first = torch.searchsorted(ids, ids)  # of each sorted row's task
+    size = torch.searchsorted(ids, ids, right=True) - first
+    rank = torch.arange(batch, device=device) - first
+    # A tile belongs to the row it begins in: tile j of a task where rank * rows <= j * tile_rows < (rank + 1) * rows.
+    opened = (rank * rows + tile_rows - 1) // tile_rows
+    begun = torch.where(ids < tasks, ((rank + 1) * rows + tile_rows - 1) // tile_rows - opened, 0)
+    ends = torch.cumsum(begun, 0)
+    tile = torch.arange(count, device=device)
+    owner = torch.searchsorted(ends, tile, right=True)
+    used, owner = owner < batch, owner.clamp(max=batch - 1)
+    start = (opened[owner] + tile - (ends - begun)[owner]) * tile_rows
+    row = start[:, None] + torch.arange(
+        tile_rows, device=device
+    )  # [tiles, tile_rows], among the query rows of the task
+    place = (first[owner][:, None] + row // rows).clamp(max=batch - 1)
+    inside = used[:, None] & (row < (size[owner] * rows)[:, None])
+    members = torch.where(inside, order[place] * rows + row % rows, -1)
+    return RowTiles(planned.int(), torch.where(used, ids[owner], -1).int(), members.int())

@@ -1,0 +1,71 @@
+"""Which kernels the Triton backend gives a call to, and why; from shapes and host-known lengths, never from the device.
+
+Inline decode reads a prefix once per row, mostly from the L2 cache; grouped decode reads it once per tile of rows, and
+pays with float32 partial results, a second launch and, where nobody made one, a plan. All four are counted in bytes of
+memory traffic, the currency of decode:
+
+    re-read  = batch * m * 2 * kv_heads * D * e                 m: the longest prefix, cut to the window
+    saved    = re-read * (1 - tasks / batch) / L2_SPEED
+    partials = 2 * 4 * D * q_heads * q_len * batch * (1 + ceil(m / CHUNK))          written, then read
+    price    = partials + LAUNCH_BYTES * (1 [+ PLAN_LAUNCHES])
+
+Grouped if saved > price. A bank of at least as many tasks as the batch has rows says nothing about sharing (all rows
+may have one task, or each its own); then grouped only if price <= BET * re-read, so that a lost bet goes unnoticed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prefix_attn.ops import use_decode
+from prefix_attn.types import AttentionCall
+
+#: How much faster re-reads from the L2 cache are than reads from memory. An assumption, to be measured on a GPU.
+L2_SPEED = 1.5
+
+#: What memory could have moved in the 2.5 us a launch takes, at the 4.3e12 B/s of an H200.
+LAUNCH_BYTES = 2.5e-6 * 4.3e12
+
+#: Launches it takes to work out a plan.
+PLAN_LAUNCHES = 40
+
+#: Keys of a prefix chunk where the prefix is long.
+CHUNK = 2048
+
+#: Share of the time of reading every row's prefix that may be lost where sharing is a guess.
+BET = 0.02
+
+
+@dataclass(frozen=True)
+class Regime:
+    """``prefill``, ``inline`` or ``grouped``, and the reason."""
+
+    name: str
+    reason: str
+
+
+def choose(call: AttentionCall) -> Regime:
+    """The regime of a call; costs a few multiplications and no synchronisation."""
+    if not use_decode(call.q_len, call.group):
+        return Regime("prefill", f"{call.q_len} queries a row, {call.q_len * call.group} rows per kv head, fill tiles")
+    if call.batch_invariant:
+        return Regime("inline", "batch_invariant: a row is decoded as if it were alone")
+    longest, tasks, batch = call.prefix.expected_max_len, call.prefix.num_tasks, call.batch
+    if batch < 2 or longest == 0:
+        return Regime("inline", "one row has nobody to share with" if batch < 2 else "no prefix is longer than 0")
+    m = longest if call.window is None else min(longest, call.window)
+    reread = batch * m * 2 * call.kv_heads * call.head_dim * call.q.element_size()
+    partials = 8 * call.head_dim * call.q_heads * call.q_len * batch * (1 + -(-m // CHUNK))
+    price = partials + LAUNCH_BYTES * (1 if call.plan is not None else 1 + PLAN_LAUNCHES)
+    what = f"{batch} rows, {tasks} tasks, prefixes up to {m} tokens"
+    if tasks >= batch:
+        grouped = price <= BET * reread
+        return Regime(
+            "grouped" if grouped else "inline",
+            f"{what}: who shares is unknown, and grouping costs {price / reread:.1%} of reading a prefix per row",
+        )
+    saved = reread * (1 - tasks / batch) / L2_SPEED
+    return Regime(
+        "grouped" if saved > price else "inline",
+        f"{what}: grouping saves about {saved / 1e6:.1f} MB of traffic and costs {price / 1e6:.1f} MB",
+    )

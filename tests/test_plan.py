@@ -1,0 +1,71 @@
+"""The plan: every query row of a row with a prefix is in exactly one tile, of its task, whatever the ids are."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prefix_attn as pa
+from prefix_attn.plan import TILE_ROWS, BatchPlan, RowTiles, most_tiles, row_tiles
+
+
+def check(task_ids: list[int], lens: list[int], rows: int, tile_rows: int) -> RowTiles:
+    ids, lengths = torch.tensor(task_ids, dtype=torch.int32), torch.tensor(lens, dtype=torch.int32)
+    tiles = row_tiles(ids, lengths, rows, tile_rows)
+    shared = [t if 0 <= t < len(lens) and lens[t] > 0 else -1 for t in task_ids]
+    assert tiles.planned.tolist() == shared
+    assert all(x.dtype == torch.int32 and x.is_contiguous() for x in tiles)
+    assert tiles.members.shape == (most_tiles(len(task_ids), len(lens), rows, tile_rows), tile_rows)
+    found: Counter[tuple[int, int]] = Counter()
+    for task, members in zip(tiles.tasks.tolist(), tiles.members.tolist(), strict=True):
+        inside = [x for x in members if x >= 0]
+        assert members == inside + [-1] * (tile_rows - len(inside))
+        assert bool(inside) == (task >= 0)
+        assert all(shared[x // rows] == task for x in inside)
+        found.update(divmod(x, rows) for x in inside)
+    assert found == {(b, r): 1 for b, t in enumerate(shared) if t >= 0 for r in range(rows)}
+    full = -(-torch.bincount(torch.tensor([t for t in shared if t >= 0], dtype=torch.long)) * rows // tile_rows)
+    assert int((tiles.tasks >= 0).sum()) == int(full.sum()), "no more tiles than needed are used"
+    return tiles
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_every_row_is_in_one_tile_of_its_task(data: st.DataObject) -> None:
+    lens = data.draw(st.lists(st.sampled_from([-1, 0, 1, 20, 3000]), max_size=6))
+    ids = st.integers(-2, len(lens) + 1) | st.sampled_from([0, -1])  # removed, unknown and missing tasks among them
+    task_ids = data.draw(st.lists(ids, max_size=150))
+    check(task_ids, lens, data.draw(st.sampled_from([1, 3, 4, 8, 28, 64, 71])), data.draw(st.sampled_from([16, 64])))
+
+
+@pytest.mark.parametrize("count", [63, 64, 65, 400])
+def test_tile_edges(count: int) -> None:
+    check([0] * count, [5], 1, TILE_ROWS)
+    check([1, 0] * count + [-1] * 3, [5, 7, 9], 1, TILE_ROWS)
+
+
+def test_tasks_of_one_row_fill_the_table() -> None:
+    assert (check(list(range(64)), [9] * 64, 4, TILE_ROWS).tasks >= 0).all()
+
+
+def test_rows_of_a_task_keep_their_order() -> None:
+    tiles = check([1, 0, 1, -1, 0], [2, 2], 2, 16)
+    assert [[x for x in m if x >= 0] for m in tiles.members.tolist()] == [[2, 3, 8, 9], [0, 1, 4, 5]]
+
+
+def test_a_plan_is_worked_out_once_per_number_of_rows() -> None:
+    plan = BatchPlan(torch.tensor([0, 0]), torch.tensor([4], dtype=torch.int32))
+    assert plan.tiles(4) is plan.tiles(4)
+    assert plan.tiles(4) is not plan.tiles(8)
+
+
+def test_a_plan_of_another_batch_is_refused() -> None:
+    k = torch.zeros(1, 3, 16)
+    prefix, x = pa.PrefixKV.pack([(k, k)]), torch.zeros(2, 1, 1, 16)
+    plan = BatchPlan(torch.tensor([0]), prefix.lens)
+    with pytest.raises(pa.ShapeError, match="plan"):
+        pa.prefix_attention(x, x, x, prefix, [0, 0], plan=plan)
