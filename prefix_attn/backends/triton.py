@@ -31,12 +31,17 @@ def refusal(call: AttentionCall) -> str | None:
     if (stride := max(s for x in keys for s in x.stride()[-2:])) > MAX_STRIDE:
         return f"keys have a stride of {stride} elements, the kernels take {MAX_STRIDE}; call .contiguous() on k and v"
     if call.q.device.type == "cpu" and not interpreting():
-        return ("the tensors are on the CPU, where Triton only interprets, slowly; set TRITON_INTERPRET=1 before "
-                "Triton is imported to allow that")
+        return (
+            "the tensors are on the CPU, where Triton only interprets, slowly; set TRITON_INTERPRET=1 before "
+            "Triton is imported to allow that"
+        )
     if call.q.device.type not in ("cuda", "cpu"):
         return f"the kernels run on NVIDIA and AMD GPUs, not on {call.q.device.type!r}"
-    if (call.q.device.type == "cuda" and torch.version.hip is None
-            and torch.cuda.get_device_capability(call.q.device) < MIN_CAPABILITY):
+    if (
+        call.q.device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(call.q.device) < MIN_CAPABILITY
+    ):
         return f"Triton needs an NVIDIA GPU of compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or later"
     return triton_missing()
 
