@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ MIN_CAPABILITY = (8, 0)
 
 #: Elements between two keys, or two elements of one, that 32-bit offsets within a tile of 128 keys can bridge.
 MAX_STRIDE = 2**22
+
+#: Why the kernels cannot be imported, or None. (Triton itself is imported by the operator's first call.)
+TRITON_MISSING = "Triton is not installed; install prefix-attn[triton]" if find_spec("triton") is None else None
 
 
 def refusal(call: AttentionCall) -> str | None:
@@ -43,7 +46,7 @@ def refusal(call: AttentionCall) -> str | None:
         and torch.cuda.get_device_capability(call.q.device) < MIN_CAPABILITY
     ):
         return f"Triton needs an NVIDIA GPU of compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or later"
-    return triton_missing()
+    return TRITON_MISSING
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -55,13 +58,3 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 def interpreting() -> bool:
     """Whether Triton kernels of this process run in the interpreter."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-
-
-@cache
-def triton_missing() -> str | None:
-    """Why Triton cannot be imported, or None."""
-    try:
-        import triton  # noqa: F401
-    except ImportError as e:
-        return f"Triton cannot be imported ({e}); install prefix-attn[triton]"
-    return None

@@ -18,7 +18,7 @@ Run = Callable[..., Result]
 
 @pytest.fixture(autouse=True)
 def _on_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU commands run on PyTorch, as they do for users; Triton's interpreter has its own tests."""
+    """Commands run as they do for users, outside of Triton's interpreter."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
