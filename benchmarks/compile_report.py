@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")

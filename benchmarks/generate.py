@@ -11,14 +11,10 @@ Decode time is ``t(new tokens) - t(1 token)``, so that prompt reading is not cou
 from __future__ import annotations
 
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +26,7 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import prefix_attn as pa
+from benchmarks.record import Environment, package_version
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "generate.jsonl"
 VOCABULARY, EOS = 50257, 50256
@@ -71,11 +68,11 @@ def main(
         for m in lengths:
             results += measure(model, rows, tasks, m, prompt, new, repeats, progress.update)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    machine = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "commit": commit(), "device": f"cpu, {threads} threads",
-               "machine": platform.machine(), "model": "GPT-2-sized, random weights, float32",
-               "versions": {name: version(name) for name in ("torch", "transformers", "peft")}}  # fmt: skip
+    run = asdict(Environment.read(torch.device("cpu"))) | {
+        "threads": threads, "peft_version": package_version("peft"), "model": "GPT-2-sized, random weights, float32",
+    }  # fmt: skip
     with RESULTS.open("a") as file:
-        file.writelines(json.dumps(asdict(row) | machine) + "\n" for row in results)
+        file.writelines(json.dumps(asdict(row) | run) + "\n" for row in results)
     show(results)
 
 
@@ -102,7 +99,9 @@ def measure(
     peft_model = with_peft(model, prefixes)
 
     def patched(n: int) -> torch.Tensor:
-        return pa.patch(model, bank).generate(ids, attention_mask=torch.ones_like(ids), task_ids=task_of, **exactly(n))
+        pa.patch(model, bank)
+        out: torch.Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), task_ids=task_of, **exactly(n))
+        return out
 
     def peft(n: int) -> torch.Tensor:
         pa.unpatch(model)
@@ -126,7 +125,9 @@ def measure(
                     seconds[name, n].append(time.perf_counter() - begin)
                 step()
     pa.unpatch(model)
-    peft_bytes = max(len(g) for g in grouped.values()) * bank.memory_usage.total // tasks  # one group's copies at a time
+    peft_bytes = (
+        max(len(g) for g in grouped.values()) * bank.memory_usage.total // tasks
+    )  # one group's copies at a time
     held = {"prefix_attn": bank.memory_usage.total, "peft, grouped by task": bank.memory_usage.total + peft_bytes}
     out = []
     for name in providers:
@@ -159,14 +160,6 @@ def with_peft(model: Any, prefixes: dict[str, torch.Tensor]) -> Any:
             wrapped.prompt_encoder[name].embedding.weight.copy_(key_values.permute(3, 0, 1, 2, 4).reshape(m, -1))
         wrapped.peft_config[name].inference_mode = True
     return wrapped.eval()
-
-
-def commit() -> str:
-    """The commit measured, with a mark if files differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
-    return (head.stdout.strip() + ("+changes" if dirty.stdout else "")) if head.returncode == 0 else "unknown"
 
 
 def show(results: list[Row]) -> None:

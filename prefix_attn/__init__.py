@@ -1,8 +1,8 @@
 """Fast prefix tuning: attention over a shared bank of per-task prefixes, and a patch for Hugging Face models."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from prefix_attn.attention import explain, prefix_attention
 from prefix_attn.errors import (
     BackendUnavailable,
     ContextOverflow,
@@ -13,12 +13,14 @@ from prefix_attn.errors import (
     UnknownTask,
     UnsupportedModel,
 )
-from prefix_attn.types import PrefixKV
 
 if TYPE_CHECKING:
+    from prefix_attn.attention import explain as explain
+    from prefix_attn.attention import prefix_attention as prefix_attention
     from prefix_attn.bank import PrefixBank as PrefixBank
     from prefix_attn.hf import patch as patch
     from prefix_attn.hf import unpatch as unpatch
+    from prefix_attn.types import PrefixKV as PrefixKV
 
 __version__ = "0.1.0"
 
@@ -39,13 +41,22 @@ __all__ = [
     "unpatch",
 ]
 
-_LAZY = {"PrefixBank": "prefix_attn.bank", "patch": "prefix_attn.hf", "unpatch": "prefix_attn.hf"}
+#: What needs torch or transformers, and where it lives: imported when first asked for, so that importing costs nothing.
+_LAZY = {
+    "PrefixBank": "prefix_attn.bank",
+    "PrefixKV": "prefix_attn.types",
+    "explain": "prefix_attn.attention",
+    "patch": "prefix_attn.hf",
+    "prefix_attention": "prefix_attn.attention",
+    "unpatch": "prefix_attn.hf",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs transformers only when it is first used."""
     if name not in _LAZY:
         raise AttributeError(f"module 'prefix_attn' has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

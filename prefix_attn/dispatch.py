@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from types import ModuleType
 
 from torch import Tensor
 
@@ -46,7 +47,7 @@ class Choice:
 def refusal(name: str, call: AttentionCall) -> str | None:
     """Why backend ``name`` cannot run ``call`` here; None if it can."""
     try:
-        module = import_module(BACKENDS[name])
+        module = _module(name)
     except ImportError as e:
         return f"it could not be imported ({e})"
     reason: str | None = module.refusal(call)
@@ -84,5 +85,14 @@ def choose(call: AttentionCall, backend: str = "auto") -> Choice:
 
 
 def _run(name: str) -> Callable[[AttentionCall], tuple[Tensor, Tensor | None]]:
-    run: Callable[[AttentionCall], tuple[Tensor, Tensor | None]] = import_module(BACKENDS[name]).run
+    run: Callable[[AttentionCall], tuple[Tensor, Tensor | None]] = _module(name).run
     return run
+
+
+_loaded: dict[str, ModuleType] = {}  # looked up here, a backend can be traced by torch.compile; an import cannot
+
+
+def _module(name: str) -> ModuleType:
+    if name not in _loaded:
+        _loaded[name] = import_module(BACKENDS[name])
+    return _loaded[name]

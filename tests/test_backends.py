@@ -127,13 +127,16 @@ class TestTorch(BackendSuite):
     name = "torch"
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-    def test_concatenating_gives_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The way that is taken when a window hides prefix tokens is right for every other call too."""
+    @pytest.mark.parametrize("copied_below", [0, 10**9])
+    def test_sharing_and_copying_give_the_same(self, monkeypatch: pytest.MonkeyPatch, copied_below: int) -> None:
+        """Both ways are right for every call, whichever the rule would take."""
         from prefix_attn.backends import torch_sdpa
 
         if DEVICE != "cpu":
             pytest.skip("the shared way is the CPU's")
-        monkeypatch.setattr(torch_sdpa._Batch, "window_cuts_prefixes", lambda *_: True)
+        monkeypatch.setattr(torch_sdpa, "COPIED_BELOW", copied_below)
+        if copied_below:
+            monkeypatch.setattr(torch_sdpa._Batch, "window_cuts_prefixes", lambda *_: True)
         for case in CASES:
             inputs = make(case)
             exact, eager = oracle(inputs), oracle(inputs, torch.float32)

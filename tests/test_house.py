@@ -34,7 +34,7 @@ MAY_IMPORT = {
 
 def room(module: str) -> str:
     """``prefix_attn.bank.store`` -> ``bank``."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def imports(path: Path) -> set[str]:

@@ -25,7 +25,8 @@ from prefix_attn.cli.main import app
 #: transformers probes for PyPI's ``kernels`` when a model is made.
 TRANSFORMERS = """
 import transformers
-config = transformers.LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
+config = transformers.LlamaConfig(**sizes)
 transformers.AutoModelForCausalLM.from_config(config)
 """
 

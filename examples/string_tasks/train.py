@@ -33,7 +33,7 @@ from tasks import (
 )
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import trange  # type: ignore[import-untyped]
+from tqdm import trange
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerBase as Tokenizer
 

@@ -3,10 +3,10 @@
 Three ways to the same result:
 
 - **shared**: the queries of all rows of a task are packed into one call over the task's prefix; own keys are another
-  call; the two are merged by their log-sum-exps in float32. On a CPU, where it beats copying even for a single reader
-  (measured: benchmarks/results/cpu/sharing.md).
-- **concatenated**: each row gets its own copy of its prefix in front of its keys, then one masked call. Where a window
-  hides part of a prefix, on other devices, and under autograd.
+  call; the two are merged by their log-sum-exps in float32. On a CPU, where in decode it beats copying even for a
+  single reader (measured: benchmarks/results/cpu/sharing.md).
+- **concatenated**: each row gets its own copy of its prefix in front of its keys, then one masked call. For several
+  queries on a short prefix, where a window hides part of a prefix, on other devices, and under autograd.
 - **formula**: `reference`, for what PyTorch's attention cannot express (softcap; gradients of lse or sinks).
 
 The merge of two parts with outputs ``o`` and log-sum-exps ``l`` (nats):
@@ -30,6 +30,9 @@ from prefix_attn.types import AttentionCall
 
 Spans = tuple[tuple[int, int], ...]
 
+#: In prefill, prefixes of fewer tokens are copied: a second call and the merge cost more (measured in the same file).
+COPIED_BELOW = 64
+
 
 def refusal(call: AttentionCall) -> str | None:
     """PyTorch runs everything, on every device."""
@@ -51,7 +54,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     batch = _Batch(call)
     if batch.window_hides_prefixes(call):
         out, lse = _own(call, batch)
-    elif batch.window_cuts_prefixes(call):
+    elif batch.window_cuts_prefixes(call) or (call.q_len > 1 and batch.longest < COPIED_BELOW):
         out, lse = _concatenated(call, batch)
     else:
         out, lse = _shared(call, batch)
@@ -66,6 +69,7 @@ class _Batch:
 
     def __init__(self, call: AttentionCall) -> None:
         self.readers = _readers(tuple(call.task_ids.tolist()), tuple(call.prefix.spans))
+        self.longest = max((m for _, m, _ in self.readers.groups), default=0)
         starts = call.kv_start.tolist() if call.kv_start is not None else [0] * call.batch
         ends = call.kv_len.tolist() if call.kv_len is not None else [call.kv_capacity] * call.batch
         self.first, self.last = min(starts), max(max(ends), min(starts))
@@ -79,8 +83,7 @@ class _Batch:
 
     def window_cuts_prefixes(self, call: AttentionCall) -> bool:
         """Whether some query may be too far from some prefix token; the shared call has no mask for that."""
-        longest = max((m for _, m, _ in self.readers.groups), default=0)
-        return call.window is not None and longest + self.last > call.window
+        return call.window is not None and self.longest + self.last > call.window
 
 
 class _Readers(NamedTuple):

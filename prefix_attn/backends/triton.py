@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ MIN_CAPABILITY = (8, 0)
 #: Elements between two keys, or two elements of one, that 32-bit offsets within a tile of 128 keys can bridge.
 MAX_STRIDE = 2**22
 
+#: Why the kernels cannot be imported, or None. (Triton itself is imported by the operator's first call.)
+TRITON_MISSING = "Triton is not installed; install prefix-attn[triton]" if find_spec("triton") is None else None
+
 
 def refusal(call: AttentionCall) -> str | None:
     """Why the kernels cannot run this call here, or None."""
@@ -33,14 +36,19 @@ def refusal(call: AttentionCall) -> str | None:
     if (stride := max(s for x in keys for s in x.stride()[-2:])) > MAX_STRIDE:
         return f"keys have a stride of {stride} elements, the kernels take {MAX_STRIDE}; call .contiguous() on k and v"
     if call.q.device.type == "cpu" and not interpreting():
-        return ("the tensors are on the CPU, where Triton only interprets, slowly; set TRITON_INTERPRET=1 before "
-                "Triton is imported to allow that")
+        return (
+            "the tensors are on the CPU, where Triton only interprets, slowly; set TRITON_INTERPRET=1 before "
+            "Triton is imported to allow that"
+        )
     if call.q.device.type not in ("cuda", "cpu"):
         return f"the kernels run on NVIDIA and AMD GPUs, not on {call.q.device.type!r}"
-    if (call.q.device.type == "cuda" and torch.version.hip is None
-            and torch.cuda.get_device_capability(call.q.device) < MIN_CAPABILITY):
+    if (
+        call.q.device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(call.q.device) < MIN_CAPABILITY
+    ):
         return f"Triton needs an NVIDIA GPU of compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or later"
-    return triton_missing()
+    return TRITON_MISSING
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -56,13 +64,3 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 def interpreting() -> bool:
     """Whether Triton kernels of this process run in the interpreter."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-
-
-@cache
-def triton_missing() -> str | None:
-    """Why Triton cannot be imported, or None."""
-    try:
-        import triton  # noqa: F401
-    except ImportError as e:
-        return f"Triton cannot be imported ({e}); install prefix-attn[triton]"
-    return None

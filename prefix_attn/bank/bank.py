@@ -99,13 +99,17 @@ class PrefixBank:
         path = Path(path)
         self._check_new(name)
         if not path.exists():
-            raise IncompatiblePrefix(f"path: expected a local file or folder, but {str(path)!r} does not exist; "
-                                     "download it first (huggingface_hub.snapshot_download)")
+            raise IncompatiblePrefix(
+                f"path: expected a local file or folder, but {str(path)!r} does not exist; "
+                "download it first (huggingface_hub.snapshot_download)"
+            )
         if (path / PEFT_CONFIG).is_file():
             key_values, provenance = read_adapter(path, self._base)
         elif path.is_dir():
-            raise IncompatiblePrefix(f"path: expected a folder with {PEFT_CONFIG}, got {path.name!r} without one; "
-                                     "open a saved bank with PrefixBank.from_pretrained")
+            raise IncompatiblePrefix(
+                f"path: expected a folder with {PEFT_CONFIG}, got {path.name!r} without one; "
+                "open a saved bank with PrefixBank.from_pretrained"
+            )
         else:
             key_values, provenance = files.read_prefix(path, self._base, check_base)
         return self._insert(name, key_values, provenance, path.name)
@@ -159,8 +163,9 @@ class PrefixBank:
         finite = torch.stack([k.isfinite().all() & v.isfinite().all() for k, v in ours]).tolist()
         if not all(finite):
             i = finite.index(False)
-            raise IncompatiblePrefix(f"{what}[{i}]: expected finite values in {self.dtype}, got NaN or infinity in "
-                                     f"layer {i}")
+            raise IncompatiblePrefix(
+                f"{what}[{i}]: expected finite values in {self.dtype}, got NaN or infinity in layer {i}"
+            )
         span = self._storage.put(ours, tokens)
         self._ids[name] = len(self._tasks)
         self._tasks.append(_Task(name, span, provenance))

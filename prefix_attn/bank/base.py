@@ -63,8 +63,10 @@ class Base:
     def check_context(self, tokens: int, what: str) -> None:
         """Raise `ContextOverflow` unless a prefix of ``tokens`` leaves room for at least one token of a request."""
         if self.context_limit is not None and tokens >= self.context_limit:
-            raise ContextOverflow(f"{what}: expected at most {self.context_limit - 1} prefix tokens, got {tokens}; the "
-                                  f"model has {self.context_limit} positions and a request needs at least one")
+            raise ContextOverflow(
+                f"{what}: expected at most {self.context_limit - 1} prefix tokens, got {tokens}; the "
+                f"model has {self.context_limit} positions and a request needs at least one"
+            )
 
     def check_same(self, other: Base) -> None:
         """Raise `IncompatiblePrefix` unless ``other`` would compute with this base's prefixes exactly as this one."""
@@ -75,8 +77,10 @@ class Base:
         )
         for what, expected, got in pairs:
             if expected != got:
-                raise IncompatiblePrefix(f"model: the bank's {what} is {expected}, the model's is {got}; "
-                                         "make a bank for this model with PrefixBank.for_model")
+                raise IncompatiblePrefix(
+                    f"model: the bank's {what} is {expected}, the model's is {got}; "
+                    "make a bank for this model with PrefixBank.for_model"
+                )
         self.check_fingerprint(other.fingerprint, "model", "make a bank for this model with PrefixBank.for_model")
 
     def check_fingerprint(self, other: Fingerprint, what: str, advice: str) -> None:
@@ -84,5 +88,7 @@ class Base:
         for part in ("config", "weights"):
             mine, theirs = getattr(self.fingerprint, part), getattr(other, part)
             if mine != theirs:
-                raise IncompatiblePrefix(f"{what}: expected the fingerprint {mine[:12]} of the bank's base model's "
-                                         f"{part}, got {theirs[:12] or 'none'}; {advice}")
+                raise IncompatiblePrefix(
+                    f"{what}: expected the fingerprint {mine[:12]} of the bank's base model's "
+                    f"{part}, got {theirs[:12] or 'none'}; {advice}"
+                )

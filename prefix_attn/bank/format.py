@@ -86,8 +86,10 @@ def read_prefix(path: Path, base: Base, check_base: bool) -> tuple[list[LayerKV]
     layers = len(base.geometry.layers)
     expected = {f"{name}.{i}" for i in range(layers) for name in "kv"}
     if tensors.keys() != expected:
-        raise IncompatiblePrefix(f"{path.name}: expected tensors k.<layer> and v.<layer> for {layers} layers, got "
-                                 f"{len(tensors)} tensors: {sorted(tensors)[:4]} ...")
+        raise IncompatiblePrefix(
+            f"{path.name}: expected tensors k.<layer> and v.<layer> for {layers} layers, got "
+            f"{len(tensors)} tensors: {sorted(tensors)[:4]} ..."
+        )
     key_values = [(tensors[f"k.{i}"], tensors[f"v.{i}"]) for i in range(layers)]
     base.geometry.check(key_values, path.name)
     return key_values, Provenance(metadata.get("source", ""), metadata.get("peft_version", ""))
@@ -95,19 +97,25 @@ def read_prefix(path: Path, base: Base, check_base: bool) -> tuple[list[LayerKV]
 
 def _check_metadata(file: str, metadata: Mapping[str, str], base: Base, check_base: bool) -> None:
     if metadata.get("format") != FORMAT:
-        raise IncompatiblePrefix(f"{file}: expected a prefix file of this package, got a safetensors file without its "
-                                 "metadata; for a PEFT adapter give the folder with adapter_config.json")
+        raise IncompatiblePrefix(
+            f"{file}: expected a prefix file of this package, got a safetensors file without its "
+            "metadata; for a PEFT adapter give the folder with adapter_config.json"
+        )
     for key, mine in (("format_version", VERSION), ("position_mode", POSITION_MODE)):
         if metadata.get(key) != mine:
-            raise IncompatiblePrefix(f"{file}: expected {key} {mine!r}, got {metadata.get(key)!r}; it was written by "
-                                     f"{metadata.get('created_by', 'an unknown version')}")
+            raise IncompatiblePrefix(
+                f"{file}: expected {key} {mine!r}, got {metadata.get(key)!r}; it was written by "
+                f"{metadata.get('created_by', 'an unknown version')}"
+            )
     try:
         geometry = Geometry.from_json(metadata.get("geometry", ""))
     except (TypeError, ValueError) as error:
         raise IncompatiblePrefix(f"{file}: its geometry is unreadable ({error}); the file is damaged") from error
     if geometry != base.geometry:
-        raise IncompatiblePrefix(f"{file}: expected a prefix for {base.geometry}, got one for {geometry}; "
-                                 f"it was made for {metadata.get('base_model') or 'another model'}")
+        raise IncompatiblePrefix(
+            f"{file}: expected a prefix for {base.geometry}, got one for {geometry}; "
+            f"it was made for {metadata.get('base_model') or 'another model'}"
+        )
     if check_base:
         fingerprint = Fingerprint(metadata.get("base_config", ""), metadata.get("base_weights", ""))
         base.check_fingerprint(fingerprint, file, "a prefix works only with the weights it was made for (pass "
@@ -130,8 +138,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise IncompatiblePrefix(f"{path.name}: expected a whole safetensors file, but it cannot be read "
-                                 f"({reason}); fetch or save it again") from error
+        raise IncompatiblePrefix(
+            f"{path.name}: expected a whole safetensors file, but it cannot be read ({reason}); fetch or save it again"
+        ) from error
 
 
 def write_index(folder: Path, files: Mapping[str, str]) -> None:
@@ -147,8 +156,10 @@ def read_index(folder: Path) -> dict[str, str]:
     """Inverse of `write_index`; names and files are checked, so that none points out of the folder."""
     index = read_json(folder / INDEX)
     if index.get("format") != BANK_FORMAT or index.get("format_version") != VERSION:
-        raise IncompatiblePrefix(f"{INDEX}: expected format {BANK_FORMAT!r} version {VERSION!r}, got "
-                                 f"{index.get('format')!r} version {index.get('format_version')!r}")
+        raise IncompatiblePrefix(
+            f"{INDEX}: expected format {BANK_FORMAT!r} version {VERSION!r}, got "
+            f"{index.get('format')!r} version {index.get('format_version')!r}"
+        )
     files: dict[str, str] = {}
     try:
         for task in index["tasks"]:

@@ -28,8 +28,10 @@ def text_config(model: Any) -> Any:
     if not hasattr(config, "get_text_config"):
         raise UnsupportedModel(f"model: expected a Hugging Face transformers model, got {type(model).__name__}")
     if config.is_encoder_decoder:
-        raise UnsupportedModel(f"model: expected a decoder-only model, got the encoder-decoder {config.model_type}; "
-                               "its cross-attention would need prefixes of its own")
+        raise UnsupportedModel(
+            f"model: expected a decoder-only model, got the encoder-decoder {config.model_type}; "
+            "its cross-attention would need prefixes of its own"
+        )
     return config.get_text_config(decoder=True)
 
 
@@ -58,21 +60,28 @@ def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:
         with torch.no_grad(), _evaluating(model):
             body(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), past_key_values=cache, use_cache=True)
     except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
-        raise UnsupportedModel(f"model: {config.model_type} does not run with a plain cache of keys and values "
-                               f"({type(error).__name__}: {error})") from error
+        raise UnsupportedModel(
+            f"model: {config.model_type} does not run with a plain cache of keys and values "
+            f"({type(error).__name__}: {error})"
+        ) from error
     layers = setting(config, "num_hidden_layers")
     if len(cache.layers) != layers or setting(config, "num_kv_shared_layers"):
-        raise UnsupportedModel(f"model: expected {config.model_type} to cache keys and values in each of its {layers} "
-                               f"layers, got {len(cache.layers)} cached layers; some share them or keep another state")
+        raise UnsupportedModel(
+            f"model: expected {config.model_type} to cache keys and values in each of its {layers} "
+            f"layers, got {len(cache.layers)} cached layers; some share them or keep another state"
+        )
     result = []
     for i, layer in enumerate(cache.layers):
         if type(layer) is not DynamicLayer or not layer.is_initialized:
-            raise UnsupportedModel(f"model: layer {i} of {config.model_type} keeps no keys and values, so no prefix "
-                                   "can reach it")
+            raise UnsupportedModel(
+                f"model: layer {i} of {config.model_type} keeps no keys and values, so no prefix can reach it"
+            )
         k, v = layer.keys, layer.values
         if k.ndim != 4 or k.shape != v.shape or (k.shape[0], k.shape[2]) != tuple(input_ids.shape):
-            raise UnsupportedModel(f"model: layer {i} of {config.model_type}: expected k and v of one shape "
-                                   f"[1, kv_heads, m, head_dim], got {list(k.shape)} and {list(v.shape)}")
+            raise UnsupportedModel(
+                f"model: layer {i} of {config.model_type}: expected k and v of one shape "
+                f"[1, kv_heads, m, head_dim], got {list(k.shape)} and {list(v.shape)}"
+            )
         result.append((k[0], v[0]))
     return result
 

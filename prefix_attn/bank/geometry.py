@@ -58,8 +58,10 @@ class Geometry:
             IncompatiblePrefix: layers are missing, or k or v of a layer is not ``[kv_heads, m, head_dim]`` with one m.
         """
         if len(key_values) != len(self.layers):
-            raise IncompatiblePrefix(f"{what}: expected one (k, v) pair for each of the model's {len(self.layers)} "
-                                     f"layers, got {len(key_values)}")
+            raise IncompatiblePrefix(
+                f"{what}: expected one (k, v) pair for each of the model's {len(self.layers)} "
+                f"layers, got {len(key_values)}"
+            )
         tokens: int | None = None
         for i, (pair, layer) in enumerate(zip(key_values, self.layers, strict=True)):
             if not (isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair)):
@@ -67,8 +69,10 @@ class Geometry:
             for name, x in zip("kv", pair, strict=True):
                 expected = f"[{layer.kv_heads}, {'m' if tokens is None else tokens}, {layer.head_dim}]"
                 if x.ndim != 3 or (x.shape[0], x.shape[2]) != layer or tokens not in (None, x.shape[1]):
-                    raise IncompatiblePrefix(f"{what}[{i}]: layer {i} takes {name} of shape [kv_heads, m, head_dim] "
-                                             f"= {expected}, got {list(x.shape)}")
+                    raise IncompatiblePrefix(
+                        f"{what}[{i}]: layer {i} takes {name} of shape [kv_heads, m, head_dim] "
+                        f"= {expected}, got {list(x.shape)}"
+                    )
                 if not x.is_floating_point():
                     raise IncompatiblePrefix(f"{what}[{i}]: layer {i} takes floating-point {name}, got {x.dtype}")
                 tokens = x.shape[1]

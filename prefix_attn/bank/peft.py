@@ -48,8 +48,10 @@ def read_adapter(folder: Path, base: Base) -> tuple[list[LayerKV], Provenance]:
         raise IncompatiblePrefix(f"{folder.name}: expected {WEIGHTS}, got {found}")
     tensors, _ = read_safetensors(weights)
     if tensors.keys() != {KEY}:
-        raise IncompatiblePrefix(f"{WEIGHTS}: expected the tensor {KEY} alone, got {sorted(tensors)[:4]}; a bank "
-                                 "cannot keep weights that an adapter changes besides its prefix (modules_to_save)")
+        raise IncompatiblePrefix(
+            f"{WEIGHTS}: expected the tensor {KEY} alone, got {sorted(tensors)[:4]}; a bank "
+            "cannot keep weights that an adapter changes besides its prefix (modules_to_save)"
+        )
     key_values = _split(tensors[KEY], sizes, base)
     _warn_other_base(config.get("base_model_name_or_path"), base.name, folder.name)
     return key_values, Provenance(f"peft:{folder.resolve().name}", str(config.get("peft_version") or ""))
@@ -59,11 +61,15 @@ def _check_config(config: dict[str, Any], base: Base) -> tuple[int, int, int, in
     """m, layers, kv_heads, head_dim of the adapter."""
     kind = config.get("peft_type")
     if kind != "PREFIX_TUNING":
-        raise IncompatiblePrefix(f"{CONFIG}: expected peft_type PREFIX_TUNING, got {kind}; only prefix tuning makes "
-                                 "keys and values for every layer")
+        raise IncompatiblePrefix(
+            f"{CONFIG}: expected peft_type PREFIX_TUNING, got {kind}; only prefix tuning makes "
+            "keys and values for every layer"
+        )
     if config.get("num_transformer_submodules") == 2 or config.get("task_type") == "SEQ_2_SEQ_LM":
-        raise IncompatiblePrefix(f"{CONFIG}: expected an adapter of a decoder-only model, got one of an "
-                                 "encoder-decoder model (num_transformer_submodules 2), which this bank does not hold")
+        raise IncompatiblePrefix(
+            f"{CONFIG}: expected an adapter of a decoder-only model, got one of an "
+            "encoder-decoder model (num_transformer_submodules 2), which this bank does not hold"
+        )
     names = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
     sizes = [config.get(name) for name in names]
     for name, size in zip(names, sizes, strict=True):
@@ -71,8 +77,10 @@ def _check_config(config: dict[str, Any], base: Base) -> tuple[int, int, int, in
             raise IncompatiblePrefix(f"{CONFIG}: expected {name} to be a positive integer, got {size!r}")
     tokens, layers, heads, width = (int(size) for size in sizes if size is not None)
     if layers != len(base.geometry.layers) or width % heads:
-        raise IncompatiblePrefix(f"{CONFIG}: expected an adapter for {base.geometry}, got {layers} layers of {heads} "
-                                 f"heads of {width / heads:g}; it was trained on another model")
+        raise IncompatiblePrefix(
+            f"{CONFIG}: expected an adapter for {base.geometry}, got {layers} layers of {heads} "
+            f"heads of {width / heads:g}; it was trained on another model"
+        )
     return tokens, layers, heads, width // heads
 
 
@@ -81,16 +89,20 @@ def _split(prompt: Tensor, sizes: tuple[int, int, int, int], base: Base) -> list
     tokens, layers, heads, head_dim = sizes
     expected = [tokens, layers * 2 * heads * head_dim]
     if list(prompt.shape) != expected:
-        raise IncompatiblePrefix(f"{WEIGHTS}: expected {KEY} of shape [m, layers * 2 * heads * head_dim] = {expected} "
-                                 f"as {CONFIG} says, got {list(prompt.shape)}; the files do not belong together")
+        raise IncompatiblePrefix(
+            f"{WEIGHTS}: expected {KEY} of shape [m, layers * 2 * heads * head_dim] = {expected} "
+            f"as {CONFIG} says, got {list(prompt.shape)}; the files do not belong together"
+        )
     split = prompt.view(tokens, layers, 2, heads, head_dim).permute(1, 2, 3, 0, 4)  # [layers, 2, heads, m, head_dim]
     key_values = []
     for i, layer in enumerate(base.geometry.layers):
         fits = layer == (heads, head_dim)
         sliceable = SLICED in base.model_type and layer.kv_heads <= heads and layer.head_dim <= head_dim
         if not fits and not sliceable:
-            raise IncompatiblePrefix(f"{CONFIG}: expected {layer.kv_heads} kv heads of {layer.head_dim} in layer {i} "
-                                     f"(the model has {base.geometry}), got {heads} heads of {head_dim}")
+            raise IncompatiblePrefix(
+                f"{CONFIG}: expected {layer.kv_heads} kv heads of {layer.head_dim} in layer {i} "
+                f"(the model has {base.geometry}), got {heads} heads of {head_dim}"
+            )
         k, v = split[i, :, : layer.kv_heads, :, : layer.head_dim]
         key_values.append((k, v))
     return key_values
@@ -101,5 +113,8 @@ def _warn_other_base(recorded: object, model: str, folder: str) -> None:
         return
     names = [portable_name(name).rstrip("/").rpartition("/")[2] for name in (recorded, model)]
     if names[0] != names[1]:
-        warnings.warn(f"{folder}: this adapter was trained on {portable_name(recorded)!r}, the bank's base model "
-                      f"is {portable_name(model)!r}; with other weights its results will be poor", stacklevel=4)
+        warnings.warn(
+            f"{folder}: this adapter was trained on {portable_name(recorded)!r}, the bank's base model "
+            f"is {portable_name(model)!r}; with other weights its results will be poor",
+            stacklevel=4,
+        )

@@ -47,7 +47,7 @@ def prefix_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """One layer's attention as transformers calls it: ``[batch, heads, q_len, D]`` in, ``[batch, q_len, heads, D]`` out."""
+    """One layer's attention as transformers calls it: ``[batch, heads, len, D]`` to ``[batch, len, heads, D]``."""
     batch: Batch | None = kwargs.pop(KEYWORD, None)
     layer = type(module).__name__
     if batch is None:

@@ -83,7 +83,7 @@ class Generate(_Method):
 
 
 class PrepareInputs(_Method):
-    """``prepare_inputs_for_generation`` that knows ``task_ids``: transformers reads its signature to accept the name."""
+    """``prepare_inputs_for_generation`` with ``task_ids``: transformers reads its signature to accept the name."""
 
     name = "prepare_inputs_for_generation"
 

@@ -41,8 +41,8 @@ def verify_against_replica(model: Any, bank: PrefixBank, hook: Any) -> None:
                 error, largest = float((got - expected).abs().max()), float(expected.abs().max())
                 if not error <= TOLERANCE[got.dtype] * max(largest, 1.0):
                     raise UnsupportedModel(
-                        f"{type(model).__name__}: for task {name!r} the patched logits differ by {error:.1e} from those of a "
-                        f"replicated prefix (largest logit {largest:.1e}); unpatched, and please report the family"
+                        f"{type(model).__name__}: for task {name!r} the logits differ by {error:.1e} from those of "
+                        f"a replicated prefix (largest logit {largest:.1e}); unpatched, and please report the family"
                     )
     finally:
         model.train(was_training)

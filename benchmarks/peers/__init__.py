@@ -1,0 +1,29 @@
+"""Who is timed beside our kernels, one file each; see interface.py for what a peer must offer."""
+
+from __future__ import annotations
+
+from torch.nn.attention import SDPBackend
+
+from benchmarks.peers.hugging_face import HuggingFace
+from benchmarks.peers.interface import Peer
+from benchmarks.peers.ours import Ours, OwnKeysOnly
+from benchmarks.peers.problem import Point, Problem
+from benchmarks.peers.sdpa import SdpaReplica
+
+__all__ = ["HuggingFace", "Ours", "OwnKeysOnly", "Peer", "Point", "Problem", "SdpaReplica", "all_peers"]
+
+#: Names that the summary looks for. Ours is timed twice: the difference is the noise of the run.
+OURS, AGAIN, NO_PREFIX = "prefix_attn", "prefix_attn, again", "prefix_attn without prefix"
+
+
+def all_peers(backend: str = "triton") -> list[Peer]:
+    """Every provider, ours first; ``backend`` is the one of ours to time."""
+    return [
+        Ours(OURS, backend),
+        Ours(AGAIN, backend),
+        OwnKeysOnly(NO_PREFIX, backend),
+        SdpaReplica(SDPBackend.FLASH_ATTENTION),
+        SdpaReplica(SDPBackend.CUDNN_ATTENTION),
+        SdpaReplica(SDPBackend.EFFICIENT_ATTENTION),
+        HuggingFace(),
+    ]

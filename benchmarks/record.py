@@ -1,0 +1,170 @@
+"""Where results go: JSON lines under ``benchmarks/results/<device>/``, each row complete in itself."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from benchmarks.peers.problem import Point
+
+ROOT = Path(__file__).parents[1]
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The machine and the software of a run. What cannot be found out is "unknown"."""
+
+    device: str
+    driver: str
+    clocks: str  # as found: this never changes a setting
+    torch_version: str
+    cuda_version: str
+    triton_version: str
+    transformers_version: str
+    python_version: str
+    commit: str
+    dirty: bool
+    date: str  # UTC
+
+    @classmethod
+    def read(cls, device: torch.device, commit: str | None = None) -> Environment:
+        """Ask the device, the packages and git; ``commit`` is for a checkout without git."""
+        on_gpu = device.type == "cuda"
+        found, dirty = git_state()
+        return cls(
+            device=torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
+            driver=nvidia_smi(device, "driver_version") if on_gpu else "none",
+            clocks=nvidia_smi(device, "clocks.sm,clocks.max.sm,clocks.mem,power.limit") if on_gpu else "none",
+            torch_version=torch.__version__,
+            cuda_version=str(torch.version.cuda or torch.version.hip or "none"),
+            triton_version=package_version("triton"),
+            transformers_version=package_version("transformers"),
+            python_version=platform.python_version(),
+            commit=commit or found,
+            dirty=dirty and commit is None,
+            date=datetime.now(UTC).date().isoformat(),
+        )
+
+    @property
+    def slug(self) -> str:
+        """The device's name as a folder name."""
+        return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-") or UNKNOWN
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.date}-{self.commit}{'-dirty' if self.dirty else ''}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider at one point.
+
+    ``bytes`` are those this provider cannot avoid moving: with one prefix per row for a peer that replicates. The
+    floor, and the fraction of it that was reached, are those of the operation: one prefix per task. Without a
+    median there was no timing, and ``status`` says why; a status that starts with "ok" is a good row. ``failed``
+    marks a result that is wrong, or a kernel of ours that did not run.
+    """
+
+    provider: str
+    version: str
+    op: str
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    batch: int
+    tasks: int
+    m: int
+    n: int
+    dtype: str
+    status: str
+    failed: bool
+    bytes: int
+    flops: int
+    floor_us: float
+    median_us: float | None = None
+    p20_us: float | None = None
+    p80_us: float | None = None
+    calls: int | None = None  # timed together, on `sets` input sets
+    sets: int | None = None
+    host_us: float | None = None  # to issue one call
+    fraction_of_floor: float | None = None
+    gb_per_s: float | None = None
+    tflop_per_s: float | None = None
+    error: float | None = None
+    eager_error: float | None = None
+    environment: Environment | None = None
+
+    @property
+    def point(self) -> Point:
+        """What makes two rows comparable."""
+        return Point(**{f.name: getattr(self, f.name) for f in fields(Point)})
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows to a file of JSON lines; each is written whole or, if the run is cut, not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for row in rows:
+            flat = asdict(row)
+            flat |= flat.pop("environment") or {}
+            file.write(json.dumps(flat) + "\n")
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file, the latest of each provider and point; empty if there is no file."""
+    if not path.is_file():
+        return []
+    latest: dict[object, Row] = {}
+    ours, theirs = {f.name for f in fields(Row)}, {f.name for f in fields(Environment)}
+    for line in path.read_text().splitlines():
+        flat = json.loads(line)
+        environment = Environment(**{name: flat[name] for name in theirs}) if theirs <= flat.keys() else None
+        row = Row(**{name: flat[name] for name in flat.keys() & ours}, environment=environment)
+        latest[row.provider, row.point] = row
+    return list(latest.values())
+
+
+def package_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return UNKNOWN
+
+
+def git_state() -> tuple[str, bool]:
+    """The commit, and whether the working tree differs from it (results aside); ("unknown", False) without git."""
+    git = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT)]
+    commit = output([*git, "rev-parse", "--short=12", "HEAD"])
+    if commit is None:
+        return UNKNOWN, False
+    changes = output([*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"])
+    return commit, bool(changes)
+
+
+def nvidia_smi(device: torch.device, query: str) -> str:
+    """Fields of the device, comma-separated; a query only."""
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    which = [f"--id=GPU-{uuid}"] if uuid is not None else []
+    answer = output(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", *which])
+    return answer.splitlines()[0] if answer else UNKNOWN
+
+
+def output(command: list[str]) -> str | None:
+    """What a command prints; None if it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as e:
+        print(f"{command[0]}: {e}", file=sys.stderr)
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,114 @@
+"""Rows to conclusions: ours against each peer and against the best, geometric mean and worst case."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.peers import AGAIN, NO_PREFIX, OURS
+from benchmarks.record import Environment, Row
+
+Times = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How many times longer another provider takes than ours: above 1, ours is faster."""
+
+    other: str
+    points: int
+    geometric_mean: float
+    worst: float
+    worst_at: str
+
+    @classmethod
+    def of(cls, other: str, ratios: Sequence[tuple[float, str]]) -> Comparison:
+        mean = math.exp(sum(math.log(r) for r, _ in ratios) / len(ratios))
+        worst, at = min(ratios)
+        return cls(other, len(ratios), mean, worst, at)
+
+
+def times_by_point(rows: Iterable[Row]) -> dict[str, Times]:
+    """Point -> provider -> median microseconds, of rows that carry a time."""
+    found: dict[str, Times] = {}
+    for row in rows:
+        if row.median_us is not None:
+            found.setdefault(str(row.point), {})[row.provider] = row.median_us
+    return found
+
+
+def comparisons(points: dict[str, Times]) -> list[Comparison]:
+    """Against the best peer of each point, then against each other provider; only where both were timed."""
+    names = sorted({name for times in points.values() for name in times} - {OURS})
+    peers = [name for name in names if name not in (AGAIN, NO_PREFIX)]
+    ratios: dict[str, list[tuple[float, str]]] = {}
+    for label, times in points.items():
+        if OURS not in times:
+            continue
+        best = min((times[name] for name in peers if name in times), default=None)
+        if best is not None:
+            ratios.setdefault("best peer", []).append((best / times[OURS], label))
+        for name in names:
+            if name in times:
+                ratios.setdefault(name, []).append((times[name] / times[OURS], label))
+    order = ["best peer", *peers, NO_PREFIX, AGAIN]
+    return [Comparison.of(name, ratios[name]) for name in order if name in ratios]
+
+
+def markdown(rows: Sequence[Row], environment: Environment, notes: Sequence[str] = ()) -> str:
+    """The summary as a page: conclusions per operation, all times, and what has no time and why."""
+    e = environment
+    lines = [
+        f"# {e.device}, {e.date}",
+        "",
+        f"Driver {e.driver}; torch {e.torch_version}, CUDA {e.cuda_version}, Triton {e.triton_version}, "
+        f"transformers {e.transformers_version}, Python {e.python_version}; commit {e.commit}"
+        f"{' with changes' if e.dirty else ''}; clocks and power {e.clocks}.",
+        *(["", "; ".join(notes) + "."] if notes else []),
+    ]
+    for op in sorted({row.op for row in rows}):
+        some = [row for row in rows if row.op == op]
+        points = times_by_point(some)
+        lines += ["", f"## {op}", "", "Time of the other over ours: above 1, ours is faster.", ""]
+        lines += _table(
+            ["other", "points", "geometric mean", "worst", "worst at"],
+            [[c.other, c.points, f"{c.geometric_mean:.2f}", f"{c.worst:.2f}", c.worst_at] for c in comparisons(points)],
+        )
+        lines += ["", *_all_times(some, points)]
+    untimed: dict[tuple[str, str], int] = {}
+    for row in rows:
+        if row.median_us is None:
+            key = row.provider, f"{row.op}: {row.status}"
+            untimed[key] = untimed.get(key, 0) + 1
+    if untimed:
+        lines += ["", "## Without a time", ""]
+        lines += _table(["provider", "status", "points"], [[*key, count] for key, count in untimed.items()])
+    return "\n".join(lines) + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def _all_times(rows: Sequence[Row], points: dict[str, Times]) -> list[str]:
+    names = list(dict.fromkeys(row.provider for row in rows if row.median_us is not None))
+    floors = {
+        str(row.point): f"{row.floor_us:.1f} ({row.fraction_of_floor:.0%})"
+        for row in rows
+        if row.provider == OURS and row.fraction_of_floor is not None
+    }
+    body = [
+        [label, *(f"{times[name]:.1f}" if name in times else "-" for name in names), floors.get(label, "-")]
+        for label, times in points.items()
+    ]
+    return ["Microseconds per call:", "", *_table(["point", *names, "floor (reached by ours)"], body)]
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[object]]) -> list[str]:
+    cells = [list(head), *([str(cell) for cell in line] for line in body)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+    padded = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in cells]
+    return [padded[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *padded[1:]]

@@ -1,0 +1,170 @@
+"""Time calls on rotating inputs: one CUDA graph of all calls, replayed; medians over shuffled repeats.
+
+Each call of a runner has inputs of its own, so that a replay finds none of them in the cache. Providers are timed in
+turn, in a new order at each repeat: a drift of the clock meets all of them alike.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Calls = Sequence[Callable[[], Tensor]]
+
+#: Bytes after which a rotation has left any cache behind, and how many input sets it may take.
+ROTATION_BYTES, LEAST_SETS, MOST_SETS = 240_000_000, 2, 64
+
+REPEATS = 7
+LEAST_REPLAYS, LEAST_SECONDS = 5, 0.050
+
+
+def input_sets(touched_bytes: int) -> int:
+    """How many input sets a call that touches so many bytes is rotated through."""
+    return min(MOST_SETS, max(LEAST_SETS, math.ceil(ROTATION_BYTES / max(1, touched_bytes))))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call over the repeats; ``calls`` were timed together for each of them."""
+
+    median_us: float
+    p20_us: float
+    p80_us: float
+    calls: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float], calls: int) -> Timing:
+        """From seconds per call, one for each repeat."""
+        us = [1e6 * s for s in seconds]
+        fifths = statistics.quantiles(us, n=5, method="inclusive") if len(us) > 1 else us * 4
+        return cls(statistics.median(us), fifths[0], fifths[3], calls)
+
+
+class Runner(Protocol):
+    """Something that makes ``calls`` calls at each replay; ``outs`` are the results of the latest one."""
+
+    calls: int
+    outs: list[Tensor]
+
+    def seconds(self, replays: int) -> float:
+        """Run that many replays and wait for them: the seconds they took."""
+
+
+class GraphRunner:
+    """All calls captured in one CUDA graph: what is timed is the device, not the host."""
+
+    def __init__(self, calls: Calls) -> None:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # handles, workspaces and compiled kernels must exist before the capture
+            calls[0]()
+        torch.cuda.synchronize()
+        self.calls = len(calls)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.outs = [call() for call in calls]
+        torch.cuda.synchronize()
+
+    def seconds(self, replays: int) -> float:
+        def run() -> None:
+            for _ in range(replays):
+                self.graph.replay()
+
+        return _event_seconds(run)
+
+
+class EventRunner:
+    """Calls issued one by one between two events: includes whatever the host is late."""
+
+    def __init__(self, calls: Calls) -> None:
+        self.call_list, self.calls = calls, len(calls)
+        self.outs: list[Tensor] = []
+
+    def seconds(self, replays: int) -> float:
+        def run() -> None:
+            for _ in range(replays):
+                self.outs = [call() for call in self.call_list]
+
+        return _event_seconds(run)
+
+
+class HostRunner:
+    """Calls on a CPU, by the host's clock."""
+
+    def __init__(self, calls: Calls) -> None:
+        self.call_list, self.calls = calls, len(calls)
+        self.outs: list[Tensor] = []
+
+    def seconds(self, replays: int) -> float:
+        start = time.perf_counter()
+        for _ in range(replays):
+            self.outs = [call() for call in self.call_list]
+        return time.perf_counter() - start
+
+
+def runner_for(calls: Calls, device: torch.device) -> tuple[Runner, str]:
+    """A runner, and a word on how it times: empty for the usual way of the device."""
+    if device.type != "cuda":
+        return HostRunner(calls), ""
+    try:
+        return GraphRunner(calls), ""
+    except RuntimeError as e:
+        if isinstance(e, torch.OutOfMemoryError):
+            raise
+        torch.cuda.synchronize()
+        return EventRunner(calls), f"timed with events, not a graph: {first_line(e)}"
+
+
+def host_us(calls: Calls, device: torch.device) -> float:
+    """Microseconds of host time to issue one call, the device not waited for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    return 1e6 * (time.perf_counter() - start) / len(calls)
+
+
+def measure(
+    runners: Mapping[str, Runner], seconds: float, rng: random.Random, repeats: int = REPEATS
+) -> dict[str, Timing]:
+    """Time all runners against each other within about ``seconds``.
+
+    Each repeat replays a runner at least 5 times and 50 ms, or as often as its share of the time allows.
+    """
+    replays = {}
+    for name, runner in runners.items():
+        runner.seconds(1)
+        once = max(runner.seconds(1), 1e-7)
+        wanted = max(LEAST_REPLAYS, math.ceil(LEAST_SECONDS / once))
+        affordable = int(seconds / (repeats * len(runners) * once))
+        replays[name] = max(1, min(wanted, affordable))
+    samples: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(repeats):
+        for name in rng.sample(list(runners), len(runners)):
+            calls = replays[name] * runners[name].calls
+            samples[name].append(runners[name].seconds(replays[name]) / calls)
+    return {name: Timing.of(samples[name], replays[name] * runners[name].calls) for name in runners}
+
+
+def first_line(e: BaseException) -> str:
+    """The first line of an error's message, or its type."""
+    return next(iter(str(e).strip().splitlines()), type(e).__name__)
+
+
+def _event_seconds(run: Callable[[], None]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return 1e-3 * float(start.elapsed_time(end))

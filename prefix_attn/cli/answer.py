@@ -1,0 +1,100 @@
+"""Answer requests with a patched model: check and tokenise a line, then run batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+from prefix_attn.bank import PrefixBank
+from prefix_attn.cli.requests import Line, Row, cut
+from prefix_attn.errors import ContextOverflow, PrefixAttnError, UnknownTask
+
+#: Settings of sampling that a checkpoint may bring along; transformers warns of them when nothing is sampled.
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+class Answerer:
+    """Greedy answers of a patched model.
+
+    Args:
+        model: patched with ``bank``; its generation settings are made greedy.
+        tokenizer: the model's; without a padding token, its end token pads.
+        bank: as given to the patch.
+        made_from_text: tasks whose prefix opens the sequence itself, so that prompts get no BOS.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, bank: PrefixBank, made_from_text: Collection[str] = ()) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.bank = bank
+        self.made_from_text = made_from_text
+        settings = model.generation_config
+        end = tokenizer.eos_token_id if settings.eos_token_id is None else settings.eos_token_id
+        self.ends: list[int] = [] if end is None else [end] if isinstance(end, int) else list(end)
+        pads = [token for token in (tokenizer.pad_token_id, *self.ends) if token is not None]
+        self.pad: int = pads[0] if pads else 0
+        settings.update(do_sample=False, num_beams=1, **dict.fromkeys(SAMPLING))
+
+    def row(self, index: int, line: Line, new_tokens: int) -> Row:
+        """Make a line ready to run.
+
+        Args:
+            index: of the line among the input's.
+            new_tokens: for a line that does not say.
+
+        Raises:
+            PrefixAttnError: the line is bad, its task is unknown, or it does not fit the model's context.
+        """
+        if line.error is not None:
+            raise PrefixAttnError(line.error)
+        if line.task is not None and line.task not in self.bank:
+            raise UnknownTask(f"task: expected one of {self.bank.names}, or null for no prefix, got {line.task!r}")
+        tokens = self.tokenizer(
+            line.prompt, add_special_tokens=line.task not in self.made_from_text, verbose=False
+        )["input_ids"]  # fmt: skip
+        if not tokens:
+            raise PrefixAttnError("prompt: expected at least one token, got none")
+        prefix = 0 if line.task is None else self.bank.prefix_len(line.task)
+        row = Row(index, line.task, tokens, prefix, line.new_tokens or new_tokens)
+        self._check_context(row)
+        return row
+
+    def _check_context(self, row: Row) -> None:
+        limit = self.bank.context_limit
+        # The last new token is never fed back, so it needs no position.
+        room = row.new_tokens if limit is None else limit + 1 - row.prefix - len(row.tokens)
+        if row.new_tokens > room:
+            advice = f"lower max_new_tokens to {room}" if room > 0 else "shorten the prompt"
+            raise ContextOverflow(f"prompt: {len(row.tokens)} tokens, a prefix of {row.prefix} and {row.new_tokens} "
+                                  f"new tokens exceed the model's {limit} positions; {advice}")  # fmt: skip
+
+    def answer(self, rows: Sequence[Row]) -> list[tuple[str, int]]:
+        """Text and number of new tokens (its end included) of each row of one batch.
+
+        Raises:
+            PrefixAttnError: the device has too little memory for so many rows.
+        """
+        width = max(len(row.tokens) for row in rows)
+        ids = torch.full((len(rows), width), self.pad)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row.tokens) :] = torch.tensor(row.tokens)
+            mask[i, width - len(row.tokens) :] = 1
+        device = self.model.device
+        try:
+            sequences = self.model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                task_ids=[row.task for row in rows],
+                max_new_tokens=max(row.new_tokens for row in rows),
+                pad_token_id=self.pad,
+                eos_token_id=self.ends or None,
+            )
+        except torch.OutOfMemoryError as error:
+            raise PrefixAttnError(f"--batch-size: {len(rows)} rows of {width} tokens exceed the memory of {device}; "
+                                  "run again with a smaller one, which continues the output") from error  # fmt: skip
+        generated = sequences[:, width:].tolist()
+        kept = [cut(tokens, row.new_tokens, self.ends) for tokens, row in zip(generated, rows, strict=True)]
+        return [(self.tokenizer.decode(tokens, skip_special_tokens=True), len(tokens)) for tokens in kept]

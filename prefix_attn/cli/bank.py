@@ -1,0 +1,125 @@
+"""``prefix-attn bank``: a folder of prefixes for one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from prefix_attn.cli import console
+from prefix_attn.cli.options import ModelOption, named_path
+
+if TYPE_CHECKING:
+    from prefix_attn.bank import PrefixBank
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Keep a folder of prefixes for one model: list, add, remove, check.",
+)
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The bank's folder.")]
+
+
+@app.command("list")
+def show(
+    folder: Folder,
+    model: Annotated[str | None, typer.Option(help="Also check the prefixes against this model.")] = None,
+) -> None:
+    """List a bank's tasks: prefix tokens, bytes, and where each prefix came from.
+
+    For instance:
+
+        prefix-attn bank list prefixes
+
+    Without a model only the heads of the files are read.
+    """
+    if model is not None:
+        open_bank(folder, model)
+    print_table(folder)
+
+
+@app.command()
+def add(
+    folder: Folder,
+    adapter: Annotated[str, typer.Argument(metavar="NAME=ADAPTER", help="Task, and PEFT adapter or prefix file.")],
+    model: ModelOption,
+) -> None:
+    """Add a task from a PEFT adapter or a prefix file; makes the bank if there is none.
+
+    For instance:
+
+        prefix-attn bank add prefixes sum=adapters/sum --model MODEL
+
+    The bank gets a copy of the keys and values; the adapter stays as it is.
+    """
+    from prefix_attn.bank.format import INDEX
+    from prefix_attn.cli.models import load_bank, load_model
+
+    existing = folder if (folder / INDEX).exists() else None
+    load_bank(load_model(model), [named_path(adapter)], existing).save_pretrained(folder)
+    print_table(folder)
+
+
+@app.command()
+def remove(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(help="The task to remove.")],
+    model: ModelOption,
+) -> None:
+    """Remove a task and its file.
+
+    For instance:
+
+        prefix-attn bank remove prefixes sum --model MODEL
+
+    The adapter it was made from is not touched.
+    """
+    from prefix_attn.bank.format import read_index
+
+    bank = open_bank(folder, model)
+    before = read_index(folder)
+    bank.remove(name)
+    bank.save_pretrained(folder)
+    for file in set(before.values()) - set(read_index(folder).values()):
+        (folder / file).unlink()
+    print_table(folder)
+
+
+@app.command()
+def check(folder: Folder, model: ModelOption) -> None:
+    """Load every prefix and make sure that it was made for this model: shape, config and weights.
+
+    For instance:
+
+        prefix-attn bank check prefixes --model MODEL
+
+    Exit code: 0 if all fit, 2 if one does not.
+    """
+    bank = open_bank(folder, model)
+    print_table(folder)
+    console.out.print(Text(f"{len(bank)} prefixes fit {model}."), soft_wrap=True)
+
+
+def open_bank(folder: Path, model: str) -> PrefixBank:
+    from prefix_attn.cli.models import load_bank, load_model
+
+    return load_bank(load_model(model), [], folder)
+
+
+def print_table(folder: Path) -> None:
+    from prefix_attn.cli.models import read_headers
+
+    headers = read_headers(folder)
+    table = Table("task", "tokens", "bytes", "source", "base model", title="Prefixes", title_justify="left")
+    for column in table.columns[1:3]:
+        column.justify = "right"
+    for name, header in headers.items():
+        cells = (name, f"{header.tokens:,}", f"{header.bytes:,}", header.source, header.base)
+        table.add_row(*map(Text, cells))
+    table.add_section()
+    tokens, size = (sum(getattr(header, key) for header in headers.values()) for key in ("tokens", "bytes"))
+    table.add_row("total", f"{tokens:,}", f"{size:,}")
+    console.out.print(table)

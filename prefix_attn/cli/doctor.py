@@ -1,0 +1,146 @@
+"""``prefix-attn doctor``: what is installed here, and which backends can run."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from prefix_attn.cli import console
+
+if TYPE_CHECKING:
+    import torch
+
+    from prefix_attn.types import AttentionCall
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "flash-attn")
+#: As in pyproject.toml; a test keeps them equal.
+TRANSFORMERS = ">=5.17,<5.24"
+
+
+def doctor() -> None:
+    """Say what is installed, which devices there are, and which backends can run on them, or why not.
+
+    For instance:
+
+        prefix-attn doctor
+
+    Its output belongs into a bug report.
+    """
+    for rows in (versions(), devices(), backends()):
+        console.out.print(rows)
+        console.out.print()
+
+
+def table(title: str, *headings: str) -> Table:
+    return Table(*headings, title=title, title_justify="left")
+
+
+def versions() -> Table:
+    from prefix_attn import __version__
+
+    rows = table("Versions", "package", "version", "remark")
+    rows.add_row("prefix-attn", __version__)
+    rows.add_row("python", platform.python_version(), f"{sys.platform} {platform.machine()}")
+    for name in PACKAGES:
+        rows.add_row(name, installed(name) or "none", remark(name))
+    rows.add_row("kernels", installed("kernels") or "none", kernels_remark())
+    return rows
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def remark(name: str) -> str:
+    """What to say of a package's version, if anything."""
+    from packaging.specifiers import SpecifierSet
+
+    found = installed(name)
+    if name == "transformers" and found is not None:
+        supported = SpecifierSet(TRANSFORMERS).contains(found, prereleases=True)
+        return f"supported ({TRANSFORMERS})" if supported else f"NOT SUPPORTED: expected {TRANSFORMERS}"
+    if name == "torch":
+        import torch
+
+        return f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    return "optional" if found is None else ""
+
+
+def kernels_remark() -> str:
+    """Whether transformers, which probes for the package of this name on PyPI, finds that package or a folder."""
+    spec = find_spec("kernels")
+    if spec is None:
+        return "optional, used by transformers"
+    if spec.origin is None:
+        folders = ", ".join(spec.submodule_search_locations or [])
+        return f"optional; transformers does not take the folder {folders} for it"
+    try:
+        genuine = Path(str(distribution("kernels").locate_file("kernels"))).resolve()
+    except PackageNotFoundError:
+        genuine = None
+    if Path(spec.origin).resolve().parent == genuine:
+        return "used by transformers"
+    return f"SHADOWED by {spec.origin}, which transformers takes for the package on PyPI; rename or remove it"
+
+
+def devices() -> Table:
+    import os
+
+    import torch
+
+    rows = table("Devices", "device", "name", "memory")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    threads = f"PyTorch's threads: {torch.get_num_threads()}"
+    rows.add_row("cpu", f"{platform.machine()}, {threads}", gib(memory) if memory else "")
+    for i in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(i)
+        rows.add_row(f"cuda:{i}", f"{found.name}, compute {found.major}.{found.minor}", gib(found.total_memory))
+    return rows
+
+
+def gib(size: int) -> str:
+    return f"{size / 1024**3:.1f} GiB"
+
+
+def backends() -> Table:
+    import torch
+
+    from prefix_attn.dispatch import BACKENDS, choose, refusal
+
+    rows = table("Backends", "device", "dtype", "backend", "can run")
+    probes = [("cpu", torch.float32)]
+    if torch.cuda.is_available():
+        probes += [("cuda", torch.float32), ("cuda", torch.bfloat16)]
+    for device, dtype in probes:
+        call = probe(device, dtype)
+        auto = choose(call).name
+        for name in BACKENDS:
+            why_not = refusal(name, call)
+            answer = f"no: {why_not}" if why_not else "yes, and taken by default" if name == auto else "yes"
+            rows.add_row(device, str(dtype).removeprefix("torch."), name, Text(answer))
+        rows.add_section()
+    return rows
+
+
+def probe(device: str, dtype: torch.dtype) -> AttentionCall:
+    """A small decode call: two rows, of which one has a prefix of 16 tokens."""
+    import torch
+
+    from prefix_attn.checks import checked_call
+    from prefix_attn.types import PrefixKV
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, device=device, dtype=dtype)
+
+    prefix = PrefixKV.pack([(zeros(2, 16, 64), zeros(2, 16, 64))])
+    return checked_call(zeros(2, 4, 1, 64), zeros(2, 2, 8, 64), zeros(2, 2, 8, 64), prefix, [0, -1])

@@ -1,0 +1,130 @@
+"""Load what a command names: a model with its tokenizer, and prefixes into a bank."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.format import INDEX, read_index
+from prefix_attn.cli import console
+from prefix_attn.cli.options import Dtype
+from prefix_attn.errors import IncompatiblePrefix, PrefixAttnError
+
+
+def load_model(name: str, dtype: Dtype = Dtype.AUTO, device: str = "auto") -> Any:
+    """A causal language model in evaluation mode.
+
+    Raises:
+        PrefixAttnError: there is no such model or device; says which.
+    """
+    if not console.err.is_terminal:
+        logging.disable_progress_bar()
+    kind = "auto" if dtype is Dtype.AUTO else getattr(torch, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checked_name(name), dtype=kind)
+    except (OSError, ValueError) as error:
+        raise _unloadable(name, error) from error
+    try:
+        return model.to(default_device() if device == "auto" else device).eval()
+    except (AssertionError, RuntimeError) as error:
+        raise PrefixAttnError(f"--device: cannot use {device!r} ({console.error_line(error)}); see `prefix-attn "
+                              "doctor`") from error  # fmt: skip
+
+
+def load_tokenizer(name: str) -> Any:
+    """The model's tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(checked_name(name))
+    except (OSError, ValueError) as error:
+        raise _unloadable(name, error) from error
+
+
+def checked_name(name: str) -> str:
+    """A name on the Hub has at most one slash; whatever else is not a folder is a mistake, not worth a download."""
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise PrefixAttnError(f"--model: no such folder: {name}")
+    return name
+
+
+def _unloadable(name: str, error: Exception) -> PrefixAttnError:
+    return PrefixAttnError(f"--model: cannot load {name!r}: {console.error_line(error)}")
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_bank(model: Any, adapters: Iterable[tuple[str, Path]], folder: Path | None = None) -> PrefixBank:
+    """A bank with the prefixes of a saved bank, if one is given, and of adapters; warnings become lines on stderr."""
+    if folder is not None:
+        check_bank(folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        bank = PrefixBank.for_model(model) if folder is None else PrefixBank.from_pretrained(folder, model)
+        for name, path in adapters:
+            bank.load(name, path)
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            console.warn(str(warning.message))
+    return bank
+
+
+def check_bank(folder: Path) -> None:
+    """Raise `PrefixAttnError` if a folder holds no bank."""
+    if not (folder / INDEX).is_file():
+        raise PrefixAttnError(
+            f"{folder}: expected a folder with a bank ({INDEX}); make one with `prefix-attn bank add`"
+        )
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the head of a prefix file says, its tensors unread.
+
+    Attributes:
+        tokens: of the prefix.
+        bytes: of its keys and values, as stored.
+        source: "tensors", "text" or "peft:<folder>".
+        base: name of the model it was made for.
+    """
+
+    tokens: int
+    bytes: int
+    source: str
+    base: str
+
+    @classmethod
+    def of(cls, path: Path) -> Header:
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
+            item = getattr(torch, metadata["dtype"]).itemsize
+            size = item * sum(prod(shape) for shape in shapes)
+            return cls(shapes[0][1], size, metadata["source"], metadata["base_model"])
+        except (OSError, SafetensorError, LookupError, AttributeError) as error:
+            raise IncompatiblePrefix(f"{path.name}: expected a prefix file of this package, but its header cannot be "
+                                     f"read ({console.error_line(error)})") from error  # fmt: skip
+
+
+def read_headers(folder: Path) -> dict[str, Header]:
+    """Header of each prefix of a saved bank, by task, in the order of the tasks."""
+    check_bank(folder)
+    return {name: Header.of(folder / file) for name, file in read_index(folder).items()}
+
+
+def made_from_text(adapters: Iterable[tuple[str, Path]], folder: Path | None = None) -> set[str]:
+    """The tasks whose prefix is a text, which has the sequence's opening tokens (BOS) in it already."""
+    headers = {} if folder is None else read_headers(folder)
+    headers |= {name: Header.of(path) for name, path in adapters if path.is_file()}
+    return {name for name, header in headers.items() if header.source == "text"}

@@ -1,0 +1,190 @@
+"""The comparison on the CPU, at sizes that take no time: what is right is timed, what is wrong never is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend
+
+from benchmarks import record, summary
+from benchmarks.compare import Bench, _Comparison
+from benchmarks.peers import AGAIN, NO_PREFIX, OURS, HuggingFace, Ours, OwnKeysOnly, Peer, Point, Problem, SdpaReplica
+from benchmarks.peers.check import Reference, uninitialised_memory_is_nan
+from benchmarks.record import Environment
+from benchmarks.roofs import Roofs, measure_roofs
+from prefix_attn.backends import torch_sdpa
+from prefix_attn.cost import Cost
+
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {"q_heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": "float32"}
+DECODE = Point("decode", 5, 2, 32, 7, **SIZES)
+PREFILL = Point("prefill", 3, 2, 16, 6, **SIZES)
+OP = pytest.mark.parametrize("point", [DECODE, PREFILL], ids=lambda p: p.op)
+
+PEERS: list[Peer] = [
+    Ours(OURS, "torch"), Ours(AGAIN, "torch"), OwnKeysOnly(NO_PREFIX, "torch"),
+    SdpaReplica(SDPBackend.FLASH_ATTENTION), SdpaReplica(SDPBackend.MATH), SdpaReplica(SDPBackend.CUDNN_ATTENTION),
+    HuggingFace(),
+]  # fmt: skip
+
+
+@pytest.fixture
+def bench() -> Bench:
+    roofs = Roofs(bytes_per_s=1e9, flops_per_s=1e9, launch_us=1.0)
+    environment = replace(Environment.read(CPU, commit="abc"), device="Test GPU 9000")
+    return Bench(CPU, environment, roofs, PEERS, repeats=3)
+
+
+@pytest.fixture(autouse=True)
+def few_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.timing.MOST_SETS", 3)
+    monkeypatch.setattr("benchmarks.timing.LEAST_SECONDS", 1e-4)
+
+
+@OP
+@pytest.mark.parametrize("peer", [p for p in PEERS if p.unavailable(CPU) is None], ids=lambda p: p.name)
+def test_every_peer_computes_the_same(point: Point, peer: Peer) -> None:
+    problem = Problem.random(point, CPU, seed=1)
+    right = problem if peer.with_prefix else problem.without_prefix
+    with torch.no_grad():
+        out = peer.prepare(problem)()
+        error, wrong = Reference.of(right).check(out, problem)
+    assert wrong is None
+    assert error is not None
+    assert error < 1e-5
+
+
+@OP
+def test_our_kernels_in_the_interpreter(point: Point) -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("kernels are not interpreted where there is a GPU")
+    problem = Problem.random(replace(point, dtype="bfloat16"), CPU, seed=2)
+    for peer, right in ((Ours(), problem), (OwnKeysOnly(), problem.without_prefix)):
+        with torch.no_grad(), uninitialised_memory_is_nan():
+            out = peer.prepare(problem)()
+        assert Reference.of(right).check(out, problem)[1] is None
+
+
+@OP
+def test_rows_of_a_point(point: Point, bench: Bench) -> None:
+    rows = {row.provider: row for row in bench.rows(point, seconds=0.1, seed=3)}
+    assert list(rows) == [peer.name for peer in PEERS]
+    cost = Cost.of(Problem.random(point, CPU, seed=3).call)
+    for name, row in rows.items():
+        if name == "sdpa cudnn, replica":
+            assert row.status == "unavailable: PyTorch has it on GPUs only, not on 'cpu'"
+            assert row.median_us is None
+            continue
+        assert row.status == "ok"
+        assert not row.failed
+        assert row.median_us is not None
+        assert row.p20_us is not None
+        assert row.p80_us is not None
+        assert 0 < row.p20_us <= row.median_us <= row.p80_us
+        assert row.sets == 3
+        assert row.point == point
+        assert row.fraction_of_floor == pytest.approx(row.floor_us / row.median_us)
+    assert rows[OURS].bytes == cost.bytes
+    assert rows["sdpa flash, replica"].bytes == cost.bytes_replicated
+    assert rows[NO_PREFIX].bytes < cost.bytes
+    assert rows[OURS].floor_us == pytest.approx(1e6 * max(cost.bytes, cost.flops) / 1e9)
+
+
+@pytest.mark.parametrize("breakage", ["slightly off", "unwritten", "unstable"])
+def test_a_wrong_kernel_is_refused_without_a_time(bench: Bench, breakage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, calls = torch_sdpa.run, []
+
+    def broken(call: Any) -> Any:
+        out, lse = run(call)
+        calls.append(call)
+        if breakage == "slightly off":
+            out = out + 1e-3
+        elif breakage == "unwritten":
+            whole, out = out, torch.empty_like(out)
+            out[:, :, :, 1:] = whole[:, :, :, 1:]
+        elif len(calls) > 1:  # right at first, wrong when it is repeated
+            out = out.roll(1, dims=0)
+        return out, lse
+
+    monkeypatch.setattr(torch_sdpa, "run", broken)
+    only_ours = replace(bench, peers=[PEERS[0], PEERS[3]])
+    ours, theirs = only_ours.rows(DECODE, seconds=0.05, seed=4)
+    assert ours.failed
+    assert ours.status.startswith("wrong when repeated: " if breakage == "unstable" else "wrong: ")
+    assert ours.median_us is None
+    assert ours.gb_per_s is None
+    assert (ours.error is None) == (breakage == "unwritten")
+    assert not theirs.failed
+    assert theirs.median_us is not None
+
+
+def test_what_a_peer_raises_is_its_answer(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(problem: Problem) -> Any:
+        raise ValueError("not this shape\nand a second line")
+
+    ours, theirs = Ours(OURS, "torch"), SdpaReplica(SDPBackend.MATH)
+    for peer in (ours, theirs):
+        monkeypatch.setattr(peer, "prepare", refuse)
+    rows = replace(bench, peers=[ours, theirs]).rows(DECODE, seconds=0.05, seed=5)
+    assert [row.status for row in rows] == ["refused: ValueError: not this shape"] * 2
+    assert [row.failed for row in rows] == [True, False]  # a kernel of ours must run
+
+
+def test_large_replicas_are_skipped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.compare.REPLICA_LIMIT", 100)
+    rows = {row.provider: row for row in bench.rows(DECODE, seconds=0.05, seed=6)}
+    assert rows["sdpa math, replica"].status.startswith("skipped: 3 replicas of ")
+    assert rows[OURS].status == "ok"
+
+
+def test_the_check_is_strict() -> None:
+    problem = Problem.random(DECODE, CPU, seed=7)
+    reference = Reference.of(problem)
+    assert reference.rows == [0, 1, 3, 4]
+    out = Ours(backend="torch").prepare(problem)()
+    assert reference.check(out, problem)[1] is None
+    for spoiled in (out * 1.001, out.flip(0), out.masked_fill(out == out.max(), float("nan"))):
+        assert reference.check(spoiled, problem)[1] is not None
+
+
+def test_reference_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem.random(PREFILL, CPU, seed=8)
+    whole = Reference.of(problem)
+    monkeypatch.setattr("benchmarks.peers.check.MAX_SCORES", 1)
+    torch.testing.assert_close(Reference.of(problem).exact, whole.exact)
+
+
+def test_problems_differ_and_repeat(bench: Bench) -> None:
+    comparison = _Comparison(bench, DECODE, seed=9)
+    first, second, _ = comparison.problems
+    assert not torch.equal(first.q, second.q)
+    assert torch.equal(Problem.random(DECODE, CPU, seed=9).k, first.k)
+    assert first.task_ids.tolist() == [0, 1, 0, 1, 0]
+    assert first.prefix.lens.tolist() == [32, 32]
+
+
+def test_stored_and_summarised(bench: Bench, tmp_path: Path) -> None:
+    path = tmp_path / bench.environment.slug / f"{bench.environment.file_name}.jsonl"
+    assert path.parent.name == "test-gpu-9000"
+    assert path.stem.endswith("-abc")
+    stale = bench.rows(DECODE, seconds=0.05, seed=10)
+    rows = bench.rows(DECODE, seconds=0.05, seed=11) + bench.rows(PREFILL, seconds=0.05, seed=12)
+    record.append(path, stale)
+    record.append(path, rows)
+    assert sorted(record.read(path), key=str) == sorted(rows, key=str)
+    page = summary.markdown(record.read(path), bench.environment, ["decode left out"])
+    for expected in ("# Test GPU 9000", "decode left out.", "## decode", "## prefill", "best peer", "geometric mean",
+                     "unavailable: PyTorch has it on GPUs only"):  # fmt: skip
+        assert expected in page
+    assert record.read(tmp_path / "none.jsonl") == []
+
+
+def test_roofs_on_a_cpu() -> None:
+    roofs = measure_roofs(CPU, copy_bytes=10**6, matmul_size=64, launches=4)
+    assert min(roofs.bytes_per_s, roofs.flops_per_s, roofs.launch_us) > 0
+    assert roofs.floor_us(Cost(bytes=0, flops=0, bytes_replicated=0)) == roofs.launch_us

@@ -1,0 +1,246 @@
+"""The command's own logic: statistics, budget, stages, exit codes. No GPU is needed, and none is used."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks import gpu, record, summary
+from benchmarks.compare import Bench, DeviceLost
+from benchmarks.gpu import DECODE, PREFILL, STAGES, Budget, chosen, run_points, run_tests
+from benchmarks.peers import AGAIN, NO_PREFIX, OURS, Point
+from benchmarks.record import Environment
+from benchmarks.summary import comparisons
+from benchmarks.timing import EventRunner, GraphRunner, HostRunner, Timing, input_sets, measure, runner_for
+
+ENVIRONMENT = Environment.read(torch.device("cpu"), "abc")
+
+
+class Clockwork:
+    """A runner whose replays take a fixed time."""
+
+    def __init__(self, seconds: float, calls: int = 2) -> None:
+        self.once, self.calls = seconds, calls
+        self.outs: list[torch.Tensor] = []
+        self.replays: list[int] = []
+
+    def seconds(self, replays: int) -> float:
+        self.replays.append(replays)
+        return self.once * replays
+
+
+def test_timing() -> None:
+    timing = Timing.of([1e-6, 9e-6, 2e-6, 3e-6, 4e-6], calls=10)
+    assert timing.median_us == pytest.approx(3)
+    assert timing.p20_us == pytest.approx(1.8)
+    assert timing.p80_us == pytest.approx(5)
+    assert Timing.of([2e-6], calls=1) == Timing(2.0, 2.0, 2.0, 1)
+
+
+def test_input_sets() -> None:
+    assert input_sets(1) == 64
+    assert input_sets(100_000_000) == 3
+    assert input_sets(10**10) == 2
+
+
+def test_measure_replays_enough_and_not_too_much() -> None:
+    rich = {"fast": Clockwork(1e-4), "slow": Clockwork(0.04)}
+    timings = measure(rich, seconds=60, rng=random.Random(0))
+    assert timings["fast"].median_us == pytest.approx(50)  # two calls a replay
+    assert timings["fast"].calls == 2 * 500  # 50 ms
+    assert rich["slow"].replays == [1, 1] + [5] * 7
+    poor = {"fast": Clockwork(1e-4), "slow": Clockwork(0.04)}
+    measure(poor, seconds=0.14, rng=random.Random(0))
+    assert poor["fast"].replays[2:] == [100] * 7
+    assert poor["slow"].replays[2:] == [1] * 7
+
+
+def test_host_runner_makes_every_call() -> None:
+    seen: list[int] = []
+
+    def call(i: int) -> torch.Tensor:
+        seen.append(i)
+        return torch.full((1,), float(i))
+
+    runner = HostRunner([lambda: call(0), lambda: call(1)])
+    assert runner.seconds(2) > 0
+    assert seen == [0, 1, 0, 1]
+    assert [int(x) for x in runner.outs] == [0, 1]
+
+
+@pytest.fixture
+def pretended_cuda(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    """Streams, graphs and events that record what is asked of them; each pair of events is 3 ms apart."""
+    cuda = MagicMock()
+    cuda.Event.return_value.elapsed_time.return_value = 3.0
+    for name in ("Stream", "current_stream", "stream", "synchronize", "CUDAGraph", "graph", "Event"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    return cuda
+
+
+def test_graph_runner_captures_once_and_replays(pretended_cuda: MagicMock) -> None:
+    seen: list[int] = []
+
+    def call() -> torch.Tensor:
+        seen.append(1)
+        return torch.zeros(1)
+
+    runner, note = runner_for([call, call, call], torch.device("cuda"))
+    assert isinstance(runner, GraphRunner)
+    assert note == ""
+    assert len(seen) == 1 + 3  # a warm-up, the capture
+    assert (runner.calls, len(runner.outs)) == (3, 3)
+    assert runner.seconds(5) == pytest.approx(0.003)
+    assert len(seen) == 4
+    assert pretended_cuda.CUDAGraph.return_value.replay.call_count == 5
+    capture_stream = pretended_cuda.graph.call_args.kwargs["stream"]
+    assert capture_stream is pretended_cuda.Stream.return_value
+
+
+def test_what_cannot_be_captured_is_timed_with_events(pretended_cuda: MagicMock) -> None:
+    pretended_cuda.graph.side_effect = RuntimeError("operation not permitted when stream is capturing\nmore")
+    runner, note = runner_for([lambda: torch.ones(1)], torch.device("cuda"))
+    assert isinstance(runner, EventRunner)
+    assert note == "timed with events, not a graph: operation not permitted when stream is capturing"
+    assert runner.seconds(2) == pytest.approx(0.003)
+    assert len(runner.outs) == 1
+    pretended_cuda.graph.side_effect = torch.OutOfMemoryError
+    with pytest.raises(torch.OutOfMemoryError):
+        runner_for([lambda: torch.ones(1)], torch.device("cuda"))
+
+
+def test_points_are_those_of_the_protocol() -> None:
+    assert len(DECODE) == 45
+    assert len(PREFILL) == 12
+    assert len({*DECODE, *PREFILL}) == 57
+    assert all(p.q_len == 1 for p in DECODE)
+    assert all(p.q_len == p.n for p in PREFILL)
+    assert str(DECODE[0]) == "decode B=1 T=1 m=32 n=64"
+    assert str(Point("decode", 1, 1, 2, 3, dtype="float16")) == "decode B=1 T=1 m=2 n=3 32/8/128/float16"
+
+
+def test_budget_leaves_room_for_later_stages() -> None:
+    budget = Budget(510, list(STAGES))
+    tests, decode, prefill = (budget.share(name) for name in ("tests", "decode", "prefill"))
+    assert tests == pytest.approx(510 - 40 - 45 - 20, abs=1)
+    assert decode == pytest.approx(510 * 3 / 4, abs=1)
+    assert prefill == pytest.approx(510, abs=1)
+    late = Budget(510, list(STAGES), started=time.monotonic() - 440)
+    assert late.share("tests") is None
+    assert late.share("decode") == pytest.approx(52.5, abs=1)
+    assert Budget(510, ["decode"], started=time.monotonic() - 470).share("decode") is None
+
+
+def test_stages() -> None:
+    assert chosen("prefill, tests") == ["tests", "prefill"]
+    for bad in ("", "decode,warmup"):
+        with pytest.raises(Exception, match="expected some of tests, parity, decode, prefill"):
+            chosen(bad)
+
+
+def test_failing_and_slow_tests_are_failures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import time\ndef test_good(): pass\ndef test_bad(): assert False\ndef test_slow(): time.sleep(60)\n"
+    )
+    file = str(tmp_path / "test_it.py")
+    assert run_tests([f"{file}::test_good"], seconds=60)
+    assert not run_tests([f"{file}::test_bad"], seconds=60)
+    assert not run_tests([f"{file}::test_slow"], seconds=2)
+    assert "cut short after 2 s" in capsys.readouterr().out
+
+
+def test_points_are_left_out_aloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(torch.device("cpu"), ENVIRONMENT, roofs=None, peers=[])  # type: ignore[arg-type]
+    measured: list[Point] = []
+
+    def rows(self: Bench, point: Point, seconds: float, seed: int) -> list[Any]:
+        assert 0 < seconds < 1
+        measured.append(point)
+        if len(measured) == 2:
+            raise torch.OutOfMemoryError
+        time.sleep(0.2)
+        return []
+
+    monkeypatch.setattr(Bench, "rows", rows)
+    fine, left_out = run_points(bench, DECODE[:4], 0.3, tmp_path / "rows.jsonl")
+    assert fine
+    assert measured == DECODE[:3]
+    assert left_out == [f"left out for want of memory: {DECODE[1]}", f"left out for want of time: {DECODE[3]}"]
+
+
+def command(*arguments: str) -> Any:
+    app = gpu.typer.Typer()
+    app.command()(gpu.main)
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_without_a_gpu_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = command()
+    assert result.exit_code == 2
+    assert "finds none; nothing was run" in result.output
+    assert command("--stages", "lunch").exit_code == 2
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command believes in a GPU, and nothing that would need one is run."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(gpu.record.Environment, "read", lambda device, commit: ENVIRONMENT)
+    monkeypatch.setattr(gpu, "measure_roofs", lambda device: None)
+    monkeypatch.setattr(gpu, "run_tests", lambda targets, seconds: True)
+    monkeypatch.setattr(Bench, "rows", lambda self, point, seconds, seed: [])
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = command("--out", str(tmp_path))
+    assert result.exit_code == 0
+    assert "tests passed; parity passed; decode measured; prefill measured" in result.output
+
+    result = command("--out", str(tmp_path), "--budget", "50", "--stages", "tests,prefill")
+    assert result.exit_code == 0
+    assert "tests left out: only 50 s remained; prefill measured" in result.output
+
+    monkeypatch.setattr(gpu, "run_tests", lambda targets, seconds: targets is gpu.PARITY)
+    result = command("--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert "tests FAILED; parity passed; decode measured" in result.output
+
+    def lost(self: Bench, point: Point, seconds: float, seed: int) -> list[Any]:
+        raise DeviceLost("after AcceleratorError: illegal memory access")
+
+    monkeypatch.setattr(Bench, "rows", lost)
+    result = command("--out", str(tmp_path), "--stages", "decode")
+    assert result.exit_code == 1
+    assert "decode FAILED: the device was lost after AcceleratorError" in result.output
+
+
+def test_comparisons() -> None:
+    points = {"a": {OURS: 10.0, AGAIN: 11.0, NO_PREFIX: 8.0, "x": 40.0, "y": 20.0}, "b": {OURS: 10.0, "x": 5.0}}
+    found = {c.other: c for c in comparisons(points)}
+    assert list(found) == ["best peer", "x", "y", NO_PREFIX, AGAIN]
+    assert found["best peer"].geometric_mean == pytest.approx(1.0)
+    assert (found["best peer"].worst, found["best peer"].worst_at) == (0.5, "b")
+    assert (found["y"].points, found["y"].worst) == (1, 2.0)
+    assert comparisons({"a": {"x": 1.0}}) == []
+    assert "## " not in summary.markdown([], ENVIRONMENT)
+
+
+def test_environment_without_git_or_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "output", lambda command: None)
+    assert record.git_state() == ("unknown", False)
+    assert Environment.read(torch.device("cpu")).file_name.endswith("-unknown")
+    assert record.package_version("no-such-package-here") == "unknown"
+
+
+def test_output_of_a_missing_command() -> None:
+    assert record.output(["no-such-command-here"]) is None

@@ -1,0 +1,92 @@
+"""``prefix-attn bank``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from prefix_attn.cli.example import Example
+from tests.cli.conftest import Folder, Run
+
+
+@pytest.fixture
+def bank(tmp_path: Path, example: Example, run: Run) -> Path:
+    """A bank of two tasks, made by the command."""
+    for name, task in (("up", "upper"), ("back", "reverse")):
+        adapter = f"{name}={example.folder / 'adapters' / task}"
+        result = run("bank", "add", tmp_path / "bank", adapter, "--model", example.model)
+        assert result.exit_code == 0, result.stderr
+        assert result.stderr == ""
+    return tmp_path / "bank"
+
+
+def test_list_says_tokens_bytes_and_source(bank: Path, run: Run, example: Example) -> None:
+    for options in ([], ["--model", example.model]):
+        result = run("bank", "list", bank, *options)
+        assert result.exit_code == 0
+        rows = [line.replace("│", " ").split() for line in result.stdout.splitlines()]
+        assert ["up", "6", "12,288", "peft:upper", "model"] in rows
+        assert ["back", "8", "16,384", "peft:reverse", "model"] in rows
+        assert ["total", "14", "28,672"] in rows
+
+
+def test_check(bank: Path, run: Run, example: Example, tmp_path: Path) -> None:
+    result = run("bank", "check", bank, "--model", example.model)
+    assert result.exit_code == 0
+    assert "2 prefixes fit" in result.stdout
+    model = AutoModelForCausalLM.from_pretrained(example.model)
+    model.model.embed_tokens.weight.data += 0.1
+    model.save_pretrained(tmp_path / "other")
+    result = run("bank", "check", bank, "--model", tmp_path / "other")
+    assert result.exit_code == 2
+    assert "expected the fingerprint" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_remove_takes_the_file_too(bank: Path, run: Run, example: Example) -> None:
+    result = run("bank", "remove", bank, "up", "--model", example.model)
+    assert result.exit_code == 0
+    assert sorted(file.name for file in bank.iterdir()) == ["back.safetensors", "bank.json"]
+    result = run("bank", "remove", bank, "up", "--model", example.model)
+    assert result.exit_code == 2
+    assert result.stderr == "error: name: expected one of ['back'], got 'up'\n"
+
+
+def test_a_bank_serves_generate(bank: Path, folder: Folder) -> None:
+    folder.adapters = ["--bank", str(bank)]
+    folder.ask([{"task": "back", "prompt": "hot tea>"}, {"task": "up", "prompt": "hot tea>"}])
+    assert folder.generate().exit_code == 0
+    assert [answer["text"] for answer in folder.answers()] == ["aet toh", "HOT TEA"]
+
+
+def test_a_name_is_given_once(bank: Path, run: Run, example: Example) -> None:
+    result = run("bank", "add", bank, f"up={example.folder / 'adapters' / 'sort'}", "--model", example.model)
+    assert result.exit_code == 2
+    assert "'up' is already in the bank" in result.stderr
+
+
+def test_an_adapter_of_another_model_is_warned_of_in_one_line(run: Run, example: Example, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    source = example.folder / "adapters" / "upper"
+    (adapter / "adapter_model.safetensors").write_bytes((source / "adapter_model.safetensors").read_bytes())
+    config = json.loads((source / "adapter_config.json").read_text()) | {"base_model_name_or_path": "someone/other"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    result = run("bank", "add", tmp_path / "bank", f"up={adapter}", "--model", example.model)
+    assert result.exit_code == 0
+    assert result.stderr.startswith("warning: adapter: this adapter was trained on 'someone/other'")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [None, b"not a prefix"])
+def test_a_damaged_bank_is_refused(bank: Path, run: Run, content: bytes | None) -> None:
+    if content is None:
+        (bank / "up.safetensors").unlink()
+    else:
+        (bank / "up.safetensors").write_bytes(content)
+    result = run("bank", "list", bank)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: up.safetensors: expected a prefix file of this package")

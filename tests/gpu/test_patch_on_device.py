@@ -1,0 +1,94 @@
+"""The patch on a GPU, where the kernels are chosen by themselves: tiny models in float32, against the CPU and alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import prefix_attn as pa
+from prefix_attn.backends import triton as backend
+from tests.hf.conftest import TASKS, make_bank, padded_inputs
+from tests.hf.families import tiny_model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GREEDY = {"max_new_tokens": 10, "do_sample": False}
+
+pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU: the patch is tested on the CPU in tests/hf")
+
+#: Heads of 16, the smallest the kernels take: rotary, sliding layers, learned positions without grouped heads.
+FAMILIES: dict[str, dict[str, int]] = {"llama": {"hidden_size": 64}, "gemma3_text": {}, "gpt2": {"n_embd": 64}}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one entry for each call that the Triton backend runs."""
+    calls: list[int] = []
+    run = backend.run
+
+    def counted(call: Any) -> Any:
+        calls.append(call.q_len)
+        return run(call)
+
+    monkeypatch.setattr(backend, "run", counted)
+    return calls
+
+
+@pytest.fixture
+def model(family: str) -> Iterator[Any]:
+    """Patched on the device, its logits compared there with a prefix replicated in a plain cache."""
+    model = tiny_model(family, **FAMILIES[family]).to(DEVICE)
+    yield pa.patch(model, make_bank(model), verify=True)
+    pa.unpatch(model)
+
+
+def on_device(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: x.to(DEVICE) for name, x in inputs.items()}
+
+
+def test_generates_what_the_cpu_generates(model: Any, family: str, kernel_calls: list[int]) -> None:
+    """On the CPU the patch is proven equal to PEFT."""
+    options = GREEDY | {"output_logits": True, "return_dict_in_generate": True}
+    got = model.generate(**on_device(padded_inputs()), **options, task_ids=TASKS)
+    assert 1 in kernel_calls, "decode did not use the kernels"
+    assert max(kernel_calls) > 1, "prefill did not use the kernels"
+    on_cpu = tiny_model(family, **FAMILIES[family])
+    expected = pa.patch(on_cpu, make_bank(on_cpu)).generate(**padded_inputs(), **options, task_ids=TASKS)
+    assert torch.equal(got.sequences.cpu(), expected.sequences)
+    for ours, theirs in zip(got.logits, expected.logits, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_a_mixed_batch_gives_each_row_what_it_gets_alone(model: Any) -> None:
+    inputs = on_device(padded_inputs())
+    mixed = model.generate(**inputs, **GREEDY, task_ids=TASKS)
+    for row, task in enumerate(TASKS):
+        one = {name: x[row : row + 1] for name, x in inputs.items()}
+        alone = model.generate(**one, **GREEDY, task_ids=[task])
+        assert torch.equal(mixed[row, : alone.shape[1]], alone[0])
+
+
+def test_static_cache(model: Any, kernel_calls: list[int]) -> None:
+    inputs = on_device(padded_inputs())
+    expected = model.generate(**inputs, **GREEDY, task_ids=TASKS)
+    kernel_calls.clear()
+    static = GREEDY | {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(model.generate(**inputs, **static, task_ids=TASKS), expected)
+    assert 1 in kernel_calls
+
+
+def test_static_cache_compiled() -> None:
+    """What transformers does with a static cache on a GPU unless told otherwise: it compiles decode."""
+    model = tiny_model("llama", **FAMILIES["llama"]).to(DEVICE)
+    pa.patch(model, make_bank(model))
+    inputs = on_device(padded_inputs())
+    expected = model.generate(**inputs, **GREEDY, task_ids=TASKS)
+    got = model.generate(**inputs, **GREEDY, task_ids=TASKS, cache_implementation="static")
+    assert torch.equal(got, expected)

@@ -1,0 +1,152 @@
+"""The operation's front: what it refuses, which backend it takes and why, what it says a call costs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prefix_attn as pa
+from prefix_attn import dispatch
+from prefix_attn.backends import reference
+from prefix_attn.checks import checked_call
+from prefix_attn.cost import Cost, Roof
+from tests.cases import DECODE, PREFILL, Case, Inputs, make
+from tests.tolerance import assert_close
+
+
+def call(inputs: Inputs, **changes: Any) -> Any:
+    """`prefix_attention` with some arguments replaced."""
+    arguments = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "prefix": inputs.prefix, "task_ids": inputs.task_ids}
+    return pa.prefix_attention(**(arguments | inputs.options | changes))
+
+
+X = make(DECODE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "names"),
+    [
+        ({"q": X.q[0]}, pa.ShapeError, "q, k"),
+        ({"k": X.k[:, :, :5]}, pa.ShapeError, "k, v"),
+        ({"q": X.q[:3]}, pa.ShapeError, "q, k"),
+        ({"q": X.q[:, :3]}, pa.ShapeError, "multiple of kv_heads"),
+        ({"q": X.q[..., :8]}, pa.ShapeError, "head_dim"),
+        ({"k": X.k[:, :1], "v": X.v[:, :1]}, pa.ShapeError, "prefix, k"),
+        ({"task_ids": [0, 1]}, pa.ShapeError, "task_ids"),
+        ({"task_ids": torch.zeros(4)}, pa.DTypeError, "task_ids"),
+        ({"task_ids": [0, 1, 2, 3]}, pa.UnknownTask, r"task_ids\[3\].*\[0, 1, 2\].*got 3"),
+        ({"task_ids": [-2, 0, 0, 0]}, pa.UnknownTask, "got -2"),
+        ({"kv_start": [0, 0, 0, 14]}, pa.ShapeError, r"kv_start\[3\]"),
+        ({"kv_len": [0, 0, -1, 0]}, pa.ShapeError, r"kv_len\[2\]"),
+        ({"window": 0}, pa.ShapeError, "window"),
+        ({"softcap": 0.0}, pa.ShapeError, "softcap"),
+        ({"sinks": torch.zeros(3)}, pa.ShapeError, "sinks"),
+        ({"q": X.q.half()}, pa.DTypeError, "k: expected torch.float16"),
+        ({"q": X.q.long(), "k": X.k.long(), "v": X.v.long()}, pa.DTypeError, "q: expected"),
+        ({"prefix": replace(X.prefix, v=X.prefix.v.half())}, pa.DTypeError, "prefix.v"),
+        ({"backend": "cuda"}, pa.BackendUnavailable, "expected 'auto' or one of"),
+    ],
+)
+def test_bad_arguments_are_named(changes: dict[str, Any], error: type[Exception], names: str) -> None:
+    with pytest.raises(error, match=names):
+        call(X, **changes)
+
+
+def test_a_removed_task_is_an_error_not_another_prefix() -> None:
+    prefix = replace(X.prefix, lens=torch.tensor([7, 0, -1], dtype=torch.int32))
+    with pytest.raises(pa.UnknownTask, match=r"one of \[0, 1\], got 2"):
+        call(X, prefix=prefix)
+
+
+def test_packing_refuses_what_does_not_fit() -> None:
+    kv = torch.zeros(2, 3, 16)
+    with pytest.raises(pa.ShapeError, match="at least one"):
+        pa.PrefixKV.pack([])
+    with pytest.raises(pa.ShapeError, match=r"prefixes\[1\]"):
+        pa.PrefixKV.pack([(kv, kv), (kv[:1], kv[:1])])
+    with pytest.raises(pa.DTypeError, match=r"prefixes\[1\]"):
+        pa.PrefixKV.pack([(kv, kv), (kv.half(), kv.half())])
+
+
+def test_packed_prefixes_start_at_aligned_tokens() -> None:
+    prefix = make(Case("", prefix_lens=(7, 0, 20, 16))).prefix
+    assert prefix.starts.tolist() == [0, 16, 16, 48]
+    assert prefix.lens.tolist() == [7, 0, 20, 16]
+    assert prefix.k.shape == (2, 64, 16)
+
+
+def test_auto_says_why() -> None:
+    choice = dispatch.choose(checked_call(*X.args))
+    assert choice.name == "torch"
+    assert "triton: no GPU holds these tensors" in choice.reason
+
+
+def test_a_named_backend_never_falls_back() -> None:
+    x = make(DECODE, torch.float64)
+    with pytest.raises(pa.BackendUnavailable, match="float64"):
+        call(x, backend="triton")
+
+
+def test_every_backend_has_a_suite() -> None:
+    from tests import test_backends
+
+    suites = {x.name for x in vars(test_backends).values() if isinstance(x, type) and hasattr(x, "name")}
+    assert suites == set(dispatch.BACKENDS)
+
+
+def test_cost_counts_a_prefix_once_per_task() -> None:
+    """Rows of tasks 0, 2, none, 2 with prefixes of 7 and 20 tokens, 13 own keys each, one query of 4 heads of 16."""
+    cost = Cost.of(checked_call(*X.args))
+    kv, per_token = 2 * 16 * 4, 2  # heads x head_dim x bytes; k and v
+    queries = 2 * 4 * 4 * 16 * 4  # q and out
+    assert cost.bytes == per_token * kv * (7 + 20 + 4 * 13) + queries
+    assert cost.bytes_replicated == per_token * kv * (7 + 20 + 20 + 4 * 13) + queries
+    assert cost.flops == 4 * 4 * 16 * (7 + 20 + 20 + 4 * 13)
+    assert cost.floor_us(Roof(bytes_per_s=1e6, flops_per_s=1e30)) == cost.bytes
+    assert cost.floor_us(Roof(bytes_per_s=1e30, flops_per_s=1e6)) == cost.flops
+
+
+def test_cost_counts_the_triangle_of_a_causal_prefill() -> None:
+    inputs = make(replace(PREFILL, starts=(0, 3, 0, 13)))
+    pairs = 13 * (7 + 20 + 20) + 2 * 91 + 55
+    assert Cost.of(checked_call(*inputs.args, **inputs.options)).flops == 4 * 4 * 16 * pairs
+
+
+def test_explain_prints_the_choice_and_the_cost() -> None:
+    text = str(pa.explain(*X.args, **X.options))
+    for words in ("backend   torch", "FLOPs", "a replicated prefix", "floor     unknown: no roof measured for cpu"):
+        assert words in text
+    with pytest.raises(pa.ShapeError, match="window"):
+        pa.explain(*X.args, window=0)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """Any call: ragged prefixes, any tasks, any padding, any options."""
+    kv_heads, group = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4]))
+    lens = tuple(draw(st.lists(st.integers(0, 40), min_size=1, max_size=4)))
+    ids = tuple(draw(st.lists(st.integers(-1, len(lens) - 1), min_size=1, max_size=6)))
+    n = draw(st.integers(0, 30))
+    ends = [draw(st.integers(0, n)) for _ in ids]
+    return Case(
+        "drawn", lens, ids, kv_heads * group, kv_heads, draw(st.integers(1, 9)), n, 16,
+        tuple(draw(st.integers(0, end)) for end in ends), tuple(ends), draw(st.booleans()),
+        window=draw(st.none() | st.integers(1, 50)), softcap=draw(st.none() | st.just(3.0)), sinks=draw(st.booleans()),
+        strided=draw(st.booleans()),
+    )  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(cases())
+def test_any_call_equals_the_formula(case: Case) -> None:
+    """In float64, where the largest error of a tiny random call is not a matter of luck."""
+    inputs = make(case, torch.float64)
+    exact = reference.attend(checked_call(*inputs.args, **inputs.options), torch.float64)
+    out, lse = call(inputs, return_lse=True)
+    assert_close("out", out, exact[0], exact[0])
+    assert_close("lse", lse, exact[1], exact[1])

@@ -1,0 +1,34 @@
+"""The README tells the truth: its example runs and prints what it says, its numbers stand in the results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_prints_what_it_says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    code = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[0]
+    exec(compile(code, "README.md", "exec"), {})
+    promised = re.findall(r"^print\(.*#\s*(.*)$", code, flags=re.MULTILINE)
+    assert promised
+    assert capsys.readouterr().out.split("\n")[: len(promised)] == promised
+
+
+def test_the_numbers_stand_in_the_results() -> None:
+    lines = (ROOT / "benchmarks" / "results" / "cpu" / "generate.jsonl").read_text().splitlines()
+    latest = {(row["prefix_tokens"], row["provider"].split(",")[0]): row for row in map(json.loads, lines)}
+    for m in sorted({m for m, _ in latest}):
+        ours, peft = latest[m, "prefix_attn"], latest[m, "peft"]
+        speeds = ours["decode_tokens_per_s"], peft["decode_tokens_per_s"]
+        start = f"| {m} | {speeds[0]:.0f} | {speeds[1]:.0f} | {speeds[0] / speeds[1]:.1f}x | "
+        row = next((line for line in README.splitlines() if line.startswith(start)), None)
+        assert row is not None, f"README has no row that starts with {start!r}"
+        held = [float(cell.split()[0]) for cell in row.split("|")[5:7]]
+        assert held == pytest.approx([ours["prefix_bytes"] / 2**20, peft["prefix_bytes"] / 2**20], rel=0.005)
