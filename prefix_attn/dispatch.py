@@ -56,7 +56,7 @@ def refusal(name: str, call: AttentionCall) -> str | None:
 
 def regime(name: str, call: AttentionCall) -> Regime | None:
     """The way backend ``name`` would run ``call``; None if it has only one."""
-    choose_regime = getattr(import_module(BACKENDS[name]), "choose_regime", None)
+    choose_regime = getattr(_module(name), "choose_regime", None)
     return None if choose_regime is None else choose_regime(call)
 
 
