@@ -150,3 +150,24 @@ def test_any_call_equals_the_formula(case: Case) -> None:
     out, lse = call(inputs, return_lse=True)
     assert_close("out", out, exact[0], exact[0])
     assert_close("lse", lse, exact[1], exact[1])
+
+
+def test_a_row_has_one_output_in_a_thousand_batches() -> None:
+    """With ``batch_invariant`` the bits of a row depend neither on its place nor on who shares its batch or prefix."""
+    inputs = make(Case("", prefix_lens=(7, 0, 150), task_ids=(2,), kv_len=21))
+    strangers = make(Case("", prefix_lens=(7, 0, 150), task_ids=tuple(i % 4 - 1 for i in range(16)), kv_len=21), seed=1)
+    rng = torch.Generator().manual_seed(0)
+    outputs = set()
+    for _ in range(1000):
+        others = torch.randperm(16, generator=rng)[: int(torch.randint(0, 9, (1,), generator=rng))]
+        place = int(torch.randint(0, len(others) + 1, (1,), generator=rng))
+
+        def insert(
+            row: torch.Tensor, rows: torch.Tensor, others: torch.Tensor = others, at: int = place
+        ) -> torch.Tensor:
+            return torch.cat([rows[others[:at]], row, rows[others[at:]]])
+
+        q, k, v = (insert(getattr(inputs, x), getattr(strangers, x)) for x in "qkv")
+        out = call(inputs, q=q, k=k, v=v, task_ids=insert(inputs.task_ids, strangers.task_ids), batch_invariant=True)
+        outputs.add(out[place].numpy().tobytes())
+    assert len(outputs) == 1
