@@ -32,7 +32,7 @@ def verify_against_replica(model: Any, bank: PrefixBank, hook: Any) -> None:
     tokens = (torch.arange(TOKENS, device=device) * 7 + 3)[None] % model.config.get_text_config().vocab_size
     was_training, was = model.training, hook.implementation
     model.eval()
-    hook.implementation = "eager"  # the family's own formula: sdpa leaves out softcaps in some versions
+    hook.implementation = "eager"  # the family's own formula: in transformers 5.17 gemma2's sdpa leaves out the softcap
     try:
         with torch.no_grad():
             for name in bank.names:

@@ -39,7 +39,7 @@ def tiny_model(family: str, **overrides: Any) -> Any:
     """A random model in float32, ready for inference; the same for the same arguments."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **(FAMILIES[family] | overrides))
-    # gemma2's sdpa ignores its softcap up to transformers 5.22; only eager is the family's own formula
+    # in transformers 5.17 gemma2's sdpa differs from its eager formula by what the softcap does
     attention = {"attn_implementation": "eager"} if family == "gemma2" else {}
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention).eval()
     with torch.no_grad():
