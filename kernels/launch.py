@@ -66,37 +66,41 @@ class Operands:
 
     def arguments(self, out: Tensor, lse: Tensor | None) -> dict[str, Any]:
         """Keyword arguments of a kernel that writes ``out`` (any strides) and ``lse`` (contiguous)."""
-        strides = {
-            "q_batch": self.q.stride(0), "q_head": self.q.stride(1), "q_seq": self.q.stride(2),
-            "k_batch": self.k.stride(0), "k_head": self.k.stride(1), "k_seq": self.k.stride(2),
-            "v_batch": self.v.stride(0), "v_head": self.v.stride(1), "v_seq": self.v.stride(2),
-            "prefix_k_head": self.prefix_k.stride(0), "prefix_k_seq": self.prefix_k.stride(1),
-            "prefix_v_head": self.prefix_v.stride(0), "prefix_v_seq": self.prefix_v.stride(1),
-            "out_batch": out.stride(0), "out_head": out.stride(1), "out_seq": out.stride(2),
-        }  # fmt: skip
-        # In units of `align` elements the compiler sees how wide it may load, for one more variant per alignment only.
-        align = math.gcd(16, *strides.values())
         scale_log2, softcap_inner = score_scales(self.scale, self.softcap)
         return {
-            **{f"stride_{axis}": stride // align for axis, stride in strides.items()},
-            "q_ptr": self.q if self.scale >= 0 or self.softcap is not None else -self.q,
-            "k_ptr": self.k, "v_ptr": self.v, "prefix_k_ptr": self.prefix_k, "prefix_v_ptr": self.prefix_v,
-            "out_ptr": out, "lse_ptr": lse, "sinks_ptr": self.sinks,
+            **strided(
+                q=self.q if self.scale >= 0 or self.softcap is not None else -self.q, k=self.k, v=self.v,
+                prefix_k=self.prefix_k, prefix_v=self.prefix_v, out=out,
+            ),
+            "lse_ptr": lse, "sinks_ptr": self.sinks,
             "task_ids_ptr": self.task_ids, "starts_ptr": self.starts.contiguous(), "lens_ptr": self.lens.contiguous(),
             "kv_start_ptr": self.kv_start, "kv_len_ptr": self.kv_len,
-            "stride_q_dim": self.q.stride(3), "stride_k_dim": self.k.stride(3), "stride_v_dim": self.v.stride(3),
-            "stride_prefix_k_dim": self.prefix_k.stride(2), "stride_prefix_v_dim": self.prefix_v.stride(2),
-            "stride_out_dim": out.stride(3), "stride_task_ids": self.task_ids.stride(0),
+            "stride_task_ids": self.task_ids.stride(0),
             "stride_kv_start": 0 if self.kv_start is None else self.kv_start.stride(0),
             "stride_kv_len": 0 if self.kv_len is None else self.kv_len.stride(0),
             "kv_heads": self.kv_heads, "q_len": self.q_len, "kv_capacity": self.k.shape[2],
             "num_tasks": self.lens.shape[0],
             # A window that hides nothing would still be compared with, and may not fit 32 bits.
             "window": self.window, "scale_log2": scale_log2, "softcap_inner": softcap_inner,
-            "GROUP": self.group, "HEAD_DIM": self.head_dim, "ALIGN": align,
+            "GROUP": self.group, "HEAD_DIM": self.head_dim,
             # The one query of a row sees all its keys up to its end.
             "CAUSAL": self.causal and self.q_len > 1,
         }  # fmt: skip
+
+
+def strided(**tensors: Tensor) -> dict[str, Any]:
+    """``x_ptr`` and ``stride_x_<axis>`` of tensors ``[(batch,) heads, seq, dim]``, and ALIGN.
+
+    Strides are in units of ALIGN elements, but for those of dim: so the compiler sees how wide it may load, for one
+    more variant per alignment only.
+    """
+    align = math.gcd(16, *(stride for x in tensors.values() for stride in x.stride()[:-1]))
+    arguments: dict[str, Any] = {"ALIGN": align}
+    for name, x in tensors.items():
+        arguments |= {f"{name}_ptr": x, f"stride_{name}_dim": x.stride(-1)}
+        outer = ("batch", "head", "seq")[4 - x.ndim :]
+        arguments |= {f"stride_{name}_{axis}": s // align for axis, s in zip(outer, x.stride(), strict=False)}
+    return arguments
 
 
 def score_scales(scale: float, softcap: float | None) -> tuple[float, float | None]:

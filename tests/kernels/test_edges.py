@@ -64,6 +64,14 @@ def test_scales_that_are_not_positive(way: str, scale: float, softcap: float | N
 
 
 @WAY
+def test_a_negative_scale_with_q_cut_from_a_fused_projection(way: str) -> None:
+    """The sign goes to a copy of q, whose strides are not q's."""
+    inputs = make(Case("fused", q_len=3, scale=-0.4), device=DEVICE)
+    fused = torch.stack([inputs.q, torch.full_like(inputs.q, float("nan"))], dim=1)
+    check(replace(inputs, q=fused[:, 0]), way)
+
+
+@WAY
 def test_head_dims_that_fill_no_tile(way: str) -> None:
     for head_dim in (17, 24, 72):
         check(make(Case("head_dim", q_len=2, head_dim=head_dim, task_ids=(2, 0)), device=DEVICE), way)
