@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from benchmarks.peers import Peer, Point, Problem
-from benchmarks.peers.check import Reference, uninitialised_memory_is_nan
-from benchmarks.record import Environment, Row
-from benchmarks.roofs import Roofs
-from benchmarks.timing import REPEATS, Runner, Timing, first_line, host_us, input_sets, measure, runner_for
 from prefix_attn.cost import Cost
+
+from .peers import Peer, Point, Problem
+from .peers.check import Reference, uninitialised_memory_is_nan
+from .record import Environment, Row
+from .roofs import Roofs
+from .timing import REPEATS, Runner, Timing, first_line, host_us, input_sets, measure, runner_for
 
 #: Replicas larger than this, all input sets together, are left out.
 REPLICA_LIMIT = 40 * 10**9

@@ -26,7 +26,8 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import prefix_attn as pa
-from benchmarks.record import Environment, package_version
+
+from .record import Environment, package_version
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "generate.jsonl"
 VOCABULARY, EOS = 50257, 50256

@@ -25,10 +25,10 @@ import torch
 import typer
 from tqdm import tqdm
 
-from benchmarks import record, summary
-from benchmarks.compare import Bench, DeviceLost
-from benchmarks.peers import OURS, Point, all_peers
-from benchmarks.roofs import measure_roofs
+from . import record, summary
+from .compare import Bench, DeviceLost
+from .peers import OURS, Point, all_peers
+from .roofs import measure_roofs
 
 DECODE = [
     Point("decode", batch, tasks, m, n)

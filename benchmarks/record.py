@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.peers.problem import Point
+from .peers.problem import Point
 
-ROOT = Path(__file__).parents[1]
+#: The checkout, also where this file was reached through the package's link; in an installed wheel, the package.
+ROOT = Path(__file__).resolve().parents[1]
 UNKNOWN = "unknown"
 
 
@@ -144,6 +145,8 @@ def package_version(name: str) -> str:
 
 def git_state() -> tuple[str, bool]:
     """The commit, and whether the working tree differs from it (results aside); ("unknown", False) without git."""
+    if not (ROOT / ".git").exists():  # a repository further up is another project's
+        return UNKNOWN, False
     git = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT)]
     commit = output([*git, "rev-parse", "--short=12", "HEAD"])
     if commit is None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.timing import REPEATS, Calls, Timing, runner_for
 from prefix_attn.cost import Cost, Roof
+
+from .timing import REPEATS, Calls, Timing, runner_for
 
 COPY_BYTES = 8 * 10**9
 MATMUL_SIZE = 8192

@@ -22,10 +22,11 @@ import typer
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.record import Environment
 from prefix_attn.backends import torch_sdpa
 from prefix_attn.checks import checked_call
 from prefix_attn.types import AttentionCall, PrefixKV
+
+from .record import Environment
 
 RESULTS = Path(__file__).parent / "results" / "cpu"
 SHAPES: dict[str, tuple[int, int, int, torch.dtype]] = {

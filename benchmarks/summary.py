@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.peers import AGAIN, NO_PREFIX, OURS
-from benchmarks.record import Environment, Row
+from .peers import AGAIN, NO_PREFIX, OURS
+from .record import Environment, Row
 
 Times = dict[str, float]
 

@@ -12,10 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-#: What a user of an installed package relies on: kernels, the shipped example, the command line.
+#: What a user of an installed package relies on: kernels, benchmarks, the shipped example, the command line.
 SMOKE = """
 import prefix_attn, pathlib
 from prefix_attn.kernels import decode, prefill
+from prefix_attn.benchmarks import compare, peers
 home = pathlib.Path(prefix_attn.__file__).parent
 assert (home / "string_tasks" / "model" / "model.safetensors").is_file()
 assert home.is_relative_to({home!r}), home
@@ -50,7 +51,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_what_it_should(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"prefix_attn/kernels/decode.py", "prefix_attn/string_tasks/heldout.jsonl"} <= names
+    wanted = ("kernels/decode.py", "string_tasks/heldout.jsonl", "benchmarks/compare.py")
+    assert {f"prefix_attn/{name}" for name in wanted} <= names
+    assert not [
+        name for name in names if name.startswith(("prefix_attn/benchmarks/results", "prefix_attn/benchmarks/fig"))
+    ]
     strangers = {name.split("/")[0] for name in names} - {"prefix_attn"}
     assert all(name.endswith(".dist-info") for name in strangers), strangers
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch.nn.attention import SDPBackend
 
-from benchmarks.peers.hugging_face import HuggingFace
-from benchmarks.peers.interface import Peer
-from benchmarks.peers.ours import Ours, OwnKeysOnly
-from benchmarks.peers.problem import Point, Problem
-from benchmarks.peers.sdpa import SdpaReplica
+from .hugging_face import HuggingFace
+from .interface import Peer
+from .ours import Ours, OwnKeysOnly
+from .problem import Point, Problem
+from .sdpa import SdpaReplica
 
 __all__ = ["HuggingFace", "Ours", "OwnKeysOnly", "Peer", "Point", "Problem", "SdpaReplica", "all_peers"]
 

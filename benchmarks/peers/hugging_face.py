@@ -15,9 +15,9 @@ import transformers
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from benchmarks.peers.interface import Peer
-from benchmarks.peers.problem import Problem
-from benchmarks.peers.sdpa import lower_right_mask
+from .interface import Peer
+from .problem import Problem
+from .sdpa import lower_right_mask
 
 
 class HuggingFace(Peer):

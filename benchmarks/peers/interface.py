@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.peers.problem import Problem
+from .problem import Problem
 
 
 class Peer(ABC):

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 import prefix_attn as pa
-from benchmarks.peers.interface import Peer
-from benchmarks.peers.problem import Problem
+
+from .interface import Peer
+from .problem import Problem
 
 
 class Ours(Peer):

@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.peers.interface import Peer
-from benchmarks.peers.problem import Problem
+from .interface import Peer
+from .problem import Problem
 
 LABELS = {
     SDPBackend.FLASH_ATTENTION: "flash",
