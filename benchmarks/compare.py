@@ -89,6 +89,8 @@ class _Comparison:
         reason = peer.unavailable(self.bench.device)
         if reason is not None:
             return replace(row, status=f"unavailable: {reason}")
+        if (reason := peer.unsuited(self.point)) is not None:
+            return replace(row, status=f"skipped: {reason}")
         if peer.replicates and sets * touched > self._replica_limit():
             return replace(row, status=f"skipped: {sets} replicas of {touched / 1e9:.1f} GB")
         try:
@@ -109,15 +111,15 @@ class _Comparison:
                     out = calls[0]()
             else:
                 out = calls[0]()
-            error, wrong = reference.check(out, self.problems[0])
-            row = replace(row, error=error)
+            error, wrong = reference.check(peer.in_batch_order(out, self.problems[0]), self.problems[0])
+            row = replace(row, error=error, plan_us=peer.plan_us, compile_s=peer.compile_s)
             if wrong is not None:
                 return replace(row, status=f"wrong: {wrong}", failed=True)
             runner, note = runner_for(calls, device)
             for x in runner.outs:
                 x.fill_(float("nan"))
             runner.seconds(1)
-            error, wrong = reference.check(runner.outs[0], self.problems[0])
+            error, wrong = reference.check(peer.in_batch_order(runner.outs[0], self.problems[0]), self.problems[0])
             if wrong is None and not all(bool(x.isfinite().all()) for x in runner.outs):
                 wrong = "elements are NaN, infinite or were never written"
             if wrong is not None:

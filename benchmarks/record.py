@@ -99,6 +99,8 @@ class Row:
     calls: int | None = None  # timed together, on `sets` input sets
     sets: int | None = None
     host_us: float | None = None  # to issue one call
+    plan_us: float | None = None  # once per batch, for all layers; not part of the median
+    compile_s: float | None = None  # once per shape; not part of the median
     fraction_of_floor: float | None = None
     gb_per_s: float | None = None
     tflop_per_s: float | None = None

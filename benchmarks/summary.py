@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .peers import AGAIN, NO_PREFIX, OURS
+from .peers import OURS
 from .record import Environment, Row
 
 Times = dict[str, float]
@@ -42,7 +42,7 @@ def times_by_point(rows: Iterable[Row]) -> dict[str, Times]:
 def comparisons(points: dict[str, Times]) -> list[Comparison]:
     """Against the best peer of each point, then against each other provider; only where both were timed."""
     names = sorted({name for times in points.values() for name in times} - {OURS})
-    peers = [name for name in names if name not in (AGAIN, NO_PREFIX)]
+    peers = [name for name in names if not name.startswith(OURS)]
     ratios: dict[str, list[tuple[float, str]]] = {}
     for label, times in points.items():
         if OURS not in times:
@@ -53,7 +53,7 @@ def comparisons(points: dict[str, Times]) -> list[Comparison]:
         for name in names:
             if name in times:
                 ratios.setdefault(name, []).append((times[name] / times[OURS], label))
-    order = ["best peer", *peers, NO_PREFIX, AGAIN]
+    order = ["best peer", *peers, *(name for name in names if name.startswith(OURS))]
     return [Comparison.of(name, ratios[name]) for name in order if name in ratios]
 
 

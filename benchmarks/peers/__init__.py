@@ -6,14 +6,19 @@ from torch.nn.attention import SDPBackend
 
 from .hugging_face import HuggingFace
 from .interface import Peer
-from .ours import Ours, OwnKeysOnly
+from .ours import OneRegime, Ours, OwnKeysOnly
 from .problem import Point, Problem
 from .sdpa import SdpaReplica
+from .shared_pages import SharedPages
 
-__all__ = ["HuggingFace", "Ours", "OwnKeysOnly", "Peer", "Point", "Problem", "SdpaReplica", "all_peers"]
+__all__ = [
+    "HuggingFace", "OneRegime", "Ours", "OwnKeysOnly", "Peer", "Point", "Problem", "SdpaReplica", "SharedPages",
+    "all_peers",
+]  # fmt: skip
 
 #: Names that the summary looks for. Ours is timed twice: the difference is the noise of the run.
 OURS, AGAIN, NO_PREFIX = "prefix_attn", "prefix_attn, again", "prefix_attn without prefix"
+INVARIANT = "prefix_attn, batch_invariant"
 
 
 def all_peers(backend: str = "triton") -> list[Peer]:
@@ -22,6 +27,9 @@ def all_peers(backend: str = "triton") -> list[Peer]:
         Ours(OURS, backend),
         Ours(AGAIN, backend),
         OwnKeysOnly(NO_PREFIX, backend),
+        Ours(INVARIANT, backend, batch_invariant=True),
+        *((OneRegime("inline"), OneRegime("grouped")) if backend == "triton" else ()),
+        SharedPages(),
         SdpaReplica(SDPBackend.FLASH_ATTENTION),
         SdpaReplica(SDPBackend.CUDNN_ATTENTION),
         SdpaReplica(SDPBackend.EFFICIENT_ATTENTION),

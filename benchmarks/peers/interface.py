@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .problem import Problem
+from .problem import Point, Problem
 
 
 class Peer(ABC):
@@ -19,6 +20,8 @@ class Peer(ABC):
         ours: whether it is this project's kernel, which must run and be right.
         replicates: whether it reads one copy of the prefix per row rather than one per task.
         with_prefix: whether it attends to the prefix; False for a call that shows what the prefix costs.
+        plan_us: host and device time of what the latest `prepare` worked out once for all layers of a batch.
+        compile_s: seconds that the latest `prepare` spent on compilation, if it compiles for each shape.
     """
 
     name: str
@@ -26,10 +29,20 @@ class Peer(ABC):
     ours = False
     replicates = False
     with_prefix = True
+    plan_us: float | None = None
+    compile_s: float | None = None
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why it cannot run on this device at all; None if it can."""
         return None
+
+    def unsuited(self, point: Point) -> str | None:
+        """Why it is not timed at this point; None if it is."""
+        return None
+
+    def in_batch_order(self, out: Tensor, problem: Problem) -> Tensor:
+        """The result of a call with its rows in the problem's order; some peers want theirs sorted by task."""
+        return out
 
     @abstractmethod
     def prepare(self, problem: Problem) -> Callable[[], Tensor]:
@@ -38,3 +51,14 @@ class Peer(ABC):
         The result of the call holds ``[B, H, Q, D]`` in that order of elements, in whatever shape; it reads nothing
         back to the host, so that it can be captured in a CUDA graph. Raises where the peer refuses the problem.
         """
+
+
+def elapsed_us(work: Callable[[], object], device: torch.device) -> float:
+    """Microseconds until ``work`` is done on the host and on the device, by the host's clock."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1e6 * (time.perf_counter() - start)

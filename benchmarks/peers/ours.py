@@ -1,4 +1,4 @@
-"""This project's kernels."""
+"""This project's kernels: as a caller gets them, and made to run in one way, for what that way costs."""
 
 from __future__ import annotations
 
@@ -7,30 +7,43 @@ from collections.abc import Callable
 from torch import Tensor
 
 import prefix_attn as pa
+from prefix_attn import ops
+from prefix_attn.plan import BatchPlan
 
-from .interface import Peer
-from .problem import Problem
+from .interface import Peer, elapsed_us
+from .problem import Point, Problem
 
 
 class Ours(Peer):
-    """`prefix_attention` over the shared prefixes."""
+    """`prefix_attention` over the shared prefixes, with the batch's plan made beforehand."""
 
     ours = True
     version = pa.__version__
 
-    def __init__(self, name: str = "prefix_attn", backend: str = "triton") -> None:
+    def __init__(self, name: str = "prefix_attn", backend: str = "triton", batch_invariant: bool = False) -> None:
         self.name = name
         self.backend = backend
+        self.batch_invariant = batch_invariant
 
     def prepare(self, problem: Problem) -> Callable[[], Tensor]:
+        plan = self.planned(problem) if self.backend == "triton" and problem.point.op == "decode" else None
+
         def call() -> Tensor:
             out = pa.prefix_attention(
-                problem.q, problem.k, problem.v, problem.prefix, problem.task_ids, backend=self.backend
-            )
+                problem.q, problem.k, problem.v, problem.prefix, problem.task_ids, backend=self.backend,
+                batch_invariant=self.batch_invariant, plan=plan,
+            )  # fmt: skip
             assert isinstance(out, Tensor)
             return out
 
         return call
+
+    def planned(self, problem: Problem) -> BatchPlan:
+        """The plan of the batch, worked out; its time is noted."""
+        plan = BatchPlan(problem.task_ids, problem.prefix.lens)
+        rows = problem.point.q_len * problem.point.group
+        self.plan_us = elapsed_us(lambda: plan.tiles(rows), problem.q.device)
+        return plan
 
 
 class OwnKeysOnly(Ours):
@@ -43,3 +56,24 @@ class OwnKeysOnly(Ours):
 
     def prepare(self, problem: Problem) -> Callable[[], Tensor]:
         return super().prepare(problem.without_prefix)
+
+
+class OneRegime(Ours):
+    """One of the two ways of decode, whichever the package would take: from both, regime.py's constants are fitted."""
+
+    def __init__(self, regime: str) -> None:
+        super().__init__(f"prefix_attn, {regime}")
+        self.regime = regime
+
+    def unsuited(self, point: Point) -> str | None:
+        return None if point.op == "decode" else "it is a way of decode"
+
+    def prepare(self, problem: Problem) -> Callable[[], Tensor]:
+        rows = problem.point.q_len * problem.point.group
+        tiles = self.planned(problem).tiles(rows) if self.regime == "grouped" else None
+        attention_call = problem.call
+
+        def call() -> Tensor:
+            return ops.attention(attention_call, tiles)[0]
+
+        return call

@@ -1,0 +1,118 @@
+"""The kernel of `shared_pages`: decode over keys in pages, one query a row.
+
+    out[b, h] = softmax_j(scale * q[b, h] . k_j) @ v_j          j: the tokens of row b's pages
+
+Program = (row, kv head, key chunk); the GROUP query heads of a kv head are the rows of one tile, so each key is loaded
+once for all of them. Few rows are split into chunks, which `merge_chunks` joins.
+"""
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prefix_attn.kernels.config import padded_head_dim, slots
+from prefix_attn.kernels.decode import choose_chunks
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, score_scales
+from prefix_attn.kernels.merge import merge_chunks
+from prefix_attn.kernels.primitives import cast, dot, normalise, runtime_jit, softmax_update
+
+#: Keys a chunk takes at least.
+LEAST_KEYS = 256
+
+
+@runtime_jit
+def paged_kernel(
+    q_ptr, k_ptr, v_ptr, table_ptr, lengths_ptr, out_ptr, lse_ptr,
+    stride_table, batch, chunks, scale_log2,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """q, out ``[batch, KV_HEADS * GROUP, HEAD_DIM]``; k, v ``[pages, KV_HEADS, PAGE, HEAD_DIM]``; all contiguous.
+
+    With SPLIT, out and lse are float32 ``[chunks, batch, heads(, HEAD_DIM)]``, lse in base 2.
+    """
+    # Rows vary fastest: programs that run together share a kv head, and so the prefixes in the L2 cache.
+    pid = tl.program_id(0)
+    b = pid % batch
+    pid = pid // batch
+    kv_head = pid % KV_HEADS
+    chunk = pid // KV_HEADS
+
+    offs_g = tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    rows = (b.to(tl.int64) * KV_HEADS + kv_head) * GROUP + offs_g  # [BLOCK_M]
+    mask_q = (offs_g < GROUP)[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
+    q = tl.load(q_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :], mask=mask_q, other=0.0)  # [BLOCK_M, BLOCK_D]
+
+    length = tl.load(lengths_ptr + b)
+    tiles = tl.cdiv(length, BLOCK_N)
+    per_chunk = tl.cdiv(tiles, chunks)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    table_ptr += b.to(tl.int64) * stride_table
+    for tile in tl.range(chunk * per_chunk, tl.minimum((chunk + 1) * per_chunk, tiles)):
+        offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        mask_n = offs_n < length
+        page = tl.load(table_ptr + offs_n // PAGE, mask=mask_n, other=0).to(tl.int64)  # [BLOCK_N]
+        token = (page * KV_HEADS + kv_head) * PAGE + offs_n % PAGE  # [BLOCK_N]
+        places = token[:, None] * HEAD_DIM + offs_d[None, :]  # [BLOCK_N, BLOCK_D]
+        mask = mask_n[:, None] & (offs_d < HEAD_DIM)[None, :]
+        k = tl.load(k_ptr + places, mask=mask, other=0.0)
+        scores = tl.where(mask_n[None, :], dot(q, tl.trans(k)), float("-inf"))  # [BLOCK_M, BLOCK_N]
+        v = tl.load(v_ptr + places, mask=mask, other=0.0)
+        acc, row_sum, row_max = softmax_update(acc, row_sum, row_max, scores, v, scale_log2, MASKED=True)
+
+    out, lse = normalise(acc, row_sum, row_max, False)
+    if SPLIT:
+        rows += chunk.to(tl.int64) * batch * KV_HEADS * GROUP
+        tl.store(lse_ptr + rows, lse, mask=offs_g < GROUP)
+    out_ptrs = out_ptr + rows[:, None] * HEAD_DIM + offs_d[None, :]
+    tl.store(out_ptrs, cast(out, out_ptr.dtype.element_ty), mask=mask_q)
+
+
+def paged_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    """Out ``[batch, q_heads, 1, head_dim]``.
+
+    Args:
+        q: ``[batch, q_heads, 1, head_dim]``, contiguous.
+        k, v: ``[pages, kv_heads, page, head_dim]``, contiguous.
+        table: int32 ``[batch, most pages]``; what lies beyond a row's tokens is not read.
+        lengths: int32 ``[batch]``; tokens of each row.
+    """
+    batch, heads, _, head_dim = q.shape
+    kv_heads, page = k.shape[1], k.shape[2]
+    block_m, block_n, warps, stages = tile_shape(heads // kv_heads, head_dim, q.element_size())
+    programs = batch * kv_heads
+    chunks = choose_chunks(programs, page * table.shape[1], LEAST_KEYS, slots(q.device))
+    out = q.new_empty(q.shape)
+    partial, partial_lse = out, None
+    if chunks > 1:
+        partial_lse = q.new_empty((chunks, batch, heads, 1), dtype=torch.float32)
+        partial = partial_lse.new_empty((chunks, *q.shape))
+    paged_kernel[(programs * chunks,)](
+        q_ptr=q, k_ptr=k, v_ptr=v, table_ptr=table, lengths_ptr=lengths, out_ptr=partial, lse_ptr=partial_lse,
+        stride_table=table.stride(0), batch=batch, chunks=chunks, scale_log2=score_scales(scale, None)[0],
+        KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD_DIM=head_dim, PAGE=page, SPLIT=chunks > 1,
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=padded_head_dim(head_dim),
+        num_warps=warps, num_stages=stages, **LAUNCH_OPTIONS,
+    )  # fmt: skip
+    if partial_lse is not None:
+        merge_chunks(partial, partial_lse, out, None, None, group=heads)
+    return out
+
+
+def tile_shape(group: int, head_dim: int, itemsize: int) -> tuple[int, int, int, int]:
+    """Query rows, keys, warps and stages of a program: 16 KiB of keys and of values in flight per stage.
+
+    The compiler gives half of the stages to the page table, whose loads come first: three are left for the keys.
+    """
+    block_m = max(16, triton.next_power_of_2(group))
+    if itemsize == 4:
+        return block_m, 32, 8, 2
+    return block_m, min(128, max(32, 8192 // padded_head_dim(head_dim))), 4, 7
