@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "attention": LEAVES | {"dispatch", "cost"},
     "bank": LEAVES | {"attention"},
     "hf": LEAVES | {"attention", "bank"},
-    "benchmarks": LEAVES | {"tolerance", "kernels", "backends", "dispatch", "cost", "attention", "bank", "hf"},
+    "benchmarks": LEAVES
+    | {"tolerance", "kernels", "ops", "regime", "backends", "dispatch", "cost", "attention", "bank", "hf"},
     "cli": LEAVES | {"attention", "bank", "hf", "dispatch", "cost", "benchmarks"},
 }
 
