@@ -73,6 +73,12 @@ class Operands:
                 prefix_k=self.prefix_k, prefix_v=self.prefix_v, out=out,
             ),
             "lse_ptr": lse, "sinks_ptr": self.sinks,
+            "scale_log2": scale_log2, "softcap_inner": softcap_inner, **self.row_arguments(),
+        }  # fmt: skip
+
+    def row_arguments(self) -> dict[str, Any]:
+        """Arguments that say which keys each query sees, and the sizes."""
+        return {
             "task_ids_ptr": self.task_ids, "starts_ptr": self.starts.contiguous(), "lens_ptr": self.lens.contiguous(),
             "kv_start_ptr": self.kv_start, "kv_len_ptr": self.kv_len,
             "stride_task_ids": self.task_ids.stride(0),
@@ -81,8 +87,7 @@ class Operands:
             "kv_heads": self.kv_heads, "q_len": self.q_len, "kv_capacity": self.k.shape[2],
             "num_tasks": self.lens.shape[0],
             # A window that hides nothing would still be compared with, and may not fit 32 bits.
-            "window": self.window, "scale_log2": scale_log2, "softcap_inner": softcap_inner,
-            "GROUP": self.group, "HEAD_DIM": self.head_dim,
+            "window": self.window, "GROUP": self.group, "HEAD_DIM": self.head_dim,
             # The one query of a row sees all its keys up to its end.
             "CAUSAL": self.causal and self.q_len > 1,
         }  # fmt: skip

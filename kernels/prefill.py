@@ -25,12 +25,13 @@ from prefix_attn.kernels.primitives import (
     add_sink,
     attend_tile,
     cast,
+    edge_tile,
+    full_tile,
     normalise,
     open_row,
     query_rows,
     runtime_jit,
-    split_span,
-    visible_span,
+    split_row,
 )
 
 
@@ -76,36 +77,25 @@ def prefill_kernel(
     query = past + offs_i  # [BLOCK_M]
     first = past + row_tile * BLOCK_M // GROUP
     last = past + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1)
-    prefix_lo, prefix_hi, prefix_full_lo, prefix_full_hi = visible_span(
-        0, prefix_len, first + prefix_len, last + prefix_len, window, False)  # fmt: skip
-    own_lo, own_hi, own_full_lo, own_full_hi = visible_span(own_start, own_end, first, last, window, CAUSAL)
-    prefix_left, prefix_full, prefix_right = split_span(prefix_lo, prefix_hi, prefix_full_lo, prefix_full_hi, BLOCK_N)
-    own_left, own_full, own_right = split_span(own_lo, own_hi, own_full_lo, own_full_hi, BLOCK_N)
+    prefix, own = split_row(first, last, own_start, own_end, prefix_len, window, CAUSAL, BLOCK_N)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
-    for n in tl.range(0, prefix_full + own_full):
-        own = n >= prefix_full
-        tile = tl.where(own, n - prefix_full + own_left, n + prefix_left)
-        start = tl.where(own, own_lo, prefix_lo) + tile * BLOCK_N
+    for n in tl.range(0, prefix[3] + own[3]):
+        is_own, start = full_tile(n, prefix, own, BLOCK_N)
         acc, row_sum, row_max = attend_tile(
-            acc, row_sum, row_max, q, query, start, own_hi, prefix_hi, prefix_len, own, own_keys, prefix_keys, window,
-            scale_log2, softcap_inner, MASKED=False, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N,
-            BLOCK_D=BLOCK_D)  # fmt: skip
+            acc, row_sum, row_max, q, query, start, own[1], prefix[1], prefix_len, is_own, own_keys, prefix_keys,
+            window, scale_log2, softcap_inner, MASKED=False, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN,
+            BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
 
-    prefix_edges = prefix_left + prefix_right
-    for n in tl.range(0, prefix_edges + own_left + own_right):
-        own = n >= prefix_edges
-        tile = tl.where(own, n - prefix_edges, n)
-        # Left edges come first; what lies to their right is beyond the full tiles.
-        tile += tl.where(tile >= tl.where(own, own_left, prefix_left), tl.where(own, own_full, prefix_full), 0)
-        start = tl.where(own, own_lo, prefix_lo) + tile * BLOCK_N
+    for n in tl.range(0, prefix[2] + prefix[4] + own[2] + own[4]):
+        is_own, start = edge_tile(n, prefix, own, BLOCK_N)
         acc, row_sum, row_max = attend_tile(
-            acc, row_sum, row_max, q, query, start, own_hi, prefix_hi, prefix_len, own, own_keys, prefix_keys, window,
-            scale_log2, softcap_inner, MASKED=True, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N,
-            BLOCK_D=BLOCK_D)  # fmt: skip
+            acc, row_sum, row_max, q, query, start, own[1], prefix[1], prefix_len, is_own, own_keys, prefix_keys,
+            window, scale_log2, softcap_inner, MASKED=True, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN,
+            BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
 
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + offs_h, mask=mask_m, other=0.0).to(tl.float32) * LOG2_E  # [BLOCK_M]

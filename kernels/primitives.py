@@ -112,6 +112,21 @@ def softmax_update(acc, row_sum, row_max, scores, v, scale_log2, MASKED: tl.cons
 
 
 @triton.jit
+def visible_keys(start, end, first, last, BLOCK_N: tl.constexpr):
+    """Which of the keys ``start .. start + BLOCK_N`` are before ``end`` and in each query's ``first .. last``.
+
+    first, last: ``[BLOCK_M]``, or None where there is no such limit. Returns ``[BLOCK_M or 1, BLOCK_N]``.
+    """
+    offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    visible = (offs_n < end)[None, :]  # [1, BLOCK_N], [BLOCK_M, BLOCK_N] below
+    if last is not None:
+        visible = visible & (offs_n[None, :] <= last[:, None])
+    if first is not None:
+        visible = visible & (offs_n[None, :] >= first[:, None])
+    return visible
+
+
+@triton.jit
 def attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_log2, softcap_inner,
                 MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
                 BLOCK_D: tl.constexpr):  # fmt: skip
@@ -127,15 +142,26 @@ def attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_l
     if softcap_inner is not None:
         scores = tanh(scores * softcap_inner, q.dtype == tl.float32)
     if MASKED:
-        offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        visible = (offs_n < end)[None, :]  # [1, BLOCK_N], [BLOCK_M, BLOCK_N] below
-        if last is not None:
-            visible = visible & (offs_n[None, :] <= last[:, None])
-        if first is not None:
-            visible = visible & (offs_n[None, :] >= first[:, None])
-        scores = tl.where(visible, scores, float("-inf"))
+        scores = tl.where(visible_keys(start, end, first, last, BLOCK_N), scores, float("-inf"))
     v = load_keys(keys[1], keys[4], keys[5], start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)
     return softmax_update(acc, row_sum, row_max, scores, v, scale_log2, MASKED)
+
+
+@triton.jit
+def select_keys(own, query, own_end, prefix_end, prefix_len, own_keys, prefix_keys, window, CAUSAL: tl.constexpr):
+    """``(keys, end, first, last)``, as `attend_keys` takes them, of the row's own keys (if ``own``) or its prefix."""
+    keys = (
+        tl.where(own, own_keys[0], prefix_keys[0]), tl.where(own, own_keys[1], prefix_keys[1]),
+        tl.where(own, own_keys[2], prefix_keys[2]), tl.where(own, own_keys[3], prefix_keys[3]),
+        tl.where(own, own_keys[4], prefix_keys[4]), tl.where(own, own_keys[5], prefix_keys[5]),
+    )  # fmt: skip
+    end = tl.where(own, own_end, prefix_end)
+    first, last = None, None
+    if CAUSAL:
+        last = tl.where(own, query, NO_LIMIT)  # [BLOCK_M]
+    if window is not None:
+        first = query + tl.where(own, 0, prefix_len) - window + 1  # [BLOCK_M]
+    return keys, end, first, last
 
 
 @triton.jit
@@ -153,17 +179,8 @@ def attend_tile(acc, row_sum, row_max, q, query, start, own_end, prefix_end, pre
         own_end, prefix_end: one past the last key of each kind that may be loaded.
         own_keys, prefix_keys: as in `attend_keys`.
     """
-    keys = (
-        tl.where(own, own_keys[0], prefix_keys[0]), tl.where(own, own_keys[1], prefix_keys[1]),
-        tl.where(own, own_keys[2], prefix_keys[2]), tl.where(own, own_keys[3], prefix_keys[3]),
-        tl.where(own, own_keys[4], prefix_keys[4]), tl.where(own, own_keys[5], prefix_keys[5]),
-    )  # fmt: skip
-    end = tl.where(own, own_end, prefix_end)
-    first, last = None, None
-    if CAUSAL:
-        last = tl.where(own, query, NO_LIMIT)  # [BLOCK_M]
-    if window is not None:
-        first = query + tl.where(own, 0, prefix_len) - window + 1  # [BLOCK_M]
+    keys, end, first, last = select_keys(
+        own, query, own_end, prefix_end, prefix_len, own_keys, prefix_keys, window, CAUSAL)  # fmt: skip
     return attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_log2, softcap_inner, MASKED,
                        HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)  # fmt: skip
 
@@ -261,6 +278,38 @@ def visible_span(begin, end, first_query, last_query, window, CAUSAL: tl.constex
 
 
 @triton.jit
+def split_row(first, last, own_start, own_end, prefix_len, window, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The keys that the queries at ``first .. last`` of a row see: ``(prefix, own)``, each ``(lo, hi, left, full, right)``.
+
+    Keys ``lo .. hi`` are tiles counted from lo, of which the full ones need no mask and lie between left and right.
+    """
+    lo, hi, full_lo, full_hi = visible_span(0, prefix_len, first + prefix_len, last + prefix_len, window, False)
+    left, full, right = split_span(lo, hi, full_lo, full_hi, BLOCK_N)
+    own_lo, own_hi, own_full_lo, own_full_hi = visible_span(own_start, own_end, first, last, window, CAUSAL)
+    own_left, own_full, own_right = split_span(own_lo, own_hi, own_full_lo, own_full_hi, BLOCK_N)
+    return (lo, hi, left, full, right), (own_lo, own_hi, own_left, own_full, own_right)
+
+
+@triton.jit
+def full_tile(n, prefix, own, BLOCK_N: tl.constexpr):
+    """Whether the n-th full tile of a row (`split_row`) is of its own keys, and the tile's first key."""
+    is_own = n >= prefix[3]
+    tile = tl.where(is_own, n - prefix[3] + own[2], n + prefix[2])
+    return is_own, tl.where(is_own, own[0], prefix[0]) + tile * BLOCK_N
+
+
+@triton.jit
+def edge_tile(n, prefix, own, BLOCK_N: tl.constexpr):
+    """Whether the n-th tile of a row that needs a mask is of its own keys, and the tile's first key."""
+    prefix_edges = prefix[2] + prefix[4]
+    is_own = n >= prefix_edges
+    tile = tl.where(is_own, n - prefix_edges, n)
+    # Left edges come first; what lies to their right is beyond the full tiles.
+    tile += tl.where(tile >= tl.where(is_own, own[2], prefix[2]), tl.where(is_own, own[3], prefix[3]), 0)
+    return is_own, tl.where(is_own, own[0], prefix[0]) + tile * BLOCK_N
+
+
+@triton.jit
 def add_sink(acc, row_sum, row_max, sink_log2):
     """The state after one more key with score ``sink_log2`` (``[BLOCK_M]``, base 2) and value 0."""
     top = tl.maximum(row_max, sink_log2)  # [BLOCK_M]
@@ -293,3 +342,23 @@ def merge_weights(lse, sink_log2):
     if sink_log2 is not None:
         total += tl.exp2(sink_log2 - shift)
     return weights, total, top
+
+
+@triton.jit
+def score_gradients(products, dp, lse, delta, scale_log2, softcap_inner, PRECISE: tl.constexpr):
+    """``p = 2^(s - lse)`` and ``ds = p (dp - delta)``, to be multiplied by the scale: a derivative by ``q @ k``.
+
+    With a softcap s is ``scale_log2 * tanh(softcap_inner * q @ k)``, and ds takes the derivative of tanh.
+
+    Args:
+        products: ``q @ k``; dp: ``dout @ v``; lse in base 2, +inf for a query whose p shall be 0; all broadcastable.
+        scale_log2: of any sign.
+
+    Source: the backward pass of FlashAttention-2, arXiv:2307.08691 section 3.1.2.
+    """
+    if softcap_inner is not None:
+        capped = tanh(products * softcap_inner, PRECISE)
+        p = tl.exp2(capped * scale_log2 - lse)
+        return p, p * (dp - delta) * (1.0 - capped * capped)
+    p = tl.exp2(products * scale_log2 - lse)
+    return p, p * (dp - delta)
