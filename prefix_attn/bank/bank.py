@@ -1,15 +1,13 @@
-"""The store: packed, ragged prefixes of many tasks.
+"""The store: packed, ragged prefixes of many tasks, for every part (parts.py) of one frozen model.
 
-Per layer there are two tensors ``[kv_heads, capacity, head_dim]``; task t owns tokens ``starts[t] .. starts[t] +
-lens[t] - 1`` of each, and all layers share ``starts`` and ``lens``. A `PrefixKV` handed out by `PrefixBank.layer` is a
-snapshot that stays true whatever happens to the bank: its span tables are never changed, and the memory it shows is not
-written again (see storage.py).
+A `PrefixKV` handed out by `PrefixBank.layer` is a snapshot that stays true whatever happens to the bank: its span
+tables are never changed, and the memory it shows is not written again (see storage.py).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +17,13 @@ from torch import Tensor
 from prefix_attn.bank import format as files
 from prefix_attn.bank.base import Base
 from prefix_attn.bank.format import Provenance
-from prefix_attn.bank.geometry import Geometry, LayerKV
+from prefix_attn.bank.geometry import DECODER, Geometry
 from prefix_attn.bank.ids import checked_ids
 from prefix_attn.bank.memory import MemoryUsage, readable
 from prefix_attn.bank.names import check_name
+from prefix_attn.bank.parts import KeyValues, Part, prepared_parts
 from prefix_attn.bank.peft import CONFIG as PEFT_CONFIG
 from prefix_attn.bank.peft import read_adapter
-from prefix_attn.bank.storage import Span, Storage
 from prefix_attn.bank.text import text_kv
 from prefix_attn.errors import IncompatiblePrefix, UnknownTask
 from prefix_attn.plan import BatchPlan
@@ -34,7 +32,6 @@ from prefix_attn.types import PrefixKV, align
 
 class _Task(NamedTuple):
     name: str
-    span: Span
     provenance: Provenance
 
 
@@ -45,38 +42,44 @@ class PrefixBank:
     bank's life; the id of a removed task is never given again. Whatever fails leaves the bank as it was.
     """
 
-    def __init__(self, base: Base, capacity: int = 0) -> None:
+    def __init__(self, base: Base, capacity: Mapping[str, int] | None = None) -> None:
         self._base = base
-        self._storage = Storage(base, capacity)
+        self._parts = {
+            part: Part(geometry, base.dtype, base.device, (capacity or {}).get(part, 0))
+            for part, geometry in base.geometries.items()
+        }
         self._tasks: list[_Task | None] = []  # by id; None was removed
         self._ids: dict[str, int] = {}
-        self._tabulate()
 
     @classmethod
     def for_model(cls, model: Any) -> PrefixBank:
-        """An empty bank in the dtype and on the device of a decoder-only transformers model.
+        """An empty bank in the dtype and on the device of a transformers model.
 
-        The model may be plain, patched or PEFT-wrapped; it runs on one token, and its parameters are sampled.
+        The model may be plain, patched or PEFT-wrapped; it (of an encoder-decoder model the decoder) runs on one token,
+        and its parameters are sampled.
 
         Raises:
             UnsupportedModel: the model does not keep plain keys and values in every layer.
         """
         return cls(Base.of(model))
 
-    def add(self, name: str, key_values: Sequence[LayerKV]) -> int:
+    def add(self, name: str, key_values: KeyValues) -> int:
         """Add a task.
 
         Args:
             name: printable, without path separators; not yet in the bank.
             key_values: per layer (k, v), each ``[kv_heads, m, head_dim]`` in any float dtype and on any device; copied
-                and converted to the bank's. m may be 0.
+                and converted to the bank's. m may be 0. For an encoder-decoder model a dict of such lists, keyed
+                "decoder", "encoder" and "cross" (the decoder's attention to the encoder's output): m may differ between
+                them, and one that is left out gets no prefix. A list alone is the decoder's.
 
         Returns:
             The task's id.
 
         Raises:
-            IncompatiblePrefix: a bad name, or layers, shapes or values (not finite) that do not fit; names the layer.
-            ContextOverflow: m leaves no position for a request.
+            IncompatiblePrefix: a bad name, or parts, layers, shapes or values (not finite) that do not fit; names the
+                layer.
+            ContextOverflow: the decoder's m leaves no position for a request.
         """
         return self._insert(name, key_values, Provenance("tensors"), "key_values")
 
@@ -103,6 +106,7 @@ class PrefixBank:
                 f"path: expected a local file or folder, but {str(path)!r} does not exist; "
                 "download it first (huggingface_hub.snapshot_download)"
             )
+        key_values: KeyValues
         if (path / PEFT_CONFIG).is_file():
             key_values, provenance = read_adapter(path, self._base)
         elif path.is_dir():
@@ -130,6 +134,7 @@ class PrefixBank:
 
         Raises:
             IncompatiblePrefix: the text is empty, or the model is not the bank's base.
+            UnsupportedModel: the model has an encoder, on whose input the decoder's keys and values of a text depend.
             ContextOverflow: the text leaves no position for a request.
         """
         self._check_new(name)
@@ -144,57 +149,43 @@ class PrefixBank:
             UnknownTask: no such task; lists the choices.
         """
         task_id = self._id(name)
-        task = self._tasks[task_id]
-        assert task is not None
-        self._storage.free(task.span)
+        for part in self._parts.values():
+            part.remove(task_id)
         self._tasks[task_id] = None
         del self._ids[name]
-        self._tabulate()
 
     def _check_new(self, name: str) -> None:
         if check_name(name) in self._ids:
             raise IncompatiblePrefix(f"name: {name!r} is already in the bank; remove it first")
 
-    def _insert(self, name: str, key_values: Sequence[LayerKV], provenance: Provenance, what: str) -> int:
+    def _insert(self, name: str, key_values: KeyValues, provenance: Provenance, what: str) -> int:
         self._check_new(name)
-        tokens = self._base.geometry.check(key_values, what)
-        self._base.check_context(tokens, what)
-        ours = [(self._convert(k), self._convert(v)) for k, v in key_values]
-        finite = torch.stack([k.isfinite().all() & v.isfinite().all() for k, v in ours]).tolist()
-        if not all(finite):
-            i = finite.index(False)
-            raise IncompatiblePrefix(
-                f"{what}[{i}]: expected finite values in {self.dtype}, got NaN or infinity in layer {i}"
-            )
-        span = self._storage.put(ours, tokens)
+        ours = prepared_parts(key_values, self._base.geometries, self.dtype, self.device, what)
+        self._base.check_context(ours[DECODER][0][0].shape[1], what)
+        stored: list[Part] = []
+        try:
+            for part, layers in ours.items():
+                self._parts[part].append(layers)
+                stored.append(self._parts[part])
+        except BaseException:
+            for done in stored:
+                done.undo_append()
+            raise
         self._ids[name] = len(self._tasks)
-        self._tasks.append(_Task(name, span, provenance))
-        self._tabulate()
+        self._tasks.append(_Task(name, provenance))
         return self._ids[name]
-
-    def _convert(self, x: Tensor) -> Tensor:
-        return x.detach().to(device=self._base.device, dtype=self._base.dtype)
-
-    def _tabulate(self) -> None:
-        """Make the span tables anew; those of a `PrefixKV` that was handed out stay as they are."""
-        self._lengths = [-1 if task is None else task.span.length for task in self._tasks]
-        starts = [0 if task is None else task.span.start for task in self._tasks]
-        with torch.inference_mode(False):
-            self._lens = torch.tensor(self._lengths, dtype=torch.int32, device=self._base.device)
-            self._starts = torch.tensor(starts, dtype=torch.int32, device=self._base.device)
-        self._layers: list[PrefixKV] = []
 
     def _id(self, name: str) -> int:
         if name not in self._ids:
             raise UnknownTask(f"name: expected one of {self.names}, got {name!r}")
         return self._ids[name]
 
-    def layer(self, i: int) -> PrefixKV:
-        """Layer i's prefixes, sharing the bank's memory: a snapshot, so ask again after a change of the bank."""
-        if not self._layers:
-            longest = max(self._lengths, default=0)
-            self._layers = [PrefixKV(k, v, self._starts, self._lens, longest) for k, v in self._storage.lend()]
-        return self._layers[i]
+    def layer(self, i: int, part: str = DECODER) -> PrefixKV:
+        """Layer i's prefixes, sharing the bank's memory: a snapshot, so ask again after a change of the bank.
+
+        part: "decoder"; in an encoder-decoder model also "encoder" and "cross".
+        """
+        return self._parts[part].layer(i)
 
     def task_ids(self, tasks: Sequence[str | int | None] | Tensor) -> Tensor:
         """One id per row: int32 ``[batch]`` on the bank's device; -1 for a row without prefix.
@@ -207,20 +198,20 @@ class PrefixBank:
             UnknownTask: a name or an id is not in the bank; lists the choices.
             DTypeError, ShapeError: not a list or an integer vector.
         """
-        return checked_ids(tasks, self._ids, self._lengths, self._base.device)
+        return checked_ids(tasks, self._ids, self.lengths, self._base.device)
 
-    def plan(self, tasks: Sequence[str | int | None] | Tensor) -> BatchPlan:
+    def plan(self, tasks: Sequence[str | int | None] | Tensor, part: str = DECODER) -> BatchPlan:
         """Which rows of a batch share which prefix, for all layers and steps; the ``plan`` of `prefix_attention`.
 
         Costs nothing until a kernel needs it. Make a new one for other rows, or after a change of the bank.
 
-        Args, Raises: as in `task_ids`.
+        Args, Raises: as in `task_ids`; part as in `layer`.
         """
-        return BatchPlan(self.task_ids(tasks), self._lens)
+        return BatchPlan(self.task_ids(tasks), self._parts[part].lens)
 
-    def prefix_len(self, name: str) -> int:
-        """Tokens of a task's prefix; UnknownTask where there is none."""
-        return self._lengths[self._id(name)]
+    def prefix_len(self, name: str, part: str = DECODER) -> int:
+        """Tokens of a task's prefix in a part; UnknownTask where there is no such task."""
+        return self._parts[part].lengths[self._id(name)]
 
     @property
     def names(self) -> list[str]:
@@ -229,13 +220,21 @@ class PrefixBank:
 
     @property
     def lens(self) -> Tensor:
-        """int32 ``[tasks]`` on the device, by id; -1 for a removed task. Never written: each change makes a new one."""
-        return self._lens
+        """Tokens of the decoder's prefixes, int32 ``[tasks]`` on the device, by id; -1 for a removed task.
+
+        Never written: each change makes a new one.
+        """
+        return self._parts[DECODER].lens
 
     @property
     def lengths(self) -> list[int]:
         """`lens` on the host."""
-        return list(self._lengths)
+        return list(self._parts[DECODER].lengths)
+
+    @property
+    def parts(self) -> list[str]:
+        """The attentions that take a prefix: "decoder"; in an encoder-decoder model also "encoder" and "cross"."""
+        return list(self._parts)
 
     @property
     def base(self) -> Base:
@@ -244,6 +243,7 @@ class PrefixBank:
 
     @property
     def geometry(self) -> Geometry:
+        """Layers of the decoder's self-attention; those of every part are in ``base.geometries``."""
         return self._base.geometry
 
     @property
@@ -266,9 +266,9 @@ class PrefixBank:
     @property
     def memory_usage(self) -> MemoryUsage:
         """Exact bytes per task, in total, and allocated; print it."""
-        token = self._base.geometry.token_bytes(self._base.dtype)
-        tasks = {name: token * self._lengths[i] for name, i in self._ids.items()}
-        allocated = self._storage.nbytes + self._starts.nbytes + self._lens.nbytes
+        parts = [(part.geometry.token_bytes(self._base.dtype), part.lengths) for part in self._parts.values()]
+        tasks = {name: sum(token * lengths[i] for token, lengths in parts) for name, i in self._ids.items()}
+        allocated = sum(part.nbytes for part in self._parts.values())
         return MemoryUsage(tasks=tasks, total=sum(tasks.values()), allocated=allocated)
 
     def check_model(self, model: Any) -> None:
@@ -286,9 +286,9 @@ class PrefixBank:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = files.file_names(self.names)
-        for task in self._tasks:
+        for i, task in enumerate(self._tasks):
             if task is not None:
-                key_values = self._storage.read(task.span)
+                key_values = {name: part.read(i) for name, part in self._parts.items()}
                 files.write_prefix(folder / names[task.name], key_values, self._base, task.provenance)
         files.write_index(folder, names)
 
@@ -308,7 +308,8 @@ class PrefixBank:
         base = Base.of(model)
         names = files.read_index(folder)
         prefixes = {name: files.read_prefix(folder / file, base, check_base) for name, file in names.items()}
-        bank = cls(base, capacity=sum(align(key_values[0][0].shape[1]) for key_values, _ in prefixes.values()))
+        lengths = [{part: layers[0][0].shape[1] for part, layers in parts.items()} for parts, _ in prefixes.values()]
+        bank = cls(base, {part: sum(align(of_task[part]) for of_task in lengths) for part in base.geometries})
         for name, (key_values, provenance) in prefixes.items():
             bank._insert(name, key_values, provenance, names[name])
         return bank
@@ -323,8 +324,19 @@ class PrefixBank:
         usage = self.memory_usage
         kind = str(self.dtype).removeprefix("torch.")
         count = f"{len(self)} task{'' if len(self) == 1 else 's'}"
-        head = f"PrefixBank({count}, {self._base.geometry}, {kind} on {self.device}, "
+        layers = (
+            self._base.geometry
+            if len(self._parts) == 1
+            else "; ".join(f"{name}: {part.geometry}" for name, part in self._parts.items())
+        )
+        head = f"PrefixBank({count}, {layers}, {kind} on {self.device}, "
         width = max((len(name) for name in self._ids), default=0)
         sizes = usage.tasks.items()
-        rows = [f"  {name:{width}}  {self.prefix_len(name):>6} tokens  {readable(size)}" for name, size in sizes]
+        rows = [f"  {name:{width}}  {self._tokens(name)} tokens  {readable(size)}" for name, size in sizes]
         return "\n".join([head + f"{readable(usage.total)} of {readable(usage.allocated)})", *rows])
+
+    def _tokens(self, name: str) -> str:
+        """A task's tokens, part by part where there are several."""
+        if len(self._parts) == 1:
+            return f"{self.prefix_len(name):>6}"
+        return " + ".join(f"{self.prefix_len(name, part):>4} {part}" for part in self._parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 
 from prefix_attn.bank.fingerprint import Fingerprint
 from prefix_attn.bank.forward import cached_kv, text_config, unwrap
-from prefix_attn.bank.geometry import Geometry, context_limit
+from prefix_attn.bank.geometry import CROSS, DECODER, ENCODER, Geometry, context_limit
+from prefix_attn.bank.seq2seq import decoder_kv, decoder_positions, encoder_geometry
 from prefix_attn.errors import ContextOverflow, IncompatiblePrefix, UnsupportedModel
 
 
@@ -18,7 +20,7 @@ class Base:
     """The frozen model of a bank.
 
     Attributes:
-        geometry: kv_heads and head_dim of every layer.
+        geometries: kv_heads and head_dim of every layer, for each part (parts.py) of the model; the decoder first.
         dtype, device: those of the keys and values in the model's attention.
         context_limit: positions the model has, or None.
         fingerprint: digests of config and weights.
@@ -26,7 +28,7 @@ class Base:
         name: where the model was loaded from (a hub id or a path); empty if unknown.
     """
 
-    geometry: Geometry
+    geometries: Mapping[str, Geometry]
     dtype: torch.dtype
     device: torch.device
     context_limit: int | None
@@ -43,22 +45,34 @@ class Base:
         """
         model = unwrap(model)
         config = text_config(model)
-        key_values = cached_kv(model, torch.zeros(1, 1, dtype=torch.int64))
+        if config.is_encoder_decoder:
+            decoder, cross = decoder_kv(model)
+            key_values, limit = decoder + cross, decoder_positions(config)
+            geometries = {
+                DECODER: Geometry.of(decoder), ENCODER: encoder_geometry(model), CROSS: Geometry.of(cross),
+            }  # fmt: skip
+        else:
+            key_values, limit = cached_kv(model, torch.zeros(1, 1, dtype=torch.int64)), context_limit(config)
+            geometries = {DECODER: Geometry.of(key_values)}
         places = {(x.dtype, x.device) for pair in key_values for x in pair}
         if len(places) != 1:
             found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in places))
             raise UnsupportedModel(f"model: expected all layers in one dtype and on one device, got {found}")
         dtype, device = places.pop()
-        geometry = Geometry.of(key_values)
         return cls(
-            geometry=geometry,
+            geometries=geometries,
             dtype=dtype,
             device=device,
-            context_limit=context_limit(config),
-            fingerprint=Fingerprint.of(model, config, geometry),
+            context_limit=limit,
+            fingerprint=Fingerprint.of(model, config, geometries),
             model_type=config.model_type,
             name=model.config.name_or_path or "",
         )
+
+    @property
+    def geometry(self) -> Geometry:
+        """That of the decoder's self-attention."""
+        return self.geometries[DECODER]
 
     def check_context(self, tokens: int, what: str) -> None:
         """Raise `ContextOverflow` unless a prefix of ``tokens`` leaves room for at least one token of a request."""
@@ -70,8 +84,9 @@ class Base:
 
     def check_same(self, other: Base) -> None:
         """Raise `IncompatiblePrefix` unless ``other`` would compute with this base's prefixes exactly as this one."""
+        mine, theirs = (" and ".join(map(str, base.geometries.values())) for base in (self, other))
         pairs: tuple[tuple[str, object, object], ...] = (
-            ("geometry", self.geometry, other.geometry),
+            ("geometry", mine, theirs),
             ("dtype", self.dtype, other.dtype),
             ("device", self.device, other.device),
         )

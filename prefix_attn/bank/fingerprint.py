@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prefix_attn.bank.geometry import Geometry, setting
+from prefix_attn.bank.geometry import DECODER, Geometry, setting
 
 SAMPLE = 64
 #: Knuth's multiplicative hash: spreads the sampled elements over rows and columns, whatever the width of a row.
 STRIDE = 2654435761
 #: Only keys that every supported version of transformers writes alike; the rest of a config may change between them.
 CONFIG_KEYS = ("model_type", "hidden_size", "num_attention_heads", "vocab_size", "sliding_window")
+#: Of an encoder-decoder model also.
+SEQ2SEQ_KEYS = ("scale_embedding", "relative_attention_num_buckets", "relative_attention_max_distance")
 ROPE_KEYS = (
     "rope_type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast",
     "beta_slow", "short_factor", "long_factor", "mscale", "mscale_all_dim",
@@ -36,15 +39,18 @@ class Fingerprint:
     weights: str
 
     @classmethod
-    def of(cls, model: nn.Module, config: Any, geometry: Geometry) -> Fingerprint:
+    def of(cls, model: nn.Module, config: Any, geometries: Mapping[str, Geometry]) -> Fingerprint:
         """Of an unwrapped model with its text config. Reads 64 elements per parameter, in one transfer per device."""
-        return cls(config_digest(config, geometry), weights_digest(model))
+        return cls(config_digest(config, geometries), weights_digest(model))
 
 
-def config_digest(config: Any, geometry: Geometry) -> str:
+def config_digest(config: Any, geometries: Mapping[str, Geometry]) -> str:
     """SHA-256 of the keys above, as sorted JSON without nulls."""
     facts = {key: setting(config, key) for key in CONFIG_KEYS}
-    facts["geometry"] = geometry.to_json()
+    facts["geometry"] = geometries[DECODER].to_json()
+    if len(geometries) > 1:
+        facts |= {key: setting(config, key) for key in SEQ2SEQ_KEYS}
+        facts["parts"] = {part: geometry.to_json() for part, geometry in geometries.items()}
     facts["rope"] = _rope(setting(config, "rope_parameters") or {})
     kinds = setting(config, "layer_types") or []
     facts["layer_types"] = list(kinds) if set(kinds) - {"full_attention"} else None

@@ -2,7 +2,8 @@
 
 ``<task>.safetensors`` holds ``k.<layer>`` and ``v.<layer>``, each ``[kv_heads, m, head_dim]``, and in its metadata
 (strings): format, format_version, geometry (JSON, ``[[kv_heads, head_dim], ...]``), dtype, position_mode, base_config
-and base_weights (fingerprint), base_model, source, peft_version (for prefixes made by PEFT), created_by.
+and base_weights (fingerprint), base_model, source, peft_version (for prefixes made by PEFT), created_by. For the
+other parts of an encoder-decoder model the same stands behind the part's name: ``encoder.k.0``, ``cross.geometry``.
 ``bank.json`` lists names and files in the order of the tasks. Nothing here reads or writes a pickle.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from prefix_attn.bank.base import Base
 from prefix_attn.bank.fingerprint import Fingerprint
-from prefix_attn.bank.geometry import Geometry, LayerKV
+from prefix_attn.bank.geometry import DECODER, Geometry, LayerKV
 from prefix_attn.bank.names import check_name
 from prefix_attn.errors import IncompatiblePrefix
 
@@ -44,21 +45,22 @@ class Provenance:
     peft_version: str = ""
 
 
-def write_prefix(path: Path, key_values: Sequence[LayerKV], base: Base, provenance: Provenance) -> None:
-    """Write one prefix; the file appears whole or not at all."""
+def write_prefix(path: Path, key_values: Mapping[str, Sequence[LayerKV]], base: Base, provenance: Provenance) -> None:
+    """Write one prefix, every part of it; the file appears whole or not at all."""
     from safetensors.torch import save_file
 
     from prefix_attn import __version__
 
     tensors = {
-        f"{name}.{i}": x.clone(memory_format=torch.contiguous_format)
-        for i, pair in enumerate(key_values)
+        f"{_prefixed(part)}{name}.{i}": x.clone(memory_format=torch.contiguous_format)
+        for part, layers in key_values.items()
+        for i, pair in enumerate(layers)
         for name, x in zip("kv", pair, strict=True)
     }
     metadata = {
         "format": FORMAT,
         "format_version": VERSION,
-        "geometry": base.geometry.to_json(),
+        **{f"{_prefixed(part)}geometry": geometry.to_json() for part, geometry in base.geometries.items()},
         "dtype": str(base.dtype).removeprefix("torch."),
         "position_mode": POSITION_MODE,
         "base_config": base.fingerprint.config,
@@ -74,8 +76,13 @@ def write_prefix(path: Path, key_values: Sequence[LayerKV], base: Base, provenan
     os.replace(partial, path)
 
 
-def read_prefix(path: Path, base: Base, check_base: bool) -> tuple[list[LayerKV], Provenance]:
-    """Read a file of `write_prefix`.
+def _prefixed(part: str) -> str:
+    """What stands in front of a part's names in a file."""
+    return "" if part == DECODER else f"{part}."
+
+
+def read_prefix(path: Path, base: Base, check_base: bool) -> tuple[dict[str, list[LayerKV]], Provenance]:
+    """Read a file of `write_prefix`: every part of a prefix.
 
     Raises:
         IncompatiblePrefix: the file is missing, damaged or not ours, or was made for another geometry, position mode
@@ -83,15 +90,19 @@ def read_prefix(path: Path, base: Base, check_base: bool) -> tuple[list[LayerKV]
     """
     tensors, metadata = read_safetensors(path)
     _check_metadata(path.name, metadata, base, check_base)
-    layers = len(base.geometry.layers)
-    expected = {f"{name}.{i}" for i in range(layers) for name in "kv"}
+    layers = {part: len(geometry.layers) for part, geometry in base.geometries.items()}
+    expected = {f"{_prefixed(part)}{name}.{i}" for part, n in layers.items() for i in range(n) for name in "kv"}
     if tensors.keys() != expected:
         raise IncompatiblePrefix(
-            f"{path.name}: expected tensors k.<layer> and v.<layer> for {layers} layers, got "
+            f"{path.name}: expected tensors k.<layer> and v.<layer> for {sum(layers.values())} layers, got "
             f"{len(tensors)} tensors: {sorted(tensors)[:4]} ..."
         )
-    key_values = [(tensors[f"k.{i}"], tensors[f"v.{i}"]) for i in range(layers)]
-    base.geometry.check(key_values, path.name)
+    key_values = {
+        part: [(tensors[f"{_prefixed(part)}k.{i}"], tensors[f"{_prefixed(part)}v.{i}"]) for i in range(n)]
+        for part, n in layers.items()
+    }
+    for part, geometry in base.geometries.items():
+        geometry.check(key_values[part], path.name)
     return key_values, Provenance(metadata.get("source", ""), metadata.get("peft_version", ""))
 
 
@@ -107,15 +118,16 @@ def _check_metadata(file: str, metadata: Mapping[str, str], base: Base, check_ba
                 f"{file}: expected {key} {mine!r}, got {metadata.get(key)!r}; it was written by "
                 f"{metadata.get('created_by', 'an unknown version')}"
             )
-    try:
-        geometry = Geometry.from_json(metadata.get("geometry", ""))
-    except (TypeError, ValueError) as error:
-        raise IncompatiblePrefix(f"{file}: its geometry is unreadable ({error}); the file is damaged") from error
-    if geometry != base.geometry:
-        raise IncompatiblePrefix(
-            f"{file}: expected a prefix for {base.geometry}, got one for {geometry}; "
-            f"it was made for {metadata.get('base_model') or 'another model'}"
-        )
+    for part, ours in base.geometries.items():
+        try:
+            geometry = Geometry.from_json(metadata.get(f"{_prefixed(part)}geometry", ""))
+        except (TypeError, ValueError) as error:
+            raise IncompatiblePrefix(f"{file}: its geometry is unreadable ({error}); the file is damaged") from error
+        if geometry != ours:
+            raise IncompatiblePrefix(
+                f"{file}: expected a prefix for {ours}, got one for {geometry}; "
+                f"it was made for {metadata.get('base_model') or 'another model'}"
+            )
     if check_base:
         fingerprint = Fingerprint(metadata.get("base_config", ""), metadata.get("base_weights", ""))
         base.check_fingerprint(fingerprint, file, "a prefix works only with the weights it was made for (pass "

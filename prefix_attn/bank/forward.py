@@ -23,16 +23,11 @@ def unwrap(model: Any) -> Any:
 
 
 def text_config(model: Any) -> Any:
-    """The config of the part that holds the decoder's layers."""
+    """The config of the part that holds the decoder's layers; an encoder-decoder model's own config."""
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         raise UnsupportedModel(f"model: expected a Hugging Face transformers model, got {type(model).__name__}")
-    if config.is_encoder_decoder:
-        raise UnsupportedModel(
-            f"model: expected a decoder-only model, got the encoder-decoder {config.model_type}; "
-            "its cross-attention would need prefixes of its own"
-        )
-    return config.get_text_config(decoder=True)
+    return config if config.is_encoder_decoder else config.get_text_config(decoder=True)
 
 
 def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:
@@ -51,13 +46,18 @@ def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:
     from transformers.cache_utils import DynamicLayer
 
     config = text_config(model)
+    if config.is_encoder_decoder:
+        raise UnsupportedModel(
+            f"model: expected a decoder-only model, got the encoder-decoder {config.model_type}; keys and values of a "
+            "text in its decoder depend on the encoder's input; train a prefix, and use add or load"
+        )
     if any(p.is_meta for p in model.parameters()):
         raise UnsupportedModel("model: expected loaded weights, got parameters on the meta device; load them first")
     body = getattr(model, "base_model", model)  # without the language-model head, whose logits nobody reads
     cache = DynamicCache()
     input_ids = input_ids.to(body.get_input_embeddings().weight.device)
     try:
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             body(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), past_key_values=cache, use_cache=True)
     except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         raise UnsupportedModel(
@@ -87,7 +87,8 @@ def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module's own mode is restored."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

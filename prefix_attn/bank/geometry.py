@@ -15,6 +15,9 @@ from prefix_attn.errors import IncompatiblePrefix
 #: One layer's prefix: k and v, each ``[kv_heads, m, head_dim]``.
 LayerKV = tuple[Tensor, Tensor]
 
+#: The attentions that take a prefix of their own (parts.py). A decoder-only model has the first alone.
+DECODER, ENCODER, CROSS = "decoder", "encoder", "cross"
+
 
 class LayerGeometry(NamedTuple):
     """What one layer stores per token: ``2 * kv_heads * head_dim`` numbers."""
@@ -33,6 +36,10 @@ class Geometry:
     def of(cls, key_values: Sequence[LayerKV]) -> Geometry:
         """The geometry of ``[kv_heads, m, head_dim]`` keys."""
         return cls(tuple(LayerGeometry(k.shape[0], k.shape[2]) for k, _ in key_values))
+
+    def empty(self) -> list[LayerKV]:
+        """A prefix of no tokens."""
+        return [(torch.empty(layer.kv_heads, 0, layer.head_dim),) * 2 for layer in self.layers]
 
     def token_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of one prefix token over all layers, keys and values."""

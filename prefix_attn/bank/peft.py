@@ -3,6 +3,9 @@
 PEFT stores one tensor ``prompt_embeddings [m, layers * 2 * kv_heads * head_dim]`` (also with ``prefix_projection``: its
 MLP is run at save time) and reads it as ``view(m, layers, 2, kv_heads, head_dim)``. PEFT itself is not needed here.
 
+In an encoder-decoder model only the decoder's self-attention gets a prefix, and layer i reads slot ``2 i mod layers``:
+get_prompt repeats the slots, ``cat([p, p])``, and hands every layer four tensors, of which the cache keeps two.
+
 Source: get_prompt in peft/peft_model.py; prefix tuning, arXiv:2101.00190.
 """
 
@@ -12,6 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from prefix_attn.bank.base import Base
@@ -27,14 +31,14 @@ SLICED = "gemma4"
 
 
 def read_adapter(folder: Path, base: Base) -> tuple[list[LayerKV], Provenance]:
-    """Read a decoder-only prefix-tuning adapter.
+    """Read a prefix-tuning adapter.
 
     Returns:
-        Per layer k and v, each ``[kv_heads, m, head_dim]`` (views of the stored tensor, on the CPU), and the source.
+        Per layer of the decoder k and v, each ``[kv_heads, m, head_dim]`` (on the CPU), and the source.
 
     Raises:
-        IncompatiblePrefix: another kind of adapter, an encoder-decoder one, one that also changes weights, a pickle, or
-            sizes that disagree with the model.
+        IncompatiblePrefix: another kind of adapter, one of a decoder-only model for an encoder-decoder one or the other
+            way round, one that also changes weights, a pickle, or sizes that disagree with the model.
 
     Warns:
         UserWarning: the adapter names another base model (PEFT records no fingerprint, so this is all that is known).
@@ -65,10 +69,13 @@ def _check_config(config: dict[str, Any], base: Base) -> tuple[int, int, int, in
             f"{CONFIG}: expected peft_type PREFIX_TUNING, got {kind}; only prefix tuning makes "
             "keys and values for every layer"
         )
-    if config.get("num_transformer_submodules") == 2 or config.get("task_type") == "SEQ_2_SEQ_LM":
+    submodules = config.get("num_transformer_submodules") or (2 if config.get("task_type") == "SEQ_2_SEQ_LM" else 1)
+    expected = len(base.geometries) > 1
+    if (submodules == 2) != expected:
+        kinds = ("a decoder-only", "an encoder-decoder")
         raise IncompatiblePrefix(
-            f"{CONFIG}: expected an adapter of a decoder-only model, got one of an "
-            "encoder-decoder model (num_transformer_submodules 2), which this bank does not hold"
+            f"{CONFIG}: expected an adapter of {kinds[expected]} model, got one of {kinds[not expected]} model "
+            f"(num_transformer_submodules {submodules})"
         )
     names = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
     sizes = [config.get(name) for name in names]
@@ -76,7 +83,8 @@ def _check_config(config: dict[str, Any], base: Base) -> tuple[int, int, int, in
         if type(size) is not int or size < 1:
             raise IncompatiblePrefix(f"{CONFIG}: expected {name} to be a positive integer, got {size!r}")
     tokens, layers, heads, width = (int(size) for size in sizes if size is not None)
-    if layers != len(base.geometry.layers) or width % heads:
+    ours = len(base.geometry.layers)  # PEFT counts the encoder's layers; a shorter decoder leaves the last ones unused
+    if width % heads or not (ours <= layers if expected else ours == layers):
         raise IncompatiblePrefix(
             f"{CONFIG}: expected an adapter for {base.geometry}, got {layers} layers of {heads} "
             f"heads of {width / heads:g}; it was trained on another model"
@@ -94,6 +102,8 @@ def _split(prompt: Tensor, sizes: tuple[int, int, int, int], base: Base) -> list
             f"as {CONFIG} says, got {list(prompt.shape)}; the files do not belong together"
         )
     split = prompt.view(tokens, layers, 2, heads, head_dim).permute(1, 2, 3, 0, 4)  # [layers, 2, heads, m, head_dim]
+    if len(base.geometries) > 1:
+        split = split[torch.arange(layers) * 2 % layers]
     key_values = []
     for i, layer in enumerate(base.geometry.layers):
         fits = layer == (heads, head_dim)

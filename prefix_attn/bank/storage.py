@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prefix_attn.bank.base import Base
-from prefix_attn.bank.geometry import LayerKV
+from prefix_attn.bank.geometry import Geometry, LayerKV
 from prefix_attn.types import align
 
 
@@ -32,16 +31,16 @@ class Span(NamedTuple):
 class Storage:
     """Keys and values of every layer; zero where nothing was written."""
 
-    def __init__(self, base: Base, capacity: int) -> None:
-        self._base = base
+    def __init__(self, geometry: Geometry, dtype: torch.dtype, device: torch.device, capacity: int) -> None:
+        self._geometry, self._dtype, self._device = geometry, dtype, device
         self._spans: list[Span] = []
         self._new_memory(capacity)
 
     def _new_memory(self, capacity: int) -> None:
-        shapes = [(layer.kv_heads, capacity, layer.head_dim) for layer in self._base.geometry.layers]
+        shapes = [(layer.kv_heads, capacity, layer.head_dim) for layer in self._geometry.layers]
         with torch.inference_mode(False):  # memory made in inference mode could not be written outside it
-            k = [torch.zeros(shape, dtype=self._base.dtype, device=self._base.device) for shape in shapes]
-            v = [torch.zeros(shape, dtype=self._base.dtype, device=self._base.device) for shape in shapes]
+            k = [torch.zeros(shape, dtype=self._dtype, device=self._device) for shape in shapes]
+            v = [torch.zeros(shape, dtype=self._dtype, device=self._device) for shape in shapes]
         for span in self._spans:
             _write(k, v, span, self.read(span))
         self._capacity, self._k, self._v = capacity, k, v

@@ -12,7 +12,7 @@ from prefix_attn import UnsupportedModel
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.base import Base
 from prefix_attn.bank.fingerprint import config_digest, weights_digest
-from prefix_attn.bank.geometry import Geometry, LayerGeometry, context_limit, setting
+from prefix_attn.bank.geometry import DECODER, Geometry, LayerGeometry, context_limit, setting
 from tests.bank.models import FAMILIES, tiny
 
 SHAPES = {
@@ -81,14 +81,6 @@ def test_models_without_plain_keys_and_values_are_refused(family: str) -> None:
         PrefixBank.for_model(tiny(family, **changes))
 
 
-def test_encoder_decoders_are_refused() -> None:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    model = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4))
-    with pytest.raises(UnsupportedModel, match="encoder-decoder t5"):
-        PrefixBank.for_model(model)
-
-
 def test_what_is_no_loaded_model() -> None:
     with pytest.raises(UnsupportedModel, match="got Linear"):
         PrefixBank.for_model(nn.Linear(2, 2))
@@ -142,7 +134,7 @@ GOLDEN = {
 def test_config_digest_is_the_same_in_every_version(family: str) -> None:
     """Files of one version of transformers must open under another; a change here orphans all files there are."""
     model = tiny(family)
-    assert config_digest(model.config, Geometry((LayerGeometry(2, 8),) * 2))[:16] == GOLDEN[family]
+    assert config_digest(model.config, {DECODER: Geometry((LayerGeometry(2, 8),) * 2)})[:16] == GOLDEN[family]
 
 
 def test_weights_digest_is_the_same_in_every_version() -> None:
@@ -201,7 +193,7 @@ def test_weights_digest_of_odd_tensors() -> None:
 def test_config_digest_sees_rotary_parameters_and_windows() -> None:
     geometry = Base.of(tiny()).geometry
     digests = {
-        config_digest(tiny(**changes).config, geometry)
+        config_digest(tiny(**changes).config, {DECODER: geometry})
         for changes in (
             {},
             {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
@@ -210,10 +202,10 @@ def test_config_digest_sees_rotary_parameters_and_windows() -> None:
         )
     }
     assert len(digests) == 4
-    windows = {config_digest(tiny("mistral", sliding_window=w).config, geometry) for w in (4, 8, None)}
+    windows = {config_digest(tiny("mistral", sliding_window=w).config, {DECODER: geometry}) for w in (4, 8, None)}
     assert len(windows) == 3
     whole_number = tiny(rope_parameters={"rope_type": "default", "rope_theta": 10000})
-    assert config_digest(whole_number.config, geometry) in digests
+    assert config_digest(whole_number.config, {DECODER: geometry}) in digests
 
 
 def test_weights_digest_copies_samples_only() -> None:

@@ -1,0 +1,72 @@
+"""What a bank reads off an encoder-decoder model: the geometry of its three parts, and the decoder's positions.
+
+The decoder runs on one token and one made-up state of the encoder; its caches show the keys and values of both its
+attentions. The encoder keeps no cache: its config says how many heads it has.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from prefix_attn.bank.forward import evaluating
+from prefix_attn.bank.geometry import Geometry, LayerGeometry, LayerKV, context_limit, setting
+from prefix_attn.errors import UnsupportedModel
+
+
+def decoder_kv(model: Any) -> tuple[list[LayerKV], list[LayerKV]]:
+    """The k and v per layer that an unwrapped model's decoder computes for one token: in its self-attention, and in its
+    cross-attention; each ``[kv_heads, 1, head_dim]``.
+
+    Raises:
+        UnsupportedModel: the decoder does not keep both in plain caches.
+    """
+    from transformers import DynamicCache, EncoderDecoderCache
+    from transformers.cache_utils import DynamicLayer
+
+    decoder, family = model.get_decoder(), model.config.model_type
+    weight = decoder.get_input_embeddings().weight
+    states = torch.zeros(1, 1, model.get_encoder().config.hidden_size, dtype=weight.dtype, device=weight.device)
+    caches = DynamicCache(), DynamicCache()
+    try:
+        with torch.no_grad(), evaluating(model):
+            decoder(
+                input_ids=torch.zeros(1, 1, dtype=torch.int64, device=weight.device), encoder_hidden_states=states,
+                past_key_values=EncoderDecoderCache(*caches), use_cache=True,
+            )  # fmt: skip
+    except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        raise UnsupportedModel(
+            f"model: the decoder of {family} does not run with a plain EncoderDecoderCache "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    layers = setting(decoder.config, "decoder_layers") or setting(decoder.config, "num_hidden_layers")
+    for cache, what in zip(caches, ("self", "cross"), strict=True):
+        plain = all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers)
+        if len(cache.layers) != layers or not plain:
+            raise UnsupportedModel(
+                f"model: expected the {what}-attention of {family} to cache keys and values in each of the decoder's "
+                f"{layers} layers, got {len(cache.layers)} cached layers"
+            )
+    self_kv, cross_kv = ([(layer.keys[0], layer.values[0]) for layer in cache.layers] for cache in caches)
+    return self_kv, cross_kv
+
+
+def encoder_geometry(model: Any) -> Geometry:
+    """Heads of the encoder's self-attention in every layer, from its config."""
+    config = model.get_encoder().config
+    layers, heads, hidden = (setting(config, k) for k in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    if not all(isinstance(x, int) and x > 0 for x in (layers, heads, hidden)):
+        raise UnsupportedModel(
+            f"model: expected the encoder's config of {config.model_type} to say num_hidden_layers, "
+            f"num_attention_heads and hidden_size, got {layers}, {heads} and {hidden}"
+        )
+    return Geometry((LayerGeometry(heads, setting(config, "head_dim") or hidden // heads),) * layers)
+
+
+def decoder_positions(config: Any) -> int | None:
+    """Positions the decoder has; None where a relative bias takes their place."""
+    if setting(config, "relative_attention_num_buckets"):
+        return None
+    limit = setting(config, "max_target_positions")
+    return limit if isinstance(limit, int) else context_limit(config)
