@@ -3,9 +3,9 @@
     out = softmax(scale * q @ [pk; k]^T + mask) @ [pv; v]          lse in nats; a query that sees nothing: 0 and -inf
 
 Program = (row, kv head, tile of query rows, key chunk). The G query heads of a kv head times the row's queries are
-the rows of one tile, so each key is loaded once for all of them. The tiles of ``[prefix ; own keys]`` are numbered
-through; chunk c takes ``c * per_chunk`` and on, where ``per_chunk`` follows from the row alone. A short prefix thus
-costs neither a launch nor a merge, and a long one is split like any other keys.
+the rows of one tile, so each key is loaded once for all of them. The tiles of prefix and own keys are numbered through,
+the prefix's spread among the own; chunk c takes ``c * per_chunk`` and on, where ``per_chunk`` follows from the row
+alone. A short prefix thus costs neither a launch nor a merge, and a long one is split like any other keys.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
@@ -38,7 +38,7 @@ from prefix_attn.kernels.primitives import (
 #: Tiles a chunk takes at least, so that a merge is paid for by enough keys.
 MIN_TILES = 4
 
-#: Chunks when batch_invariant: enough to fill a GPU with the kv heads of one long row.
+#: Into how many chunks a long row is cut when batch_invariant: enough to fill a GPU with its kv heads.
 INVARIANT_CHUNKS = 16
 
 #: Chunks at most; the merge holds one number per chunk and output element of its row in registers.
@@ -112,7 +112,10 @@ def decode_kernel(
     own_lo, own_hi, _, _ = visible_span(own_start, own_end, first, last, window, CAUSAL)
 
     prefix_tiles = tl.cdiv(prefix_hi - prefix_lo, BLOCK_N)
-    tiles = prefix_tiles + tl.cdiv(own_hi - own_lo, BLOCK_N)
+    own_tiles = tl.cdiv(own_hi - own_lo, BLOCK_N)
+    tiles = prefix_tiles + own_tiles
+    # Every period-th tile is the prefix's until none is left: the cache yields it while memory is busy with own ones.
+    period = own_tiles // tl.maximum(prefix_tiles, 1) + 1
     per_chunk = tl.maximum(tl.cdiv(tiles, chunks), MIN_TILES) if SPLIT else tiles
     first_tile = chunk * per_chunk
     last_tile = tl.minimum(first_tile + per_chunk, tiles)
@@ -121,8 +124,9 @@ def decode_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for tile in tl.range(first_tile, last_tile):
-        own = tile >= prefix_tiles
-        start = tl.where(own, own_lo + (tile - prefix_tiles) * BLOCK_N, prefix_lo + tile * BLOCK_N)
+        turn = tile // period  # prefix tiles before this one, while some are left
+        own = (turn >= prefix_tiles) | (tile % period < period - 1)
+        start = tl.where(own, own_lo + (tile - tl.minimum(turn, prefix_tiles)) * BLOCK_N, prefix_lo + turn * BLOCK_N)
         acc, row_sum, row_max = attend_tile(
             acc, row_sum, row_max, q, query, start, own_hi, prefix_hi, prefix_len, own, own_keys, prefix_keys, window,
             scale_log2, softcap_inner, MASKED=True, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N,
@@ -160,7 +164,8 @@ def decode_attention(
     """Write out, and lse (float32 ``[batch, q_heads, q_len]``, contiguous) if given.
 
     The number of key chunks follows from shapes alone: nothing is read back from the device. With batch_invariant it
-    is a constant, so that a row's chunks, and with them its bits, do not depend on the rest of the batch.
+    is a constant, so that a row's chunks, and with them its bits, depend neither on the rest of the batch nor on how
+    many keys k could hold.
     """
     q_len, head_dim, group = operands.q_len, operands.head_dim, operands.group
     config = config or default_config("decode", operands.q, rows=q_len * group)
@@ -171,12 +176,17 @@ def decode_attention(
     if chunks is None:
         chunks = choose_chunks(programs, operands.expected_keys, MIN_TILES * config.block_n, slots(operands.q.device))
     split = chunks > 1
+    # Chunks have MIN_TILES tiles at least, so that no row has keys in the chunks after these.
+    most_tiles = triton.cdiv(operands.k.shape[2], config.block_n) + triton.cdiv(
+        operands.prefix_k.shape[1], config.block_n
+    )
+    launched = max(1, min(chunks, triton.cdiv(most_tiles, MIN_TILES)))
     target, target_lse = out, lse
     if split:
-        partial = out.new_empty((chunks, *operands.q.shape), dtype=torch.float32)
-        partial_lse = out.new_empty((chunks, *operands.q.shape[:3]), dtype=torch.float32)
+        partial = out.new_empty((launched, *operands.q.shape), dtype=torch.float32)
+        partial_lse = out.new_empty((launched, *operands.q.shape[:3]), dtype=torch.float32)
         target, target_lse = partial[0], partial_lse
-    decode_kernel[(programs * chunks,)](
+    decode_kernel[(programs * launched,)](
         **operands.arguments(target, target_lse),
         batch=operands.batch, row_tiles=row_tiles, chunks=chunks,
         SPLIT=split, MIN_TILES=MIN_TILES,
@@ -184,4 +194,4 @@ def decode_attention(
         num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
     )  # fmt: skip
     if split:
-        merge_chunks(partial, partial_lse, out, lse, operands.sinks, group=operands.q.shape[1])
+        merge_chunks(partial, partial_lse, out, lse, operands.sinks, group=operands.q.shape[1], most_chunks=chunks)

@@ -297,4 +297,4 @@ def grouped_attention(
         BLOCK_P=tile_rows, BLOCK_M=block_m, BLOCK_N=config.block_n, BLOCK_D=padded_head_dim(head_dim),
         num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
     )  # fmt: skip
-    merge_chunks(partial, partial_lse, out, lse, operands.sinks, operands.group)
+    merge_chunks(partial, partial_lse, out, lse, operands.sinks, group=operands.group, most_chunks=shape[0])

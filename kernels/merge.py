@@ -52,15 +52,23 @@ def merge_kernel(
 
 
 def merge_chunks(
-    partial: Tensor, partial_lse: Tensor, out: Tensor, lse: Tensor | None, sinks: Tensor | None, group: int
+    partial: Tensor,
+    partial_lse: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    sinks: Tensor | None,
+    *,
+    group: int,
+    most_chunks: int,
 ) -> None:
     """Write out ``[batch, q_heads, q_len, head_dim]`` and lse.
 
     Args:
         partial, partial_lse: float32, contiguous, ``[chunks, q_heads / group, batch, group, q_len(, head_dim)]``.
+        most_chunks: the order of summation follows from it, not from how many of them partial holds.
     """
     chunks, (batch, heads, q_len, head_dim) = partial.shape[0], out.shape
-    block_c, block_d = triton.next_power_of_2(chunks), padded_head_dim(head_dim)
+    block_c, block_d = triton.next_power_of_2(most_chunks), padded_head_dim(head_dim)
     merge_kernel[(batch * heads * q_len,)](
         partial_ptr=partial, partial_lse_ptr=partial_lse, out_ptr=out, lse_ptr=lse, sinks_ptr=sinks,
         stride_out_batch=out.stride(0), stride_out_head=out.stride(1), stride_out_seq=out.stride(2),
