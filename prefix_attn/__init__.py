@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from prefix_attn.attention import explain as explain
     from prefix_attn.attention import prefix_attention as prefix_attention
     from prefix_attn.bank import PrefixBank as PrefixBank
+    from prefix_attn.hf import TextGenerationPipeline as TextGenerationPipeline
     from prefix_attn.hf import patch as patch
     from prefix_attn.hf import unpatch as unpatch
     from prefix_attn.types import PrefixKV as PrefixKV
@@ -33,6 +34,7 @@ __all__ = [
     "PrefixBank",
     "PrefixKV",
     "ShapeError",
+    "TextGenerationPipeline",
     "UnknownTask",
     "UnsupportedModel",
     "explain",
@@ -45,6 +47,7 @@ __all__ = [
 _LAZY = {
     "PrefixBank": "prefix_attn.bank",
     "PrefixKV": "prefix_attn.types",
+    "TextGenerationPipeline": "prefix_attn.hf",
     "explain": "prefix_attn.attention",
     "patch": "prefix_attn.hf",
     "prefix_attention": "prefix_attn.attention",

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -62,10 +63,16 @@ def prefix_attention_forward(
     _refuse_what_would_be_wrong(layer, module, dropout, kwargs)
     mask = RequestMask.unpack(attention_mask, module, kwargs.get("sliding_window"))
     index: Any = module.layer_idx
+    prefix, sinks = batch.bank.layer(index), kwargs.get("s_aux")
+    if torch.is_autocast_enabled(query.device.type):  # as PyTorch's own attention: in the lower precision
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        prefix = replace(prefix, k=prefix.k.to(dtype), v=prefix.v.to(dtype))
+        sinks = sinks if sinks is None else sinks.to(dtype)
     out = prefix_attention(
-        query, key, value, batch.bank.layer(index), batch.task_ids,
+        query, key, value, prefix, batch.task_ids,
         kv_start=mask.kv_start, kv_len=mask.kv_len, scale=scaling, window=mask.window,
-        softcap=kwargs.get("softcap"), sinks=kwargs.get("s_aux"), plan=batch.plan,
+        softcap=kwargs.get("softcap"), sinks=sinks, plan=batch.plan,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None

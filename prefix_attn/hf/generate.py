@@ -7,15 +7,17 @@ that a patched model can be copied and pickled.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from prefix_attn.bank import PrefixBank
-from prefix_attn.errors import ShapeError
+from prefix_attn.errors import ShapeError, UnsupportedModel
+from prefix_attn.hf.assistant import Assistant
+from prefix_attn.hf.context import check_fits, new_tokens, truncated
 from prefix_attn.hf.masks import scope
-from prefix_attn.hf.positions import overflow
 
 
 class _Method:
@@ -25,23 +27,31 @@ class _Method:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        method = getattr(type(model), self.name)
-        self.__doc__ = method.__doc__
+        self.__doc__ = self.original_function.__doc__
+
+    @property
+    def original_function(self) -> Callable[..., Any]:
+        """The method as the model's class defines it."""
+        function: Callable[..., Any] = getattr(type(self.model), self.name)
+        return function
 
     @property
     def __signature__(self) -> inspect.Signature:
-        signature = inspect.signature(getattr(type(self.model), self.name))
+        signature = inspect.signature(self.original_function)
         parameters = [p for p in signature.parameters.values() if p.name not in ("self", "task_ids")]
         ours = inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
         last = parameters[-1:] if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
         return signature.replace(parameters=[*parameters[: len(parameters) - len(last)], ours, *last])
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(type(self.model), self.name)(self.model, *args, **kwargs)
+        return self.original_function(self.model, *args, **kwargs)
 
 
 class Generate(_Method):
-    """``model.generate`` that takes ``task_ids``: one name, id or None per row."""
+    """``model.generate`` that takes ``task_ids``: one name, id or None per row.
+
+    With ``truncation=True`` a row that is too long for its prefix loses its oldest tokens instead of being refused.
+    """
 
     name = "generate"
 
@@ -49,37 +59,53 @@ class Generate(_Method):
         super().__init__(model)
         self.bank = bank
 
-    def __call__(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, task_ids: Any = None, truncation: bool = False, **kwargs: Any) -> Any:
         if task_ids is None:
+            if truncation:
+                raise ShapeError("truncation: expected task_ids with it (None for a row without prefix), got none")
             return self.original(*args, **kwargs)
+        options = inspect.signature(self.original_function).bind_partial(self.model, *args).arguments | kwargs
+        options.pop("self", None)
         ids = self.bank.task_ids(task_ids)
-        inputs = args[0] if args else kwargs.get("inputs")
-        for name in ("input_ids", "inputs_embeds"):
-            inputs = kwargs.get(name) if inputs is None else inputs
+        configs = [options.get("generation_config"), self.model.generation_config]
+        _refuse_what_would_be_wrong(options, configs)
+        inputs = next((x for name in _INPUTS if (x := options.get(name)) is not None), None)
         if inputs is not None:
             if len(ids) != len(inputs):
                 raise wrong_count(len(ids), len(inputs))
-            self._check_context(ids, inputs, kwargs)
-        return self.original(*args, task_ids=ids, **kwargs)
+            new = new_tokens(inputs, options, configs)
+            if truncation:
+                options["attention_mask"] = truncated(self.bank, ids, inputs, options, new)
+            check_fits(self.bank, ids, inputs, options.get("attention_mask"), new)
+        if options.get("assistant_model") is not None:
+            options["assistant_model"] = Assistant(options["assistant_model"], self._names(ids))
+        return self.original(task_ids=ids, **options)
 
-    def _check_context(self, ids: Tensor, inputs: Tensor, kwargs: dict[str, Any]) -> None:
-        """Refuse before any work a row whose prefix leaves too little room for what is asked."""
-        limit = self.bank.context_limit
-        if limit is None:
-            return
-        config = kwargs.get("generation_config") or self.model.generation_config
-        new = kwargs.get("max_new_tokens") or config.max_new_tokens
-        total = kwargs.get("max_length") or config.max_length
-        if new is None:
-            new = max(total - inputs.shape[1], 1) if total is not None else 1
-        mask = kwargs.get("attention_mask")
-        tokens = [inputs.shape[1]] * len(inputs)
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            tokens = mask.sum(dim=1).tolist()
-        for row, (task, n) in enumerate(zip(ids.tolist(), tokens, strict=True)):
-            m = self.bank.lengths[task] if task >= 0 else 0
-            if m and m + n + new - 1 > limit:  # the last new token is not fed back
-                raise overflow(row, m, n + new - 1, limit)
+    def _names(self, ids: Tensor) -> list[str | None]:
+        names = dict(zip(self.bank.task_ids(self.bank.names).tolist(), self.bank.names, strict=True))
+        return [names.get(task) for task in ids.tolist()]
+
+
+#: The arguments that hold the prompt, in the order in which ``generate`` looks for it.
+_INPUTS = ("inputs", "inputs_embeds", "input_ids")
+
+
+def _refuse_what_would_be_wrong(options: dict[str, Any], configs: Sequence[Any]) -> None:
+    def setting(name: str) -> Any:
+        return options.get(name, next((x for c in configs if (x := getattr(c, name, None)) is not None), None))
+
+    if setting("output_attentions"):
+        raise UnsupportedModel("output_attentions: attention weights are never built; drop it, or unpatch the model")
+    if setting("token_healing"):
+        raise UnsupportedModel(
+            "token_healing: transformers heals the prompts in calls of their own, without their tasks; heal them first "
+            "(model.heal_tokens), or do without"
+        )
+    if setting("cache_implementation") == "paged":
+        raise UnsupportedModel(
+            "cache_implementation: transformers drops padding masks with 'paged'; call "
+            "model.generate_batch(prompts, task_ids=...) with a list of tokens per prompt"
+        )
 
 
 class PrepareInputs(_Method):
@@ -99,7 +125,10 @@ class PrepareInputs(_Method):
 
 def wrong_count(got: int, rows: int) -> ShapeError:
     """The error for a list of tasks that does not match the batch."""
-    return ShapeError(f"task_ids: expected one task per row, {rows} in all (None for a row without prefix), got {got}")
+    return ShapeError(
+        f"task_ids: expected one task per row, {rows} in all (None for a row without prefix), got {got}; for a task "
+        "per prompt of a pipeline, make it with pipeline_class=prefix_attn.TextGenerationPipeline"
+    )
 
 
 def checked_for_batch(bank: PrefixBank, task_ids: Any, rows: int) -> Tensor:

@@ -35,14 +35,21 @@ class PeftOracle:
             save_adapter(tiny_model(family), self.paths[name], m, seed)
         self.models = {name: PeftModel.from_pretrained(tiny_model(family), path).eval()
                        for name, path in self.paths.items()}  # fmt: skip
+        self.bare = tiny_model(family)
+
+    def model(self, task: str | None) -> Any:
+        """PEFT's model with the task's adapter; the bare model for None."""
+        return self.bare if task is None else self.models[task]
+
+    def base(self, task: str | None) -> Any:
+        """The transformers model inside."""
+        return self.bare if task is None else self.models[task].get_base_model()
 
     def generate(self, task: str | None, **kwargs: Any) -> Any:
-        """PEFT's generate with the task's adapter; the bare model's for None."""
-        model = tiny_model(self.family) if task is None else self.models[task]
-        return model.generate(**kwargs, output_logits=True, return_dict_in_generate=True)
+        """Generate with the task's adapter alone."""
+        return self.model(task).generate(**kwargs, output_logits=True, return_dict_in_generate=True)
 
     def logits(self, task: str | None, **kwargs: Any) -> torch.Tensor:
         """Logits of one forward pass."""
-        model = tiny_model(self.family) if task is None else self.models[task]
         with torch.no_grad():
-            return model(**kwargs).logits
+            return self.model(task)(**kwargs).logits

@@ -1,4 +1,4 @@
-"""Every mode of generate gives the tokens that greedy generation, proven equal to PEFT, gives."""
+"""The matrix: every mode of generate on six families, row by row against PEFT with that row's task alone."""
 
 from __future__ import annotations
 
@@ -9,119 +9,100 @@ import torch
 from transformers import DynamicCache
 
 import prefix_attn as pa
-from tests.hf.conftest import TASKS, make_bank, padded_inputs
+from tests.hf.conftest import LENGTHS, TASKS, padded_inputs
 from tests.hf.families import tiny_model
+from tests.hf.modes import MODES, Mode
+from tests.hf.peft_oracle import PeftOracle
 
-GREEDY = {"max_new_tokens": 10, "do_sample": False}
+BASE: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_oss")
+SAMPLING: dict[str, dict[str, Any]] = {
+    "sampling": {"top_k": 0},
+    "nucleus": {"top_p": 0.9, "min_p": 0.01, "temperature": 0.8},
+    "return sequences": {"num_return_sequences": 2},
+    "beams": {"num_beams": 3},
+}
 
 
-def test_names_ids_and_tensors_are_the_same(patched: Any) -> None:
+@pytest.fixture(scope="module", params=FAMILIES)
+def peft(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PeftOracle:
+    return PeftOracle(request.param, tmp_path_factory.mktemp(request.param), LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def patched(peft: PeftOracle) -> Any:
+    """The patched model, its bank loaded from what PEFT saved."""
+    model = tiny_model(peft.family)
+    bank = pa.PrefixBank.for_model(model)
+    for name, path in peft.paths.items():
+        bank.load(name, path)
+    return pa.patch(model, bank)
+
+
+def row(inputs: dict[str, torch.Tensor], i: int) -> dict[str, torch.Tensor]:
+    return {name: x[i : i + 1] for name, x in inputs.items()}
+
+
+def ours(model: Any, mode: Mode, inputs: dict[str, torch.Tensor], tasks: list[str | None]) -> torch.Tensor:
+    return model.generate(**(inputs | BASE | mode.options(model, inputs["input_ids"])), task_ids=tasks)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_mode_equals_peft(patched: Any, peft: PeftOracle, name: str) -> None:
+    mode, inputs = MODES[name], padded_inputs()
+    if mode.families and peft.family not in mode.families:
+        pytest.skip(f"transformers has no {name} for {peft.family}")
+    rows = (0, 3) if mode.one_row else range(len(TASKS))
+    batch = None if mode.one_row else ours(patched, mode, inputs, TASKS)
+    for i in rows:
+        alone = row(inputs, i)
+        got = ours(patched, mode, alone, [TASKS[i]]) if batch is None else batch.unflatten(0, (len(TASKS), -1))[i]
+        options = mode.options(peft.base(TASKS[i]), alone["input_ids"]) if mode.peft is None else mode.peft
+        expected = peft.generate(TASKS[i], **(alone | BASE | options)).sequences
+        new = expected[:, 8:]
+        got = got[:, 8:] if got.shape[1] > BASE["max_new_tokens"] else got  # inputs_embeds gives new tokens only
+        assert torch.equal(got[:, : new.shape[1]], new)
+        assert bool((got[:, new.shape[1] :] <= 2).all()), "behind its end a row is padded with special tokens"
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_sampling_draws_what_peft_draws(patched: Any, peft: PeftOracle, name: str) -> None:
+    """Same seed, same task in all rows: the same numbers are drawn in the same order."""
     inputs = padded_inputs()
-    by_name = patched.generate(**inputs, **GREEDY, task_ids=TASKS)
-    for task_ids in ([0, 2, None, 1], [0, 2, -1, 1], torch.tensor([0, 2, -1, 1])):
-        assert torch.equal(patched.generate(**inputs, **GREEDY, task_ids=task_ids), by_name)
+    options = {"max_new_tokens": 6, "do_sample": True} | SAMPLING[name]
+    torch.manual_seed(1)
+    got = patched.generate(**inputs, **options, task_ids=["nine"] * 4)
+    torch.manual_seed(1)
+    assert torch.equal(got, peft.generate("nine", **inputs, **options).sequences)
 
 
-def test_static_cache(patched: Any) -> None:
-    inputs = padded_inputs()
-    expected = patched.generate(**inputs, **GREEDY, task_ids=TASKS)
-    assert torch.equal(patched.generate(**inputs, **GREEDY, task_ids=TASKS, cache_implementation="static"), expected)
-
-
-def test_static_cache_without_tasks(patched: Any) -> None:
-    inputs = padded_inputs()
-    got = patched.generate(**inputs, **GREEDY, cache_implementation="static")
-    pa.unpatch(patched)
-    assert torch.equal(patched.generate(**inputs, **GREEDY, cache_implementation="static"), got)
-
-
-def test_without_cache(patched: Any) -> None:
-    inputs = padded_inputs()
-    expected = patched.generate(**inputs, **GREEDY, task_ids=TASKS)
-    assert torch.equal(patched.generate(**inputs, **GREEDY, task_ids=TASKS, use_cache=False), expected)
-
-
-def test_without_mask(patched: Any) -> None:
+def test_mixed_sampling_is_from_each_tasks_distribution(patched: Any, peft: PeftOracle) -> None:
     inputs = padded_inputs(paddings=(0, 0, 0, 0))
-    expected = patched.generate(**inputs, **GREEDY, task_ids=TASKS)
-    assert torch.equal(patched.generate(inputs["input_ids"], **GREEDY, task_ids=TASKS), expected)
+    out = patched.generate(
+        **inputs, max_new_tokens=6, do_sample=True, top_k=0, task_ids=TASKS, output_logits=True, output_scores=True,
+        return_dict_in_generate=True, output_hidden_states=True, eos_token_id=98,
+    )  # fmt: skip
+    logits = torch.stack(out.logits, dim=1)
+    assert len(out.scores) == len(out.hidden_states) == 6
+    assert out.past_key_values.get_seq_length() == 8 + 5, "the cache holds the request's own tokens"
+    for i, task in enumerate(TASKS):
+        expected = peft.logits(task, input_ids=out.sequences[i : i + 1])[0, 7:-1]
+        assert float((logits[i] - expected).abs().max()) < 1e-5
 
 
-def test_inputs_embeds(patched: Any) -> None:
-    inputs = padded_inputs()
-    expected = patched.generate(**inputs, **GREEDY, task_ids=TASKS)
-    embeds = patched.get_input_embeddings()(inputs["input_ids"])
-    got = patched.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], **GREEDY, task_ids=TASKS)
-    assert torch.equal(got, expected[:, 8:])
-
-
-def test_continuing_a_cache(patched: Any) -> None:
-    """Two turns on one cache equal one turn over the whole conversation."""
+def test_continuing_a_conversation(patched: Any, peft: PeftOracle) -> None:
+    """Two turns on one cache, the second given whole or as its new tokens alone; PEFT answers the whole at once."""
     first = padded_inputs()
-    cache = DynamicCache(config=patched.config)
-    turn = patched.generate(
-        **first, max_new_tokens=3, do_sample=False, task_ids=TASKS, past_key_values=cache, eos_token_id=-1
-    )
     more = torch.randint(3, 99, (4, 4), generator=torch.Generator().manual_seed(1))
-    conversation = {"input_ids": torch.cat([turn, more], dim=1)}
-    padding = first["attention_mask"]
-    conversation["attention_mask"] = torch.cat([padding, torch.ones(4, 7, dtype=torch.long)], dim=1)
-    got = patched.generate(**conversation, **GREEDY, task_ids=TASKS, past_key_values=cache)
-    assert torch.equal(got, patched.generate(**conversation, **GREEDY, task_ids=TASKS))
-
-
-def test_chunked_prefill(patched: Any) -> None:
-    inputs = padded_inputs(length=15)
-    expected = patched.generate(**inputs, **GREEDY, task_ids=TASKS)
-    assert torch.equal(patched.generate(**inputs, **GREEDY, task_ids=TASKS, prefill_chunk_size=4), expected)
-
-
-def test_a_row_of_a_mixed_batch_equals_the_row_alone(patched: Any) -> None:
-    inputs = padded_inputs()
-    with torch.no_grad():
-        mixed = patched(**inputs, task_ids=TASKS).logits
-        for row, task in enumerate(TASKS):
-            alone = patched(**{n: x[row : row + 1] for n, x in inputs.items()}, task_ids=[task]).logits[0]
-            real = inputs["attention_mask"][row].bool()
-            torch.testing.assert_close(mixed[row, real], alone[real], rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize(("family", "attention"), [
-    *((family, attention) for family in ("llama", "gemma3_text", "gpt2", "opt") for attention in ("sdpa", "eager")),
-    ("gpt_oss", "eager"),
-])  # fmt: skip
-def test_without_task_ids_nothing_changes(family: str, attention: str) -> None:
-    """Bits, not tolerances: forward, generate with each cache, and a mask with holes that tasks would not allow."""
-    model = tiny_model(family)
-    model.set_attn_implementation(attention)
-
-    def outputs() -> list[torch.Tensor]:
-        inputs = padded_inputs()
-        holes = inputs["attention_mask"].clone()
-        holes[:, 6] = 0
-        with torch.no_grad():
-            return [
-                model(**inputs).logits, model(inputs["input_ids"]).logits,
-                model(inputs["input_ids"], attention_mask=holes).logits,
-                model.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY, num_beams=2),
-                model.generate(**inputs, **GREEDY, cache_implementation="static"),
-            ]  # fmt: skip
-
-    before = outputs()
-    pa.patch(model, make_bank(model))
-    while_patched = outputs()
-    pa.unpatch(model)
-    for a, b, c in zip(before, while_patched, outputs(), strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a, c)
-
-
-def test_gradients_reach_the_model_through_the_prefix(patched: Any) -> None:
-    """Fine-tuning under a fixed prefix: same gradients as with the prefix in a plain cache."""
-    inputs = padded_inputs(paddings=(0, 0))
-    logits = patched(**inputs, task_ids=["five", "nine"], use_cache=False).logits
-    logits.square().mean().backward()
-    gradients = [p.grad for p in patched.parameters() if p.requires_grad]
-    assert all(g is not None and g.isfinite().all() for g in gradients if g is not None)
-    assert sum(g is not None and bool(g.abs().max() > 0) for g in gradients) > len(gradients) // 2
-    patched.zero_grad()
+    for whole in (True, False):
+        cache = DynamicCache(config=patched.config)
+        turn = patched.generate(
+            **first, max_new_tokens=3, do_sample=False, task_ids=TASKS, past_key_values=cache, eos_token_id=98
+        )
+        mask = torch.cat([first["attention_mask"], torch.ones(4, 7, dtype=torch.long)], dim=1)
+        talk = {"input_ids": torch.cat([turn, more], dim=1), "attention_mask": mask}
+        given = talk if whole else {"input_ids": torch.cat([turn[:, -1:], more], dim=1), "attention_mask": mask}
+        got = patched.generate(**given, **BASE, task_ids=TASKS, past_key_values=cache)[:, given["input_ids"].shape[1] :]
+        for i, task in enumerate(TASKS):
+            expected = peft.generate(task, **row(talk, i), **BASE).sequences[0, 15:]
+            assert torch.equal(got[i, : len(expected)], expected)

@@ -1,0 +1,29 @@
+"""Draft models of assisted decoding: what an assistant proposes, the patched model checks token by token.
+
+So nothing an assistant does can make the result wrong; it only has to be spoken to in terms it understands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class Assistant:
+    """An assistant model as transformers uses it, whose ``generate`` gets the tasks by its own names.
+
+    A patched assistant uses its own bank's prefix of the same name, where there is one; any other runs without.
+    """
+
+    def __init__(self, model: Any, names: Sequence[str | None]) -> None:
+        self._model = model
+        bank = getattr(getattr(model, "_prefix_attn", None), "bank", None)
+        self._tasks = None if bank is None else [name if name is not None and name in bank else None for name in names]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def generate(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+        """``model.generate`` with the assistant's own tasks in the place of the caller's."""
+        own = {} if self._tasks is None else {"task_ids": self._tasks}
+        return self._model.generate(*args, **own, **kwargs)

@@ -1,0 +1,80 @@
+"""Whether prompt, prefix and new tokens fit into the positions a model has, known before any work is done.
+
+A row with a prefix of m tokens has ``limit - m`` positions of its own, and the last new token needs none: it is not fed
+back. What is too long is refused, or on request loses its oldest tokens: they become padding, so that the batch keeps
+its shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefix_attn.bank import PrefixBank
+from prefix_attn.errors import ShapeError
+from prefix_attn.hf.positions import overflow
+
+#: New tokens of ``generate`` where nobody says how many (transformers' default).
+DEFAULT_NEW_TOKENS = 20
+
+
+def new_tokens(inputs: Tensor, options: dict[str, Any], configs: Sequence[Any]) -> int:
+    """Tokens that ``generate`` may add: from its keywords, else from the first config that says."""
+    for name in ("max_new_tokens", "max_length"):
+        values = [options.get(name), *(getattr(config, name, None) for config in configs)]
+        value = next((value for value in values if value is not None), None)
+        if value is not None:
+            return int(value) if name == "max_new_tokens" else max(int(value) - inputs.shape[1], 1)
+    return DEFAULT_NEW_TOKENS
+
+
+def check_fits(bank: PrefixBank, task_ids: Tensor, inputs: Tensor, mask: Any, new: int) -> None:
+    """Raise `ContextOverflow` for a row whose prefix leaves too little room.
+
+    Args:
+        inputs: ``[batch, tokens, ...]``.
+        mask: its padding mask ``[batch, tokens]``, or None.
+        new: tokens to be generated.
+    """
+    limit = bank.context_limit
+    if limit is None or inputs.shape[1] + max(bank.lengths, default=0) + new - 1 <= limit:
+        return  # known without reading the device
+    lengths = mask.sum(dim=1).tolist() if _is_padding_mask(mask) else [inputs.shape[1]] * len(inputs)
+    for row, (task, tokens) in enumerate(zip(task_ids.tolist(), lengths, strict=True)):
+        m = bank.lengths[task] if task >= 0 else 0
+        if m and m + tokens + new - 1 > limit:
+            raise overflow(row, m, tokens + new - 1, limit)
+
+
+def truncated(bank: PrefixBank, task_ids: Tensor, inputs: Tensor, options: dict[str, Any], new: int) -> Tensor:
+    """The padding mask ``[batch, tokens]`` without each row's oldest tokens, as many as must go.
+
+    Raises:
+        ShapeError: no padding mask, which would say what is a token; or a cache that already holds tokens.
+        ContextOverflow: the new tokens alone leave no room for a prompt.
+    """
+    mask, limit = options.get("attention_mask"), bank.context_limit
+    if not _is_padding_mask(mask):
+        raise ShapeError("attention_mask: truncation expects the tokenizer's mask [batch, tokens], got none; pass it")
+    if options.get("past_key_values") is not None:
+        raise ShapeError(
+            "truncation: expected a conversation that starts here, got past_key_values; tokens in a cache cannot be "
+            "dropped: start a new cache with a shorter conversation"
+        )
+    assert isinstance(mask, Tensor)
+    if limit is None:
+        return mask
+    lengths = [bank.lengths[task] if task >= 0 else 0 for task in task_ids.tolist()]
+    for row, m in enumerate(lengths):
+        if m + new > limit:
+            raise overflow(row, m, new, limit)
+    room = torch.tensor([limit - m - new + 1 for m in lengths], device=mask.device)
+    tokens_from_here = mask.flip(1).cumsum(1).flip(1)
+    return mask * (tokens_from_here <= room[:, None])
+
+
+def _is_padding_mask(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 2

@@ -1,0 +1,179 @@
+"""What `generate` and the forward pass promise beside the matrix of modes: inputs, refusals, context, training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import prefix_attn as pa
+from tests.hf.conftest import TASKS, make_bank, padded_inputs
+from tests.hf.families import tiny_model
+from tests.hf.peft_oracle import PeftOracle
+from tests.tolerance import assert_close
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
+
+
+def test_names_ids_and_tensors_are_the_same(patched: Any) -> None:
+    inputs = padded_inputs()
+    by_name = patched.generate(**inputs, **GREEDY, task_ids=TASKS)
+    for task_ids in ([0, 2, None, 1], [0, 2, -1, 1], torch.tensor([0, 2, -1, 1])):
+        assert torch.equal(patched.generate(**inputs, **GREEDY, task_ids=task_ids), by_name)
+
+
+def test_static_cache_without_tasks(patched: Any) -> None:
+    inputs = padded_inputs()
+    got = patched.generate(**inputs, **GREEDY, cache_implementation="static")
+    pa.unpatch(patched)
+    assert torch.equal(patched.generate(**inputs, **GREEDY, cache_implementation="static"), got)
+
+
+def test_without_mask(patched: Any) -> None:
+    inputs = padded_inputs(paddings=(0, 0, 0, 0))
+    expected = patched.generate(**inputs, **GREEDY, task_ids=TASKS)
+    assert torch.equal(patched.generate(inputs["input_ids"], **GREEDY, task_ids=TASKS), expected)
+
+
+def test_from_the_bos_token_alone(patched: Any) -> None:
+    """No prompt at all: as many rows as tasks."""
+    prompts = torch.full((4, 1), patched.generation_config.bos_token_id)
+    got = patched.generate(**GREEDY, task_ids=TASKS)
+    assert torch.equal(got, patched.generate(prompts, **GREEDY, task_ids=TASKS))
+
+
+def test_a_row_of_a_mixed_batch_equals_the_row_alone(patched: Any) -> None:
+    inputs = padded_inputs()
+    with torch.no_grad():
+        mixed = patched(**inputs, task_ids=TASKS).logits
+        for row, task in enumerate(TASKS):
+            alone = patched(**{n: x[row : row + 1] for n, x in inputs.items()}, task_ids=[task]).logits[0]
+            real = inputs["attention_mask"][row].bool()
+            torch.testing.assert_close(mixed[row, real], alone[real], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "attention"), [
+    *((family, attention) for family in ("llama", "gemma3_text", "gpt2", "opt") for attention in ("sdpa", "eager")),
+    ("gpt_oss", "eager"),
+])  # fmt: skip
+def test_without_task_ids_nothing_changes(family: str, attention: str) -> None:
+    """Bits, not tolerances: forward, generate with each cache, and a mask with holes that tasks would not allow."""
+    model = tiny_model(family)
+    model.set_attn_implementation(attention)
+
+    def outputs() -> list[torch.Tensor]:
+        inputs = padded_inputs()
+        holes = inputs["attention_mask"].clone()
+        holes[:, 6] = 0
+        with torch.no_grad():
+            return [
+                model(**inputs).logits, model(inputs["input_ids"]).logits,
+                model(inputs["input_ids"], attention_mask=holes).logits,
+                model.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY, num_beams=2),
+                model.generate(**inputs, **GREEDY, cache_implementation="static"),
+            ]  # fmt: skip
+
+    before = outputs()
+    pa.patch(model, make_bank(model))
+    while_patched = outputs()
+    pa.unpatch(model)
+    for a, b, c in zip(before, while_patched, outputs(), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize(("options", "reason"), [
+    ({"output_attentions": True, "return_dict_in_generate": True}, "attention weights"),
+    ({"token_healing": True}, "heal"),
+    ({"cache_implementation": "paged"}, "generate_batch"),
+    ({"truncation": True, "attention_mask": None}, "attention_mask"),
+])  # fmt: skip
+def test_what_cannot_be_exact_is_refused(patched: Any, options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(pa.PrefixAttnError, match=reason):
+        patched.generate(**(padded_inputs() | GREEDY | options), task_ids=TASKS)
+
+
+def test_truncation_drops_each_rows_oldest_tokens(patched: Any) -> None:
+    """128 positions: a row with a prefix of m keeps 128 - m - 9 of its tokens, and answers as if it had only these."""
+    inputs = padded_inputs(length=125)
+    with pytest.raises(pa.ContextOverflow, match="row 0"):
+        patched.generate(**inputs, **GREEDY, task_ids=TASKS)
+    got = patched.generate(**inputs, **GREEDY, task_ids=TASKS, truncation=True)
+    assert torch.equal(got[:, :125], inputs["input_ids"]), "the prompt comes back whole"
+    for row, m in enumerate((5, 12, 0, 9)):
+        keep = 128 - m - 9
+        mask = inputs["attention_mask"][row : row + 1].clone()
+        mask[:, : 125 - keep] = 0
+        alone = {"input_ids": inputs["input_ids"][row : row + 1], "attention_mask": mask}
+        alone |= {"input_ids": alone["input_ids"] * mask}  # what was dropped is not read
+        expected = patched.generate(**alone, **GREEDY, task_ids=[TASKS[row]])[0, 125:]
+        assert torch.equal(got[row, 125 : 125 + len(expected)], expected)
+    short = padded_inputs()
+    assert torch.equal(
+        patched.generate(**short, **GREEDY, task_ids=TASKS, truncation=True),
+        patched.generate(**short, **GREEDY, task_ids=TASKS),
+    )
+    with pytest.raises(pa.ContextOverflow, match="row 1"):
+        patched.generate(**inputs, max_new_tokens=120, task_ids=TASKS, truncation=True)
+
+
+def test_gradients_equal_those_of_a_replicated_prefix(patched: Any) -> None:
+    """Fine-tuning under a fixed prefix, with and without gradient checkpointing."""
+    from transformers import DynamicCache
+
+    bank, tasks = patched._prefix_attn.bank, ["five", "nine"]
+    tokens = padded_inputs(paddings=(0,))["input_ids"]
+
+    def gradients(*losses: torch.Tensor) -> list[torch.Tensor | None]:
+        patched.zero_grad()
+        for loss in losses:
+            loss.backward()
+        return [p.grad.clone() if p.grad is not None else None for p in patched.parameters()]
+
+    both = {"input_ids": tokens.expand(2, -1), "labels": tokens.expand(2, -1)}
+    plain = gradients(patched(**both, task_ids=tasks, use_cache=False).loss)
+    getattr(patched, "activation_checkpointing_enable", patched.gradient_checkpointing_enable)()
+    patched.train()
+    for module in patched.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    with_checkpoints = gradients(patched(**both, task_ids=tasks, use_cache=False).loss)
+    patched.eval()
+    getattr(patched, "activation_checkpointing_disable", patched.gradient_checkpointing_disable)()
+
+    losses = []
+    for task in tasks:
+        cache, m = DynamicCache(config=patched.config), bank.prefix_len(task)
+        start, _ = bank.layer(0).spans[int(bank.task_ids([task]))]
+        for i in range(bank.num_layers):
+            k, v = (x[None, :, start : start + m] for x in (bank.layer(i).k, bank.layer(i).v))
+            cache.update(k, v, i)
+        out = patched(
+            input_ids=tokens, labels=tokens, past_key_values=cache, position_ids=torch.arange(m, m + 8)[None],
+            attention_mask=torch.ones(1, m + 8, dtype=torch.long),
+        )  # fmt: skip
+        losses.append(out.loss / 2)
+    for expected, *got in zip(gradients(*losses), plain, with_checkpoints, strict=True):
+        for gradient in got:
+            if expected is None:
+                assert gradient is None or not gradient.any()
+            else:
+                torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_autocast_is_as_exact_as_peft_under_autocast(family: str, tmp_path: Path) -> None:
+    peft = PeftOracle(family, tmp_path, {"nine": 9})
+    model = tiny_model(family)
+    bank = pa.PrefixBank.for_model(model)
+    bank.load("nine", peft.paths["nine"])
+    pa.patch(model, bank)
+    tokens = padded_inputs(paddings=(0, 0))["input_ids"]
+    exact = peft.logits("nine", input_ids=tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        eager = peft.logits("nine", input_ids=tokens)
+        ours = model(tokens, task_ids=["nine"] * 2).logits
+    assert ours.dtype == eager.dtype
+    assert_close("logits under autocast", ours, eager, exact.double())

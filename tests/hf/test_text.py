@@ -1,0 +1,76 @@
+"""Text in, text out, on the shipped example: pipelines, streaming and stop strings, each row with its own task."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
+
+import prefix_attn as pa
+
+EXAMPLE = Path(__file__).parents[2] / "examples/string_tasks"
+PROMPTS = ["hello>", "world>", "abc>", "sort|hello>", "abcdef>"]
+TASKS = ["reverse", "upper", "reverse", None, "rot13"]
+ANSWERS = ["olleh", "WORLD", "cba", "ehllo", "nopqrs"]
+OPTIONS: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+
+
+class Example(NamedTuple):
+    model: Any
+    tokenizer: Any
+
+    def pipeline(self, **options: Any) -> Any:
+        return transformers.pipeline("text-generation", model=self.model, tokenizer=self.tokenizer, **options)
+
+
+@pytest.fixture(scope="module")
+def example() -> Example:
+    model = AutoModelForCausalLM.from_pretrained(EXAMPLE / "model")
+    bank = pa.PrefixBank.for_model(model)
+    for name in ("reverse", "upper", "rot13"):
+        bank.load(name, EXAMPLE / "adapters" / name)
+    return Example(pa.patch(model, bank), AutoTokenizer.from_pretrained(EXAMPLE / "model"))
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_pipeline_with_a_task_per_prompt(example: Example, batch_size: int) -> None:
+    pipe = example.pipeline(pipeline_class=pa.TextGenerationPipeline)
+    out = pipe(PROMPTS, task_ids=TASKS, batch_size=batch_size, return_full_text=False, **OPTIONS)
+    assert [results[0]["generated_text"] for results in out] == ANSWERS
+    assert pipe("hello>", task_ids=["upper"], **OPTIONS)[0]["generated_text"] == "hello>HELLO"
+    assert pipe("sort|hello>", **OPTIONS)[0]["generated_text"] == "sort|hello>ehllo"
+
+
+def test_pipeline_refuses_what_does_not_fit(example: Example) -> None:
+    pipe = example.pipeline(pipeline_class=pa.TextGenerationPipeline)
+    with pytest.raises(pa.ShapeError, match="5 in all, got 2"):
+        pipe(PROMPTS, task_ids=["upper", None], batch_size=2, **OPTIONS)
+    with pytest.raises(pa.UnknownTask, match=r"task_ids\[4\].*'lower'"):
+        pipe(PROMPTS, task_ids=[*TASKS[:4], "lower"], **OPTIONS)
+    with pytest.raises(pa.UnsupportedModel, match="list of prompts"):
+        pipe((prompt for prompt in PROMPTS), task_ids=TASKS, **OPTIONS)
+    with pytest.raises(pa.ShapeError, match="pipeline_class"):
+        example.pipeline()(PROMPTS, task_ids=TASKS, batch_size=2, **OPTIONS)
+
+
+def test_streaming(example: Example) -> None:
+    streamer = TextIteratorStreamer(example.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    inputs = example.tokenizer("hello>", return_tensors="pt")
+    arguments = inputs | OPTIONS | {"task_ids": ["reverse"], "streamer": streamer}
+    thread = threading.Thread(target=example.model.generate, kwargs=arguments)
+    thread.start()
+    assert "".join(streamer) == "olleh"
+    thread.join()
+
+
+def test_stop_strings(example: Example) -> None:
+    inputs = example.tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    out = example.model.generate(
+        **inputs, **OPTIONS, task_ids=TASKS, stop_strings=["lle", "OR"], tokenizer=example.tokenizer
+    )
+    texts = example.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert texts == ["olle", "WOR", "cba", "ehllo", "nopqrs"]
