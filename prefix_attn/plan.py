@@ -40,6 +40,10 @@ class BatchPlan:
     Nothing is computed before a kernel asks, and then once. A plan that no longer fits the batch's task ids or the
     bank shows: rows that it misses become NaN.
 
+    Make the plan inside what is captured in a CUDA graph or compiled: its tiles are then part of the graph and follow the
+    task ids of each replay. A plan from outside is worked out anew wherever the graph asks, since tiles of the past
+    would not follow, and tiles of the graph hold nothing before it runs.
+
     Attributes:
         task_ids: integer ``[batch]``; -1 for a row without prefix.
         lens: int32 ``[tasks]``, as in `PrefixKV`.
@@ -47,18 +51,25 @@ class BatchPlan:
 
     task_ids: Tensor
     lens: Tensor
+    _recorded: bool = field(init=False, repr=False)
     _tiles: dict[tuple[int, int], RowTiles] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_recorded", recording(self.task_ids))
 
     def tiles(self, rows: int, tile_rows: int = TILE_ROWS) -> RowTiles:
         """The tiles for ``rows`` query rows per batch row and kv head; worked out on the device, at the first call."""
         key = rows, tile_rows
-        if key in self._tiles:
-            return self._tiles[key]
-        tiles = row_tiles(self.task_ids, self.lens, rows, tile_rows)
-        # What a capture records is not computed yet, and its memory belongs to the graph.
-        if not (self.task_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self._tiles[key] = tiles
-        return tiles
+        if recording(self.task_ids) != self._recorded:
+            return row_tiles(self.task_ids, self.lens, rows, tile_rows)
+        if key not in self._tiles:
+            self._tiles[key] = row_tiles(self.task_ids, self.lens, rows, tile_rows)
+        return self._tiles[key]
+
+
+def recording(tensor: Tensor) -> bool:
+    """Whether what is computed from ``tensor`` now goes into a graph that runs later: a CUDA graph or a compiler's."""
+    return torch.compiler.is_compiling() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def most_tiles(batch: int, tasks: int, rows: int, tile_rows: int = TILE_ROWS) -> int:

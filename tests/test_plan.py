@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +62,46 @@ def test_a_plan_is_worked_out_once_per_number_of_rows() -> None:
     plan = BatchPlan(torch.tensor([0, 0]), torch.tensor([4], dtype=torch.int32))
     assert plan.tiles(4) is plan.tiles(4)
     assert plan.tiles(4) is not plan.tiles(8)
+
+
+@pytest.mark.parametrize("born", [False, True])
+def test_what_a_graph_records_stays_in_it(born: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Born in a capture or not, a plan reuses only what was computed in the same state."""
+
+    def capturing(state: bool) -> None:
+        monkeypatch.setattr("prefix_attn.plan.recording", lambda tensor: state)
+
+    capturing(born)
+    plan = BatchPlan(torch.tensor([0, 0]), torch.tensor([4], dtype=torch.int32))
+    first = plan.tiles(4)
+    assert plan.tiles(4) is first
+    capturing(not born)
+    assert plan.tiles(4) is not first
+    assert plan.tiles(4) is not plan.tiles(4)
+    capturing(born)
+    assert plan.tiles(4) is first
+
+
+def test_a_plan_is_compiled_without_a_break() -> None:
+    """Made within, it is worked out once for all layers; made outside and asked within, it keeps nothing."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(sum(node.target is torch.sort for node in graph.graph.nodes))
+        return graph
+
+    def layers(plan: BatchPlan) -> torch.Tensor:
+        return plan.tiles(4).members + plan.tiles(4).members
+
+    ids, lens = torch.tensor([0, 0]), torch.tensor([4], dtype=torch.int32)
+    expected = layers(BatchPlan(ids, lens))
+    torch.compiler.reset()
+    inside = torch.compile(lambda ids, lens: layers(BatchPlan(ids, lens)), backend=backend, fullgraph=True)
+    assert torch.equal(inside(ids, lens), expected)
+    plan = BatchPlan(ids, lens)
+    assert torch.equal(torch.compile(layers, backend=backend, fullgraph=True)(plan), expected)
+    assert not plan._tiles
+    assert graphs == [1, 2]
 
 
 def test_a_plan_of_another_batch_is_refused() -> None:
