@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch.nn.attention import SDPBackend
 
+from .flash_attn import FlashAttnKvcache, FlashAttnVarlen, TorchVarlen
+from .flashinfer import FlashInferCascade, FlashInferPlain
+from .flex_attention import FlexAttention
 from .hugging_face import HuggingFace
 from .interface import Peer
 from .ours import OneRegime, Ours, OwnKeysOnly
@@ -30,6 +33,15 @@ def all_peers(backend: str = "triton") -> list[Peer]:
         Ours(INVARIANT, backend, batch_invariant=True),
         *((OneRegime("inline"), OneRegime("grouped")) if backend == "triton" else ()),
         SharedPages(),
+        FlashInferPlain(),
+        FlashInferCascade("fa2"),
+        FlashInferCascade("auto"),
+        TorchVarlen(),
+        FlashAttnVarlen("flash_attn"),
+        FlashAttnVarlen("flash_attn_interface"),
+        FlashAttnKvcache("flash_attn"),
+        FlashAttnKvcache("flash_attn_interface"),
+        FlexAttention(),
         SdpaReplica(SDPBackend.FLASH_ATTENTION),
         SdpaReplica(SDPBackend.CUDNN_ATTENTION),
         SdpaReplica(SDPBackend.EFFICIENT_ATTENTION),

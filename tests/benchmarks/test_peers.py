@@ -37,8 +37,13 @@ def ragged(point: Point, lens: list[int], task_ids: list[int], seed: int = 1) ->
 
 
 def check(peer: Peer, problem: Problem) -> None:
+    """The peer runs here, and is right."""
     assert peer.unavailable(DEVICE) is None
     assert peer.unsuited(problem.point) is None
+    right(peer, problem)
+
+
+def right(peer: Peer, problem: Problem) -> None:
     with torch.no_grad(), uninitialised_memory_is_nan():
         out = peer.prepare(problem)()
     error, wrong = Reference.of(problem).check(peer.in_batch_order(out, problem), problem)
