@@ -103,7 +103,7 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Ten
         num_warps=warps, num_stages=stages, **LAUNCH_OPTIONS,
     )  # fmt: skip
     if partial_lse is not None:
-        merge_chunks(partial, partial_lse, out, None, None, group=heads)
+        merge_chunks(partial, partial_lse, out, None, None, group=heads, most_chunks=chunks)
     return out
 
 
