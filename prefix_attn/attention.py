@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from prefix_attn import dispatch
-from prefix_attn.checks import checked_call
+from prefix_attn import dispatch, ops
+from prefix_attn.checks import check_values, checked_call
 from prefix_attn.cost import Explanation
 from prefix_attn.plan import BatchPlan
 from prefix_attn.types import PrefixKV
@@ -62,8 +62,9 @@ def prefix_attention(
             into NaN.
 
     Returns:
-        ``[batch, q_heads, q_len, head_dim]`` in q's dtype; with ``return_lse`` also ``[batch, q_heads, q_len]`` in
-        nats (float32; float64 for float64 inputs). A query that sees nothing gives 0 and -inf.
+        ``[batch, q_heads, q_len, head_dim]`` in q's dtype and layout; with ``return_lse`` also
+        ``[batch, q_heads, q_len]`` in nats (float32; float64 for float64 inputs). A query that sees nothing gives 0 and
+        -inf. Both can be differentiated, once.
 
     Raises:
         ShapeError, DTypeError: two arguments disagree; the message names both.
@@ -77,11 +78,8 @@ def prefix_attention(
         q, k, v, prefix, task_ids, kv_start=kv_start, kv_len=kv_len, causal=causal, scale=scale, window=window,
         softcap=softcap, sinks=sinks, return_lse=return_lse, batch_invariant=batch_invariant, plan=plan,
     )  # fmt: skip
-    out, lse = dispatch.choose(call, backend).run(call)
-    if not return_lse:
-        return out
-    assert lse is not None, "a backend returns lse where it was asked for"
-    return out, lse
+    out, lse = ops.attention(call, dispatch.choose(call, backend).name)
+    return (out, lse) if return_lse else out
 
 
 def explain(
@@ -104,4 +102,5 @@ def explain(
         Reads lengths and task ids back from the device.
     """
     call = checked_call(q, k, v, prefix, task_ids, **options)
+    check_values(call)
     return Explanation.of(call, dispatch.choose(call, backend))

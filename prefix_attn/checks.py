@@ -1,4 +1,8 @@
-"""The one place where arguments of `prefix_attention` are checked."""
+"""The one place where arguments of `prefix_attention` are checked: shapes and dtypes here, values in the operator.
+
+Values are checked where they can be read without a wait, on the CPU; there `torch.compile` does not see it. Those on an
+accelerator would stall its queue: the kernels answer a bad one with NaN.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ def checked_call(
     batch_invariant: bool = False,
     plan: BatchPlan | None = None,
 ) -> AttentionCall:
-    """Check every argument against q and return the call; see `prefix_attention` for the rules."""
+    """Check every argument's shape and dtype against q and return the call; see `prefix_attention` for the rules."""
     _check_tensors(q, k, v, prefix)
     batch = q.shape[0]
     if window is not None and window < 1:
@@ -45,17 +49,15 @@ def checked_call(
         raise ShapeError(
             f"sinks: expected [q_heads] = [{q.shape[1]}] on {q.device}, got {list(sinks.shape)} on {sinks.device}"
         )
-    ids = _row_integers("task_ids", task_ids, batch, q.device)
-    check_task_ids(ids, prefix)
     if plan is not None and (plan.task_ids.shape != (batch,) or plan.task_ids.device != q.device):
         raise ShapeError(
             f"plan: expected one for [batch] = [{batch}] rows on {q.device}, got {list(plan.task_ids.shape)} on "
             f"{plan.task_ids.device}; make one per batch (bank.plan(task_ids))"
         )
     return AttentionCall(
-        q=q, k=k, v=v, prefix=prefix, task_ids=ids,
-        kv_start=_key_bound("kv_start", kv_start, batch, k),
-        kv_len=_key_bound("kv_len", kv_len, batch, k),
+        q=q, k=k, v=v, prefix=prefix, task_ids=_row_integers("task_ids", task_ids, batch, q.device),
+        kv_start=None if kv_start is None else _row_integers("kv_start", kv_start, batch, q.device),
+        kv_len=None if kv_len is None else _row_integers("kv_len", kv_len, batch, q.device),
         causal=causal,
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
         window=window, softcap=softcap, sinks=sinks,
@@ -63,18 +65,22 @@ def checked_call(
     )  # fmt: skip
 
 
-def check_task_ids(ids: Tensor, prefix: PrefixKV) -> None:
-    """Raise `UnknownTask` for an id that is neither -1 nor a live task, if the ids can be read without a wait.
+def check_values(call: AttentionCall) -> None:
+    """Raise for a task id that is neither -1 nor a live task, and for a key bound outside the keys.
 
-    Ids on an accelerator are not read here: that would stall the queue. The kernels answer such a row with NaN.
+    Nothing is read from an accelerator.
     """
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+    if call.task_ids.device.type != "cpu":
         return
-    spans = prefix.spans
-    for row, t in enumerate(ids.tolist()):
+    spans = call.prefix.spans
+    for row, t in enumerate(call.task_ids.tolist()):
         if t != -1 and not (0 <= t < len(spans) and spans[t][1] >= 0):
             live = [i for i, (_, m) in enumerate(spans) if m >= 0]
             raise UnknownTask(f"task_ids[{row}]: expected -1 (no prefix) or one of {live}, got {t}")
+    for name, bounds in (("kv_start", call.kv_start), ("kv_len", call.kv_len)):
+        for row, value in enumerate(() if bounds is None else bounds.tolist()):
+            if not 0 <= value <= call.kv_capacity:
+                raise ShapeError(f"{name}[{row}]: expected 0 to k.shape[2] = {call.kv_capacity}, got {value}")
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix: PrefixKV) -> None:
@@ -114,15 +120,3 @@ def _row_integers(name: str, x: Tensor | Sequence[int], batch: int, device: torc
     if x.dtype not in INTEGERS:
         raise DTypeError(f"{name}: expected an integer dtype, got {x.dtype}")
     return x.to(device=device, dtype=torch.int32)
-
-
-def _key_bound(name: str, x: Tensor | Sequence[int] | None, batch: int, k: Tensor) -> Tensor | None:
-    """kv_start or kv_len as int32 ``[batch]``; within 0..kv_len of k, checked where no wait is needed."""
-    if x is None:
-        return None
-    x = _row_integers(name, x, batch, k.device)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        for row, value in enumerate(x.tolist()):
-            if not 0 <= value <= k.shape[2]:
-                raise ShapeError(f"{name}[{row}]: expected 0 to k.shape[2] = {k.shape[2]}, got {value}")
-    return x

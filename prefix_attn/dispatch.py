@@ -1,23 +1,24 @@
 """Which backend runs a call, and why.
 
-A backend is a module with two functions:
+A backend is a module with
 
 - ``refusal(call)``: why it cannot run this call here, or None;
-- ``run(call)``: ``(out, lse)``; lse may be None unless ``call.return_lse``;
+- ``forward(call)``: ``(out, lse)``; lse may be None unless ``call.return_lse``;
+- ``backward(call, out, lse, grad_out, grad_lse, needed)``: at least the `Gradients` that are ``needed``;
+- ``saves_lse(call)``: whether ``backward`` wants the forward's lse, which else may be None, as grad_lse may;
+- ``choose_regime(call)``, if it has several ways of running: which it takes, and why.
 
-and one with several ways of running has ``choose_regime(call)``: which it takes, and why.
+One that refuses whatever needs a gradient goes without ``backward`` and ``saves_lse``. Only the operators (ops.py) call
+``forward`` and ``backward``.
 
 ``"auto"`` takes the first of `AUTO_ORDER` that does not refuse. A named backend runs or raises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
-
-from torch import Tensor
 
 from prefix_attn.errors import BackendUnavailable
 from prefix_attn.regime import Regime
@@ -41,22 +42,20 @@ class Choice:
 
     name: str
     reason: str
-    run: Callable[[AttentionCall], tuple[Tensor, Tensor | None]]
 
 
 def refusal(name: str, call: AttentionCall) -> str | None:
     """Why backend ``name`` cannot run ``call`` here; None if it can."""
     try:
-        module = _module(name)
+        why_not: str | None = module(name).refusal(call)
     except ImportError as e:
         return f"it could not be imported ({e})"
-    reason: str | None = module.refusal(call)
-    return reason
+    return why_not
 
 
 def regime(name: str, call: AttentionCall) -> Regime | None:
     """The way backend ``name`` would run ``call``; None if it has only one."""
-    choose_regime = getattr(_module(name), "choose_regime", None)
+    choose_regime = getattr(module(name), "choose_regime", None)
     return None if choose_regime is None else choose_regime(call)
 
 
@@ -71,7 +70,7 @@ def choose(call: AttentionCall, backend: str = "auto") -> Choice:
         for name in AUTO_ORDER:
             why_not = "no GPU holds these tensors" if name == "triton" and not call.q.is_cuda else refusal(name, call)
             if why_not is None:
-                return Choice(name, "; ".join([*refused, f"{name}: can run this call"]), _run(name))
+                return Choice(name, "; ".join([*refused, f"{name}: can run this call"]))
             refused.append(f"{name}: {why_not}")
         raise BackendUnavailable(f"backend='auto': no backend can run this call: {'; '.join(refused)}")
     if backend not in BACKENDS:
@@ -81,18 +80,14 @@ def choose(call: AttentionCall, backend: str = "auto") -> Choice:
         raise BackendUnavailable(
             f"backend={backend!r} cannot run this call: {why_not}. Use backend='auto' to let the package choose"
         )
-    return Choice(backend, "named by the caller", _run(backend))
-
-
-def _run(name: str) -> Callable[[AttentionCall], tuple[Tensor, Tensor | None]]:
-    run: Callable[[AttentionCall], tuple[Tensor, Tensor | None]] = _module(name).run
-    return run
+    return Choice(backend, "named by the caller")
 
 
 _loaded: dict[str, ModuleType] = {}  # looked up here, a backend can be traced by torch.compile; an import cannot
 
 
-def _module(name: str) -> ModuleType:
+def module(name: str) -> ModuleType:
+    """The module of a backend, imported when first asked for."""
     if name not in _loaded:
         _loaded[name] = import_module(BACKENDS[name])
     return _loaded[name]

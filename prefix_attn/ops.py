@@ -1,95 +1,177 @@
-"""The PyTorch operator behind the Triton backend: ``prefix_attn::attention``, one per layer call.
+"""The PyTorch operators of the package: ``prefix_attn::attention`` and ``prefix_attn::attention_backward``.
 
-An operator keeps `torch.compile` from tracing into the launchers, and works in CUDA graphs: it reads nothing back from
-the device. Triton is imported by its first real call, not by its registration. Forward only: autograd does not see it.
+One operator a layer call, whatever the backend. `torch.compile` sees one node of known shapes and strides, and traces
+into nothing that a backend does, be it a kernel launch or a read of task ids on the host; autograd gets the gradients
+that the same backend computes. Triton is imported by its first real call, not by this registration.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefix_attn.plan import RowTiles
-from prefix_attn.types import AttentionCall
+from prefix_attn import dispatch
+from prefix_attn.checks import check_values
+from prefix_attn.errors import BackendUnavailable
+from prefix_attn.plan import BatchPlan, RowTiles
+from prefix_attn.types import AttentionCall, PerInput, PrefixKV
 
-#: Query rows per kv head (q_len * group) up to which a row is decoded; more make tiles worth a prefill.
-DECODE_ROWS = 64
+#: A call's tensors that have gradients come first, in the order of `PerInput`.
+_CALL = (
+    "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? sinks, Tensor starts, Tensor lens, "
+    "Tensor task_ids, Tensor? kv_start, Tensor? kv_len, Tensor? planned, Tensor? tasks, Tensor? members, bool causal, "
+    "float scale, int? window, float? softcap, bool return_lse, bool batch_invariant, SymInt max_len, str backend"
+)
+_ATTENTION, _BACKWARD = "prefix_attn::attention", "prefix_attn::attention_backward"
 
+torch.library.define(_ATTENTION, f"({_CALL}) -> (Tensor out, Tensor lse)", tags=(torch.Tag.needs_fixed_stride_order,))
 torch.library.define(
-    "prefix_attn::attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor starts, Tensor lens, Tensor task_ids, "
-    "Tensor? kv_start, Tensor? kv_len, Tensor? sinks, bool causal, float scale, int? window, float? softcap, "
-    "bool return_lse, bool batch_invariant, Tensor? planned, Tensor? tasks, Tensor? members, int max_len) "
-    "-> (Tensor out, Tensor lse)",
+    _BACKWARD,
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool[6] needed, {_CALL}) -> "
+    f"({', '.join(f'Tensor grad_{name}' for name in PerInput._fields)})",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
 
-def attention(call: AttentionCall, tiles: RowTiles | None = None) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of a checked call: out in q's dtype and layout, lse float32, empty unless ``call.return_lse``.
+def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of a checked call that ``backend`` does not refuse.
 
-    With ``tiles`` it runs grouped decode.
+    out has q's dtype and layout; lse is float32 (float64 for float64 inputs), and empty unless ``call.return_lse`` or
+    the backend's backward wants it.
+
+    Raises:
+        UnknownTask, ShapeError: a task id or a key bound on the host is out of range.
     """
-    prefix = call.prefix
+    regime = dispatch.regime(backend, call)
+    tiles = None
+    if regime is not None and regime.name == "grouped":
+        tiles = (call.plan or BatchPlan(call.task_ids, call.prefix.lens)).tiles(call.q_len * call.group)
     planned, tasks, members = tiles or (None, None, None)
-    result: tuple[Tensor, Tensor] = torch.ops.prefix_attn.attention(
-        call.q, call.k, call.v, prefix.k, prefix.v, prefix.starts, prefix.lens, call.task_ids, call.kv_start,
-        call.kv_len, call.sinks, call.causal, call.scale, call.window, call.softcap, call.return_lse,
-        call.batch_invariant, planned, tasks, members, prefix.expected_max_len,
+    prefix, needs_grad = call.prefix, call.needs_grad
+    return_lse = call.return_lse or (needs_grad and dispatch.module(backend).saves_lse(call))
+    arguments = (
+        call.q, call.k, call.v, prefix.k, prefix.v, call.sinks, prefix.starts, prefix.lens, call.task_ids,
+        call.kv_start, call.kv_len, planned, tasks, members, call.causal, call.scale, call.window, call.softcap,
+        return_lse, call.batch_invariant, prefix.expected_max_len, backend,
     )  # fmt: skip
+    result: tuple[Tensor, Tensor]
+    if needs_grad or torch.compiler.is_compiling():
+        result = _attention(*arguments)
+        return result
+    with (
+        torch._C._AutoDispatchBelowAutograd()
+    ):  # where autograd would only pass it on, which takes longer than the rest
+        result = _attention(*arguments)
     return result
 
 
-@torch.library.impl("prefix_attn::attention", ("cpu", "cuda"))
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, starts: Tensor, lens: Tensor,
-    task_ids: Tensor, kv_start: Tensor | None, kv_len: Tensor | None, sinks: Tensor | None, causal: bool, scale: float,
-    window: int | None, softcap: float | None, return_lse: bool, batch_invariant: bool, planned: Tensor | None,
-    tasks: Tensor | None, members: Tensor | None, max_len: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    from prefix_attn.kernels.decode import decode_attention
-    from prefix_attn.kernels.grouped import grouped_attention
-    from prefix_attn.kernels.launch import Operands
-    from prefix_attn.kernels.prefill import prefill_attention
-
-    out, lse = _outputs(q, return_lse)
-    if out.numel() == 0:
-        return out, lse
-    operands = Operands(
-        q=q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, starts=starts, lens=lens, task_ids=task_ids,
-        kv_start=kv_start, kv_len=kv_len, sinks=sinks, causal=causal, scale=scale, window=window, softcap=softcap,
-    )  # fmt: skip
-    # Triton launches on the current device, which need not be q's.
-    elsewhere = q.device.type == "cuda" and q.device.index != torch.cuda.current_device()
-    with torch.cuda.device(q.device) if elsewhere else nullcontext():
-        if planned is not None and tasks is not None and members is not None:
-            grouped_attention(operands, planned, tasks, members, out, lse if return_lse else None, max_len=max_len)
-        elif use_decode(operands.q_len, operands.group):
-            decode_attention(operands, out, lse if return_lse else None, batch_invariant=batch_invariant)
-        else:
-            prefill_attention(operands, out, lse if return_lse else None)
-    return out, lse
+@torch.library.impl(_ATTENTION, ("cpu", "cuda"))
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call, backend = _call(*arguments)
+    if call.q.numel() == 0:
+        return _empty_outputs(call)
+    check_values(call)
+    out, lse = dispatch.module(backend).forward(call)
+    if not call.return_lse:
+        return _in_layout_of(call.q, out), _nothing(call)
+    assert lse is not None, "a backend returns lse where it is asked for"
+    return _in_layout_of(call.q, out), lse.contiguous()
 
 
-def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, starts: Tensor, lens: Tensor,
-    task_ids: Tensor, kv_start: Tensor | None, kv_len: Tensor | None, sinks: Tensor | None, causal: bool, scale: float,
-    window: int | None, softcap: float | None, return_lse: bool, batch_invariant: bool, planned: Tensor | None,
-    tasks: Tensor | None, members: Tensor | None, max_len: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _outputs(q, return_lse)
+@torch.library.impl(_BACKWARD, ("cpu", "cuda"))
+def _backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needed: list[bool], *arguments: Any
+) -> tuple[Tensor, ...]:
+    call, backend = _call(*arguments)
+    inputs = arguments[: len(needed)]
+    if call.q.numel() == 0:
+        return tuple(torch.zeros_like(x) if need else _nothing(call) for x, need in zip(inputs, needed, strict=True))
+    saved = lse if call.return_lse else None
+    grads = dispatch.module(backend).backward(call, out, saved, grad_out, grad_lse, PerInput(*needed))
+    return tuple(
+        _in_layout_of(x, grad) if need and grad is not None else _nothing(call)
+        for x, grad, need in zip(inputs, grads, needed, strict=True)
+    )
 
 
-torch.library.register_fake("prefix_attn::attention", _attention_fake)
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _empty_outputs(_call(*arguments)[0])
 
 
-def _outputs(q: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
-    # q's layout: a model that computes [batch, q_len, heads, head_dim] gets it back without a copy.
-    return torch.empty_like(q), q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
+def _backward_fake(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needed: list[bool], *arguments: Any
+) -> tuple[Tensor, ...]:
+    call, _ = _call(*arguments)
+    inputs = arguments[: len(needed)]
+    return tuple(torch.empty_like(x) if need else _nothing(call) for x, need in zip(inputs, needed, strict=True))
 
 
-def use_decode(q_len: int, group: int) -> bool:
-    """Whether a call goes to the decode kernel: its rows fit one tile, or are one query."""
-    return q_len == 1 or q_len * group <= DECODE_ROWS
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors = [x if isinstance(x, Tensor) else None for x in inputs]
+    ctx.save_for_backward(*tensors, *output)
+    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    inputs = [other if x is None else x for x, other in zip(tensors, ctx.others, strict=True)]
+    count = len(PerInput._fields)
+    needed = ctx.needs_input_grad[:count]
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    if grad_lse is not None and grad_lse.numel() == 0:
+        grad_lse = None  # of an lse that was not asked for
+    grads = torch.ops.prefix_attn.attention_backward(grad_out, grad_lse, out, lse, needed, *inputs)
+    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *[None] * (len(inputs) - count)
+
+
+def _refuse_to_differentiate(ctx: Any, *grads: Tensor) -> None:
+    raise BackendUnavailable(
+        "prefix_attention is differentiable once: no backend has second derivatives. Leave out create_graph=True"
+    )
+
+
+torch.library.register_fake(_ATTENTION, _forward_fake)
+torch.library.register_fake(_BACKWARD, _backward_fake)
+torch.library.register_autograd(_ATTENTION, _differentiate, setup_context=_save_for_backward)
+torch.library.register_autograd(_BACKWARD, _refuse_to_differentiate)
+
+_attention = torch.ops.prefix_attn.attention.default
+
+
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, sinks: Tensor | None, starts: Tensor,
+    lens: Tensor, task_ids: Tensor, kv_start: Tensor | None, kv_len: Tensor | None, planned: Tensor | None,
+    tasks: Tensor | None, members: Tensor | None, causal: bool, scale: float, window: int | None,
+    softcap: float | None, return_lse: bool, batch_invariant: bool, max_len: int, backend: str,
+) -> tuple[AttentionCall, str]:  # fmt: skip
+    """The call that these arguments of an operator describe, and the backend to run it."""
+    tiles = None if planned is None or tasks is None or members is None else RowTiles(planned, tasks, members)
+    return AttentionCall(
+        q=q, k=k, v=v, prefix=PrefixKV(prefix_k, prefix_v, starts, lens, max_len), task_ids=task_ids,
+        kv_start=kv_start, kv_len=kv_len, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
+        return_lse=return_lse, batch_invariant=batch_invariant, tiles=tiles,
+    ), backend  # fmt: skip
+
+
+def _empty_outputs(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    lse = call.q.new_empty(call.q.shape[:3], dtype=call.lse_dtype) if call.return_lse else _nothing(call)
+    return torch.empty_like(call.q), lse
+
+
+def _nothing(call: AttentionCall) -> Tensor:
+    """What stands for a result that was not asked for."""
+    return call.q.new_empty((0,), dtype=call.lse_dtype)
+
+
+def _in_layout_of(x: Tensor, result: Tensor) -> Tensor:
+    """The result in the dtype and layout of x: a model that computes ``[batch, len, heads, D]`` gets that back."""
+    if result.stride() == x.stride() and result.dtype == x.dtype:
+        return result
+    like = torch.empty_like(x)
+    if result.stride() == like.stride() and result.dtype == x.dtype:
+        return result
+    return like.copy_(result)

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prefix_attn.ops import use_decode
 from prefix_attn.types import AttentionCall
+
+#: Query rows per kv head (q_len * group) up to which a row is decoded; more make tiles worth a prefill.
+DECODE_ROWS = 64
 
 #: How much faster re-reads from the L2 cache are than reads from memory. An assumption, to be measured on a GPU.
 L2_SPEED = 1.5
@@ -42,6 +44,11 @@ class Regime:
 
     name: str
     reason: str
+
+
+def use_decode(q_len: int, group: int) -> bool:
+    """Whether a call goes to the decode kernel: its rows fit one tile, or are one query."""
+    return q_len == 1 or q_len * group <= DECODE_ROWS
 
 
 def choose(call: AttentionCall) -> Regime:

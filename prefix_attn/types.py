@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from prefix_attn.errors import DTypeError, ShapeError
-from prefix_attn.plan import BatchPlan
+from prefix_attn.plan import BatchPlan, RowTiles
 
 #: Every prefix starts at a multiple of this many tokens, so that kernels may load it in wide, pipelined pieces.
 ALIGNMENT = 16
@@ -115,7 +116,8 @@ class AttentionCall:
     sinks: Tensor | None  # [q_heads]
     return_lse: bool
     batch_invariant: bool
-    plan: BatchPlan | None = None  # who shares with whom; a backend that wants to know makes one
+    plan: BatchPlan | None = None  # who shares with whom; without one, a regime that must know makes it
+    tiles: RowTiles | None = None  # the plan's, for the regime chosen; only inside the operator
 
     @property
     def batch(self) -> int:
@@ -147,6 +149,11 @@ class AttentionCall:
         """Query heads that share one key/value head."""
         return self.q_heads // self.kv_heads
 
+    @property
+    def lse_dtype(self) -> torch.dtype:
+        """float64 for float64 inputs, else float32."""
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
     def row(self, b: int) -> AttentionCall:
         """Row ``b`` as a batch of one, with its own keys cut to those it may read."""
         start = int(self.kv_start[b]) if self.kv_start is not None else 0
@@ -162,3 +169,20 @@ class AttentionCall:
         """Whether autograd must see this call."""
         tensors = (self.q, self.k, self.v, self.prefix.k, self.prefix.v, self.sinks)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+T = TypeVar("T")
+
+
+class PerInput(NamedTuple, Generic[T]):
+    """One value for each tensor of a call that can have a gradient: the gradient, or whether it is wanted."""
+
+    q: T
+    k: T
+    v: T
+    prefix_k: T
+    prefix_v: T
+    sinks: T
+
+
+Gradients = PerInput[Tensor | None]  # in the shapes of the inputs; None where none was wanted

@@ -10,8 +10,7 @@ import torch
 import prefix_attn as pa
 from prefix_attn.backends import reference
 from prefix_attn.checks import checked_call
-from prefix_attn.ops import use_decode
-from prefix_attn.regime import Regime
+from prefix_attn.regime import Regime, use_decode
 from prefix_attn.types import AttentionCall
 from tests.cases import CASES, DECODE, PREFILL, Case, Inputs, make, poisoned
 from tests.tolerance import GRADIENT, assert_close

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
 import prefix_attn as pa
-from prefix_attn import ops
+from prefix_attn.backends import triton
 from prefix_attn.plan import BatchPlan
 
 from .interface import Peer, elapsed_us
@@ -71,9 +72,9 @@ class OneRegime(Ours):
     def prepare(self, problem: Problem) -> Callable[[], Tensor]:
         rows = problem.point.q_len * problem.point.group
         tiles = self.planned(problem).tiles(rows) if self.regime == "grouped" else None
-        attention_call = problem.call
+        attention_call = replace(problem.call, tiles=tiles)
 
         def call() -> Tensor:
-            return ops.attention(attention_call, tiles)[0]
+            return triton.forward(attention_call)[0]
 
         return call

@@ -10,11 +10,12 @@ test), differentiable by autograd, as large as the batch times the longest prefi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prefix_attn.types import AttentionCall, PrefixKV
+from prefix_attn.types import AttentionCall, Gradients, PerInput, PrefixKV
 
 
 def refusal(call: AttentionCall) -> str | None:
@@ -22,51 +23,123 @@ def refusal(call: AttentionCall) -> str | None:
     return None
 
 
-def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Out in q's dtype and lse, computed in float32, or in float64 for float64 inputs."""
     if call.batch_invariant and call.batch > 1:
-        return by_row(call, run)
-    compute = torch.float64 if call.q.dtype == torch.float64 else torch.float32
-    out, lse = attend(call, compute)
+        return by_row(call, forward)
+    out, lse = attend(call, call.lse_dtype)
     return out.to(call.q.dtype), lse
 
 
 def by_row(
-    call: AttentionCall, run: Callable[[AttentionCall], tuple[Tensor, Tensor | None]]
+    call: AttentionCall, forward: Callable[[AttentionCall], tuple[Tensor, Tensor | None]]
 ) -> tuple[Tensor, Tensor | None]:
     """Run each row as a batch of one, cut to the keys it may read: its bits cannot depend on the other rows."""
-    outs, lses = zip(*(run(call.row(b)) for b in range(call.batch)), strict=True)
+    outs, lses = zip(*(forward(call.row(b)) for b in range(call.batch)), strict=True)
     return torch.cat(outs), None if lses[0] is None else torch.cat(lses)
 
 
+def saves_lse(call: AttentionCall) -> bool:
+    """Its backward computes everything again."""
+    return False
+
+
+def backward(
+    call: AttentionCall, out: Tensor, lse: Tensor | None, grad_out: Tensor, grad_lse: Tensor | None,
+    needed: PerInput[bool],
+) -> Gradients:  # fmt: skip
+    """The formula's derivative, in float32, or in float64 for float64 inputs.
+
+        ds = p * (dout @ v^T - sum(dout * out) + dlse)          with a softcap: ds *= 1 - (s / softcap)^2
+        dv = p^T @ dout          dq = scale * ds @ k          dk = scale * ds^T @ q
+        dsink = exp(sink - lse) * (dlse - sum(dout * out))
+
+    Key heads sum over their group, a prefix over the rows that read it.
+    """
+    w = _weights(call, call.lse_dtype)
+    q, grad_out = call.q.to(w.s.dtype), grad_out.to(w.s.dtype)
+    grad_p = grad_out @ w.v.transpose(2, 3)
+    rest = (w.p * grad_p).sum(3)  # sum(dout * out) - dlse, [B, H, Q]
+    if grad_lse is not None:
+        rest = rest - grad_lse
+    grad_s = call.scale * w.p * (grad_p - rest[..., None])
+    if call.softcap is not None:
+        grad_s = grad_s * (1 - (w.s / call.softcap).masked_fill(w.hidden, 0.0).square())
+    grad_k, grad_v = (
+        (a.transpose(2, 3) @ b).reshape(call.batch, call.kv_heads, call.group, *a.shape[3:], call.head_dim).sum(2)
+        for a, b in ((grad_s, q), (w.p, grad_out))
+    )  # [B, Hkv, M + N, D] x 2
+    slots = grad_k.shape[2] - call.kv_capacity
+    grad_sinks = None
+    if call.sinks is not None:
+        p_sink = torch.exp(call.sinks.to(w.s.dtype)[None, :, None] - w.lse)
+        grad_sinks = -(p_sink * rest).sum((0, 2))
+    return PerInput(
+        q=grad_s @ w.k, k=grad_k[:, :, slots:], v=grad_v[:, :, slots:],
+        prefix_k=_scatter_prefix(call, grad_k[:, :, :slots]) if needed.prefix_k else None,
+        prefix_v=_scatter_prefix(call, grad_v[:, :, :slots]) if needed.prefix_v else None,
+        sinks=grad_sinks,
+    )  # fmt: skip
+
+
 def attend(call: AttentionCall, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of a call, everything in ``dtype``."""
+    """``(out, lse)`` of a call, everything in ``dtype``. Autograd can differentiate it."""
+    w = _weights(call, dtype)
+    return w.p @ w.v, w.lse
+
+
+class _Weights(NamedTuple):
+    """Scores and their softmax, ``[B, H, Q, M + N]``; with the keys and values of every query head."""
+
+    s: Tensor
+    p: Tensor
+    lse: Tensor  # [B, H, Q]
+    k: Tensor  # [B, H, M + N, D]; 0 where no query looks
+    v: Tensor
+    hidden: Tensor  # [B, 1, Q, M + N]
+
+
+def _weights(call: AttentionCall, dtype: torch.dtype) -> _Weights:
     pk, pv, m = gather_prefix(call.prefix, call.task_ids)  # [B, Hkv, M, D] x 2, [B]
-    hidden = ~visible(call, pk.shape[2], m)  # [B, 1, Q, M + N]
+    hidden = ~visible(call, pk.shape[2], m)
     unread = hidden.all(dim=2)[..., None]  # [B, 1, M + N, 1]: keys that no query sees may hold anything
     k = torch.cat([pk, call.k], dim=2).to(dtype)
     v = torch.cat([pv, call.v], dim=2).to(dtype)
     k, v = (x.masked_fill(unread, 0.0).repeat_interleave(call.group, dim=1) for x in (k, v))
 
-    s = call.scale * (call.q.to(dtype) @ k.transpose(2, 3))  # [B, H, Q, M + N]
+    s = call.scale * (call.q.to(dtype) @ k.transpose(2, 3))
     if call.softcap is not None:
         s = call.softcap * torch.tanh(s / call.softcap)
     s = s.masked_fill(hidden, float("-inf"))
-    lse = torch.logsumexp(s, dim=3) if s.shape[3] else s.new_full(s.shape[:3], float("-inf"))  # [B, H, Q]
+    lse = torch.logsumexp(s, dim=3) if s.shape[3] else s.new_full(s.shape[:3], float("-inf"))
     if call.sinks is not None:
         lse = torch.logaddexp(lse, call.sinks.to(dtype)[None, :, None])
     p = torch.exp(s - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
-    return p @ v, lse
+    return _Weights(s, p, lse, k, v, hidden)
 
 
 def gather_prefix(prefix: PrefixKV, task_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each row's own copy of its prefix, padded to the longest: ``[B, kv_heads, M, D]`` x 2, and lengths ``[B]``."""
+    index, m = _slots(prefix, task_ids)
+    return prefix.k[:, index].transpose(0, 1), prefix.v[:, index].transpose(0, 1), m
+
+
+def _scatter_prefix(call: AttentionCall, grads: Tensor) -> Tensor:
+    """`gather_prefix` backwards: ``[B, kv_heads, M, D]`` summed into ``[kv_heads, tokens, D]``."""
+    index, _ = _slots(call.prefix, call.task_ids)
+    total = grads.new_zeros(call.prefix.k.shape)
+    return total.index_add_(1, index.flatten(), grads.transpose(0, 1).flatten(1, 2))
+
+
+def _slots(prefix: PrefixKV, task_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens of each row's prefix in the bank, ``[B, M]``, any beyond its length; and the lengths ``[B]``."""
+    if prefix.num_tasks == 0:
+        return task_ids.new_empty((len(task_ids), 0)), torch.zeros_like(task_ids)
     has_task = task_ids >= 0
     task = task_ids.clamp(min=0).long()
     m = torch.where(has_task, prefix.lens[task], 0)
     slots = torch.arange(int(m.max()) if len(m) else 0, device=m.device)
-    index = torch.where(slots < m[:, None], prefix.starts[task][:, None] + slots, 0).long()  # [B, M]
-    return prefix.k[:, index].transpose(0, 1), prefix.v[:, index].transpose(0, 1), m
+    return torch.where(slots < m[:, None], prefix.starts[task][:, None] + slots, 0).long(), m
 
 
 def visible(call: AttentionCall, prefix_slots: int, m: Tensor) -> Tensor:

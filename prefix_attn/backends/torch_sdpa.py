@@ -6,12 +6,14 @@ Three ways to the same result:
   call; the two are merged by their log-sum-exps in float32. On a CPU, where in decode it beats copying even for a
   single reader (measured: benchmarks/results/cpu/sharing.md).
 - **concatenated**: each row gets its own copy of its prefix in front of its keys, then one masked call. For several
-  queries on a short prefix, where a window hides part of a prefix, on other devices, and under autograd.
-- **formula**: `reference`, for what PyTorch's attention cannot express (softcap; gradients of lse or sinks).
+  queries on a short prefix, where a window hides part of a prefix, and on other devices.
+- **formula**: `reference`, for what PyTorch's attention cannot express (softcap; on other devices lse and sinks).
 
 The merge of two parts with outputs ``o`` and log-sum-exps ``l`` (nats):
 
     w = sigmoid(l1 - l2)          out = w o1 + (1 - w) o2          lse = log(exp(l1) + exp(l2))
+
+The backward of a part needs nothing but its keys and the out and lse of the whole, so on a CPU it is shared as well.
 
 Source: arXiv:2402.05099 (shared-prefix decomposition), arXiv:1805.02867 (merging partial softmaxes).
 """
@@ -26,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from prefix_attn.backends import reference
-from prefix_attn.types import AttentionCall
+from prefix_attn.types import AttentionCall, Gradients, PerInput
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -39,17 +41,14 @@ def refusal(call: AttentionCall) -> str | None:
     return None
 
 
-def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-    """Out in q's dtype, and the log-sum-exp where it was asked for."""
-    if call.q.numel() == 0:
-        return torch.empty_like(call.q), call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """Out, and the log-sum-exp where it was asked for."""
     if call.batch_invariant and call.batch > 1:
-        return reference.by_row(call, run)
-    wants_lse = call.return_lse or call.sinks is not None
+        return reference.by_row(call, forward)
     on_cpu = call.q.device.type == "cpu"
-    if call.softcap is not None or (wants_lse and (call.needs_grad or not on_cpu)):
-        return reference.run(call)
-    if call.needs_grad or not on_cpu:
+    if call.softcap is not None or (not on_cpu and (call.return_lse or call.sinks is not None)):
+        return reference.forward(call)
+    if not on_cpu:
         return _concatenated_sdpa(call), None
     batch = _Batch(call)
     if batch.window_hides_prefixes(call):
@@ -61,7 +60,35 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     if call.sinks is not None:
         with_sink = torch.logaddexp(lse, call.sinks.to(lse.dtype)[None, :, None])
         out, lse = out * torch.exp(lse - with_sink)[..., None], with_sink
-    return out.to(call.q.dtype), lse
+    return out, lse
+
+
+def saves_lse(call: AttentionCall) -> bool:
+    """Whether `backward` can use it: on a CPU, without a softcap."""
+    return call.q.device.type == "cpu" and call.softcap is None
+
+
+def backward(
+    call: AttentionCall, out: Tensor, lse: Tensor | None, grad_out: Tensor, grad_lse: Tensor | None,
+    needed: PerInput[bool],
+) -> Gradients:  # fmt: skip
+    """PyTorch's backward over each prefix and over own keys; the formula where the forward has no shared way."""
+    if lse is None or grad_lse is not None or not saves_lse(call):
+        return reference.backward(call, out, lse, grad_out, grad_lse, needed)
+    batch = _Batch(call)
+    hides = batch.window_hides_prefixes(call)
+    if batch.window_cuts_prefixes(call) and not hides:
+        return reference.backward(call, out, lse, grad_out, grad_lse, needed)
+    rows = _Rows(call.q, grad_out, out, lse.masked_fill(lse == float("-inf"), 0.0))
+    grad_q, grad_k, grad_v = _own_backward(call, batch, rows)
+    grad_pk, grad_pv = (torch.zeros_like(x) for x in (call.prefix.k, call.prefix.v))
+    if not hides:
+        _prefix_backward(call, batch.readers, rows, grad_q, grad_pk, grad_pv)
+    grad_sinks = None
+    if call.sinks is not None:
+        p_sink = torch.exp(call.sinks.to(lse.dtype)[None, :, None] - lse)
+        grad_sinks = -(p_sink * (out.to(lse.dtype) * grad_out).sum(3)).sum((0, 2))
+    return PerInput(grad_q, grad_k, grad_v, grad_pk, grad_pv, grad_sinks)
 
 
 class _Batch:
@@ -111,22 +138,18 @@ def _readers(ids: tuple[int, ...], spans: Spans) -> _Readers:
 def _shared(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
     """One call per task over its prefix, one over all own keys, merged in float32."""
     own_out, own_lse = _own(call, batch)
-    groups, order, back = batch.readers
-    if not groups:
+    readers = batch.readers
+    if not readers.groups:
         return own_out, own_lse
-    q = call.q if order is None else call.q[order]
-    # [1, kv_heads, rows * group * q_len, D]: the queries of one kv head, task by task
-    per_row = call.group * call.q_len
-    packed = q.reshape(-1, call.kv_heads, per_row, call.head_dim).transpose(0, 1).flatten(1, 2)[None]
-    parts, begin = [], 0
-    for start, m, rows in groups:
-        end = begin + rows * per_row
+    packed, parts, begin = _pack(call.q, call, readers), [], 0
+    for start, m, rows in readers.groups:
+        end = begin + rows * call.group * call.q_len
         pk, pv = (x[None, :, start : start + m] for x in (call.prefix.k, call.prefix.v))
         parts.append(_attend(packed[:, :, begin:end], pk, pv, call.scale))
         begin = end
     out, lse = parts[0] if len(parts) == 1 else (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
-    out = out.view(call.kv_heads, -1, per_row, call.head_dim).transpose(0, 1).reshape(q.shape)
-    lse = lse.reshape(call.kv_heads, -1, per_row).transpose(0, 1).reshape(q.shape[:3])
+    out, lse = _unpack(out, call), _unpack(lse[..., None], call)[..., 0]
+    order, back = readers.order, readers.back
     if order is None:
         return _merge(own_out, own_lse, out, lse)
     if back is not None:
@@ -134,6 +157,18 @@ def _shared(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
     all_out, all_lse = own_out.to(own_lse.dtype), own_lse.clone()
     all_out[order], all_lse[order] = _merge(own_out[order], own_lse[order], out, lse)
     return all_out, all_lse
+
+
+def _pack(x: Tensor, call: AttentionCall, readers: _Readers) -> Tensor:
+    """``[B, H, Q, D]`` to ``[1, kv_heads, rows * group * Q, D]``: the queries of one kv head, task by task."""
+    x = x if readers.order is None else x[readers.order]
+    return x.reshape(len(x), call.kv_heads, -1, x.shape[3]).transpose(0, 1).flatten(1, 2)[None]
+
+
+def _unpack(x: Tensor, call: AttentionCall) -> Tensor:
+    """`_pack` backwards: ``[rows, H, Q, D]``, task by task."""
+    rows = x.reshape(call.kv_heads, -1, call.group * call.q_len, x.shape[3]).transpose(0, 1)
+    return rows.reshape(len(rows), call.q_heads, call.q_len, x.shape[3])
 
 
 def _merge(own_out: Tensor, own_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,14 +180,19 @@ def _merge(own_out: Tensor, own_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[
 def _own(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
     """Attention over the rows' own keys."""
     k, v = (x[:, :, batch.first : batch.last] for x in (call.k, call.v))
+    mask, causal = _own_mask(call, batch)
+    return _attend(call.q, k, v, call.scale, causal=True) if causal else _attend_grouped(call.q, k, v, call.scale, mask)
+
+
+def _own_mask(call: AttentionCall, batch: _Batch) -> tuple[Tensor | None, bool]:
+    """What hides own keys ``first..last``: a mask ``[B, 1, Q, N]``, or nothing, or their order alone."""
     if batch.aligned and not batch.windowed:
         if call.q_len == 1 or not call.causal:
-            return _attend_grouped(call.q, k, v, call.scale)
-        if call.q_len == k.shape[2]:
-            return _attend(call.q, k, v, call.scale, causal=True)
+            return None, False
+        if call.q_len == batch.last - batch.first:
+            return None, True
     no_prefix = torch.zeros_like(call.task_ids)
-    mask = reference.visible(call, 0, no_prefix)[..., batch.first : batch.last]  # [B, 1, Q, N]
-    return _attend_grouped(call.q, k, v, call.scale, mask)
+    return reference.visible(call, 0, no_prefix)[..., batch.first : batch.last], False
 
 
 def _concatenated(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
@@ -172,7 +212,7 @@ def _concatenated(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
 
 
 def _concatenated_sdpa(call: AttentionCall) -> Tensor:
-    """The concatenated way through the public, differentiable operator; it has no log-sum-exp."""
+    """The concatenated way through the public operator, which has no log-sum-exp."""
     pk, pv, m = reference.gather_prefix(call.prefix, call.task_ids)
     mask = reference.visible(call, pk.shape[2], m)  # [B, 1, Q, M + N]
     unread = ~mask.any(dim=2)[..., None]  # [B, 1, M + N, 1]
@@ -203,9 +243,7 @@ def _attend(
         lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=lse_dtype)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    bias = None
-    if mask is not None:
-        bias = q.new_zeros(()).where(mask, float("-inf")).expand(-1, -1, q.shape[2], -1)
+    bias = None if mask is None else _bias(mask, q)
     out, lse = flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
     if mask is None:
         return out, lse
@@ -215,3 +253,69 @@ def _attend(
             q, k.masked_fill(unread, 0.0), v.masked_fill(unread, 0.0), 0.0, causal, attn_mask=bias, scale=scale
         )
     return out, lse.masked_fill(~mask.any(dim=3), float("-inf"))  # the operator says 0 for a row that sees nothing
+
+
+def _bias(mask: Tensor, q: Tensor) -> Tensor:
+    """A bool mask as what is added to the scores, ``[B, 1, Q, N]``."""
+    return q.new_zeros(()).where(mask, float("-inf")).expand(-1, -1, q.shape[2], -1)
+
+
+class _Rows(NamedTuple):
+    """What the backward of every part needs of the queries: ``[B, H, Q, D]`` x 3, and lse ``[B, H, Q]``, finite."""
+
+    q: Tensor
+    grad_out: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+def _own_backward(call: AttentionCall, batch: _Batch, rows: _Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, through own keys only, and of k and v."""
+    own = slice(batch.first, batch.last)
+    k, v = call.k[:, :, own], call.v[:, :, own]
+    mask, causal = _own_mask(call, batch)
+    if mask is not None:
+        unread = ~mask.any(dim=2)[..., None]
+        k, v = k.masked_fill(unread, 0.0), v.masked_fill(unread, 0.0)
+    grad_q, grad_own_k, grad_own_v = _attend_backward(rows, k, v, call.scale, mask, causal)
+    grad_k, grad_v = torch.zeros_like(call.k), torch.zeros_like(call.v)
+    grad_k[:, :, own], grad_v[:, :, own] = grad_own_k, grad_own_v
+    return grad_q, grad_k, grad_v
+
+
+def _prefix_backward(
+    call: AttentionCall, readers: _Readers, rows: _Rows, grad_q: Tensor, grad_pk: Tensor, grad_pv: Tensor
+) -> None:
+    """Add the gradients through the prefixes; those of a task's prefix come out summed over its rows."""
+    if not readers.groups:
+        return
+    q, grad_out, out, lse = (_pack(x, call, readers) for x in (*rows[:3], rows.lse[..., None]))
+    parts, begin = [], 0
+    for start, m, count in readers.groups:
+        these, span = slice(begin, begin + count * call.group * call.q_len), slice(start, start + m)
+        begin = these.stop
+        packed = _Rows(q[:, :, these], grad_out[:, :, these], out[:, :, these], lse[:, :, these, 0])
+        part, part_k, part_v = _attend_backward(packed, call.prefix.k[None, :, span], call.prefix.v[None, :, span],
+                                                call.scale)  # fmt: skip
+        parts.append(part)
+        grad_pk[:, span] += part_k[0]
+        grad_pv[:, span] += part_v[0]
+    grad = _unpack(torch.cat(parts, dim=2), call)
+    if readers.order is None:
+        grad_q += grad
+    else:
+        grad_q[readers.order] += grad
+
+
+def _attend_backward(
+    rows: _Rows, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v through the keys k alone."""
+    if k.shape[2] == 0:
+        return torch.zeros_like(rows.q), torch.zeros_like(k), torch.zeros_like(v)
+    flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    bias = None if mask is None else _bias(mask, rows.q)
+    grads: tuple[Tensor, Tensor, Tensor] = flash_backward(
+        rows.grad_out, rows.q, k, v, rows.out, rows.lse, 0.0, causal, attn_mask=bias, scale=scale
+    )
+    return grads

@@ -1,16 +1,15 @@
-"""The fused Triton kernels, through one PyTorch operator; see kernels/README.md."""
+"""The fused Triton kernels; see kernels/README.md. Triton is imported by the first call."""
 
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from prefix_attn import ops
-from prefix_attn.plan import BatchPlan
-from prefix_attn.regime import choose as choose_regime
+from prefix_attn.regime import use_decode
 from prefix_attn.types import AttentionCall
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -20,7 +19,7 @@ MIN_CAPABILITY = (8, 0)
 #: Elements between two keys, or two elements of one, that 32-bit offsets within a tile of 128 keys can bridge.
 MAX_STRIDE = 2**22
 
-#: Why the kernels cannot be imported, or None. (Triton itself is imported by the operator's first call.)
+#: Why the kernels cannot be imported, or None. (Triton itself is imported by the first call.)
 TRITON_MISSING = "Triton is not installed; install prefix-attn[triton]" if find_spec("triton") is None else None
 
 
@@ -51,14 +50,31 @@ def refusal(call: AttentionCall) -> str | None:
     return TRITON_MISSING
 
 
-def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-    """Out, and lse (float32) if ``call.return_lse``."""
-    tiles = None
-    if choose_regime(call).name == "grouped":
-        plan = call.plan or BatchPlan(call.task_ids, call.prefix.lens)
-        tiles = plan.tiles(call.q_len * call.group)
-    out, lse = ops.attention(call, tiles)
-    return out, lse if call.return_lse else None
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """Out in q's layout, and lse (float32) if ``call.return_lse``; grouped decode if the call has tiles."""
+    from prefix_attn.kernels.decode import decode_attention
+    from prefix_attn.kernels.grouped import grouped_attention
+    from prefix_attn.kernels.launch import Operands
+    from prefix_attn.kernels.prefill import prefill_attention
+
+    q, prefix = call.q, call.prefix
+    out = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if call.return_lse else None
+    operands = Operands(
+        q=q, k=call.k, v=call.v, prefix_k=prefix.k, prefix_v=prefix.v, starts=prefix.starts, lens=prefix.lens,
+        task_ids=call.task_ids, kv_start=call.kv_start, kv_len=call.kv_len, sinks=call.sinks, causal=call.causal,
+        scale=call.scale, window=call.window, softcap=call.softcap,
+    )  # fmt: skip
+    # Triton launches on the current device, which need not be q's.
+    elsewhere = q.is_cuda and q.device.index != torch.cuda.current_device()
+    with torch.cuda.device(q.device) if elsewhere else nullcontext():
+        if call.tiles is not None:
+            grouped_attention(operands, *call.tiles, out, lse, max_len=prefix.expected_max_len)
+        elif use_decode(call.q_len, call.group):
+            decode_attention(operands, out, lse, batch_invariant=call.batch_invariant)
+        else:
+            prefill_attention(operands, out, lse)
+    return out, lse
 
 
 def interpreting() -> bool:

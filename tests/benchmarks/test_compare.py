@@ -97,7 +97,7 @@ def test_rows_of_a_point(point: Point, bench: Bench) -> None:
 
 @pytest.mark.parametrize("breakage", ["slightly off", "unwritten", "unstable"])
 def test_a_wrong_kernel_is_refused_without_a_time(bench: Bench, breakage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, calls = torch_sdpa.run, []
+    run, calls = torch_sdpa.forward, []
 
     def broken(call: Any) -> Any:
         out, lse = run(call)
@@ -111,7 +111,7 @@ def test_a_wrong_kernel_is_refused_without_a_time(bench: Bench, breakage: str, m
             out = out.roll(1, dims=0)
         return out, lse
 
-    monkeypatch.setattr(torch_sdpa, "run", broken)
+    monkeypatch.setattr(torch_sdpa, "forward", broken)
     only_ours = replace(bench, peers=[PEERS[0], PEERS[3]])
     ours, theirs = only_ours.rows(DECODE, seconds=0.05, seed=4)
     assert ours.failed

@@ -31,13 +31,13 @@ def family(request: pytest.FixtureRequest) -> str:
 def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one entry for each call that the Triton backend runs."""
     calls: list[int] = []
-    run = backend.run
+    forward = backend.forward
 
     def counted(call: Any) -> Any:
         calls.append(call.q_len)
-        return run(call)
+        return forward(call)
 
-    monkeypatch.setattr(backend, "run", counted)
+    monkeypatch.setattr(backend, "forward", counted)
     return calls
 
 

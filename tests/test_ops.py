@@ -1,0 +1,150 @@
+"""The operators: what PyTorch is told of them is true, for every backend, and their gradients are the formula's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+import prefix_attn as pa
+from prefix_attn import ops
+from prefix_attn.backends import reference
+from prefix_attn.checks import checked_call
+from prefix_attn.plan import row_tiles
+from prefix_attn.types import AttentionCall, PerInput
+from tests.cases import PREFILL, Case, Inputs, make
+from tests.test_op import cases
+from tests.tolerance import assert_close
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: there are no kernels")
+
+#: The fewest arguments, and all of them.
+PLAIN = Case("plain", task_ids=(2, -1), kv_len=20)
+FULL = Case("full", task_ids=(2, -1), kv_len=20, q_len=5, starts=(0, 2), ends=(20, 19), window=9, softcap=5.0,
+            sinks=True, strided=True)  # fmt: skip
+
+
+def arguments(operator: Any, call: AttentionCall, backend: str, **others: Any) -> tuple[Any, ...]:
+    """A call as an operator takes it."""
+    prefix, (planned, tasks, members) = call.prefix, call.tiles or (None, None, None)
+    values = vars(call) | {
+        "prefix_k": prefix.k, "prefix_v": prefix.v, "starts": prefix.starts, "lens": prefix.lens, "planned": planned,
+        "tasks": tasks, "members": members, "max_len": prefix.expected_max_len, "backend": backend, **others,
+    }  # fmt: skip
+    return tuple(values[argument.name] for argument in operator._schema.arguments)
+
+
+def forward_call(case: Case, requires_grad: bool, **options: Any) -> AttentionCall:
+    inputs = make(case, device=DEVICE)
+    if requires_grad:
+        inputs, _ = inputs.requiring_grad()
+    return checked_call(*inputs.args, **inputs.options, **options)
+
+
+@pytest.mark.parametrize(("case", "return_lse"), [(PLAIN, False), (FULL, True)], ids=["plain", "full"])
+@pytest.mark.parametrize("backend", ["torch", "reference", pytest.param("triton", marks=needs_triton)])
+def test_opcheck(backend: str, case: Case, return_lse: bool) -> None:
+    forward = torch.ops.prefix_attn.attention.default
+    call = forward_call(case, requires_grad=backend != "triton", return_lse=return_lse)
+    torch.library.opcheck(forward, arguments(forward, call, backend))
+    if backend == "triton":
+        tiles = row_tiles(call.task_ids, call.prefix.lens, call.q_len * call.group)
+        torch.library.opcheck(forward, arguments(forward, replace(call, tiles=tiles), backend))
+
+
+@pytest.mark.parametrize("case", [PLAIN, FULL], ids=lambda c: c.name)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_opcheck_backward(backend: str, case: Case) -> None:
+    operator = torch.ops.prefix_attn.attention_backward.default
+    call = forward_call(case, requires_grad=False, return_lse=True)
+    out, lse = ops.attention(call, backend)
+    everything, bank = [True] * 5 + [case.sinks], [False] * 3 + [True] * 2 + [False]
+    for needed, grad_lse in ((everything, lse.nan_to_num(neginf=0.0)), (bank, None)):
+        given = {"grad_out": out, "grad_lse": grad_lse, "out": out, "lse": lse, "needed": needed}
+        torch.library.opcheck(operator, arguments(operator, call, backend, **given))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(cases())
+def test_gradients_of_any_call_equal_the_formulas(case: Case) -> None:
+    """In float64, by autograd through the formula; the written backward is no part of it."""
+    grads = []
+    for backend in ("torch", "reference", None):
+        inputs, leaves = make(case).requiring_grad(torch.float64)
+        if backend is None:
+            out = reference.attend(checked_call(*inputs.args, **inputs.options), torch.float64)[0]
+        else:
+            out = pa.prefix_attention(*inputs.args, **inputs.options, backend=backend)
+        grads.append(torch.autograd.grad((out * torch.linspace(-1, 1, out.shape[-1])).sum(), leaves))
+    for name, *found, exact in zip(PerInput._fields, *grads, strict=False):
+        for x in found:
+            assert_close(f"gradient of {name}", x, exact, exact)
+
+
+def test_only_what_is_needed_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make(PREFILL, device=DEVICE)
+    inputs.k.requires_grad_()
+    wanted: list[Any] = []
+    backward = reference.backward
+
+    def spy(*args: Any) -> Any:
+        wanted.append(args[-1])
+        return backward(*args)
+
+    monkeypatch.setattr(reference, "backward", spy)
+    pa.prefix_attention(*inputs.args, backend="reference").sum().backward()  # type: ignore[union-attr]
+    assert wanted == [PerInput(q=False, k=True, v=False, prefix_k=False, prefix_v=False, sinks=False)]
+    assert inputs.k.grad is not None
+
+
+def test_second_derivatives_are_refused() -> None:
+    inputs, leaves = make(PREFILL, device=DEVICE).requiring_grad()
+    out = pa.prefix_attention(*inputs.args, backend="torch")
+    assert isinstance(out, torch.Tensor)
+    (grad,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(pa.BackendUnavailable, match="differentiable once"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_out_has_the_layout_of_q(backend: str) -> None:
+    for strided in (False, True):
+        inputs = make(replace(PREFILL, strided=strided), device=DEVICE)
+        out = pa.prefix_attention(*inputs.args, **inputs.options, backend=backend)
+        assert isinstance(out, torch.Tensor)
+        assert out.stride() == inputs.q.stride()
+
+
+def test_values_are_checked_in_a_compiled_call() -> None:
+    """A compiler does not see task ids; on a CPU a wrong one is still an error, and costs no graph."""
+    inputs = make(PREFILL)
+    compiled = torch.compile(lambda ids: pa.prefix_attention(*inputs.args[:4], ids), backend="eager", fullgraph=True)
+    for ids in ([0, 1, 2, -1], [2, 2, 2, 2]):
+        expected = pa.prefix_attention(*inputs.args[:4], ids)
+        assert torch.equal(compiled(torch.tensor(ids, dtype=torch.int32)), expected)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for wrong in (3, -2):
+            with pytest.raises(pa.UnknownTask, match=r"task_ids\[1\]"):
+                compiled(torch.tensor([0, wrong, 1, -1], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_training_step_compiles(backend: str) -> None:
+    """Forward and backward as one graph each, with the eager gradients."""
+
+    def gradients(function: Any) -> list[torch.Tensor]:
+        inputs, leaves = make(FULL).requiring_grad()
+        return list(torch.autograd.grad(function(inputs), leaves))
+
+    def loss(inputs: Inputs) -> torch.Tensor:
+        out, lse = pa.prefix_attention(*inputs.args, **inputs.options, return_lse=True, backend=backend)
+        return out.square().sum() + lse.nan_to_num(neginf=0.0).sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for ours, eager in zip(gradients(compiled), gradients(loss), strict=True):
+        torch.testing.assert_close(ours, eager)
