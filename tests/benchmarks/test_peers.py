@@ -98,6 +98,16 @@ def test_ours_made_to_run_in_one_way(peer: Peer) -> None:
     assert peer.plan_us is None if peer.name.endswith("inline") else peer.plan_us
 
 
+def test_a_capture_does_not_plan_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer is timed; in a model a plan serves all layers."""
+    problem, peer = ragged(replace(DECODE, dtype="bfloat16"), [37, 20], [1, 0, 1, 1]), Ours()
+    monkeypatch.setattr("prefix_attn.regime.LAUNCH_BYTES", -1e9)  # grouped always pays
+    call = peer.prepare(problem)
+    monkeypatch.setattr("prefix_attn.plan.recording", lambda tensor: True)
+    monkeypatch.setattr("prefix_attn.plan.row_tiles", lambda *_: pytest.fail("planned in the capture"))
+    assert Reference.of(problem).check(call(), problem)[1] is None
+
+
 def test_decode_peers_leave_prefill_out() -> None:
     for peer in (SharedPages(), OneRegime("grouped")):
         assert "decode" in str(peer.unsuited(PREFILL))
