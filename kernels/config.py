@@ -40,8 +40,12 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def default_config(kind: str, q: Tensor, rows: int = 0) -> TileConfig:
-    """The tuned or heuristic config for q's device; ``rows`` query rows share the keys (decode only)."""
-    block_m = decode_rows(rows) if kind == "decode" else 0
+    """The tuned or heuristic config for q's device.
+
+    Args:
+        rows: in decode, how many query rows share the keys; in grouped decode, the rows of a prefix tile.
+    """
+    block_m = {"decode": decode_rows(rows), "grouped": rows}.get(kind, 0)
     return _config_for(kind, q.shape[3], q.dtype, block_m, q.device)
 
 
@@ -87,7 +91,7 @@ def shared_bytes(config: TileConfig, head_dim: int, itemsize: int, target: str) 
 def _shape(kind: str, block_d: int, itemsize: int, target: str, block_m: int) -> TileConfig:
     amd, large = target.startswith("gfx"), target in LARGE_TILES
     if kind == "grouped":
-        return _grouped_shape(block_d, itemsize, amd, large)
+        return _grouped_shape(block_d, itemsize, amd, large, block_m)
     if itemsize == 4:  # full float32 products run on the ordinary cores, where tiles only cost registers
         if kind == "decode":
             return TileConfig(min(block_m, 32), 32 if block_d <= 128 else 16, 8, 2)
@@ -108,16 +112,18 @@ def _shape(kind: str, block_d: int, itemsize: int, target: str, block_m: int) ->
     return TileConfig(128, 32, 8, 3) if large else TileConfig(64, 32, 8, 2)
 
 
-def _grouped_shape(block_d: int, itemsize: int, amd: bool, large: bool) -> TileConfig:
-    """Key tiles and warps of both kinds of work items; block_m is the prefix tile's (`prefix_attn.plan.TILE_ROWS`)."""
+def _grouped_shape(block_d: int, itemsize: int, amd: bool, large: bool, block_m: int) -> TileConfig:
+    """Key tiles and warps of both kinds of work items; block_m is the prefix tile's (`prefix_attn.plan`)."""
     if itemsize == 4:
-        return TileConfig(64, 16, 8, 1)  # with two stages in flight sm_90 spills
+        return TileConfig(block_m, 16, 8, 1)  # with two stages in flight sm_90 spills
     if block_d > 128:
-        return TileConfig(64, 32, 8, 2 if amd else 3)
+        return TileConfig(block_m, 32, 8, 2 if amd else 3)
+    if block_m > 64:
+        return TileConfig(block_m, 64 if large else 32, 8, 2 if amd else 3)
     if amd:
-        return TileConfig(64, 32, 4, 2)
+        return TileConfig(block_m, 32, 4, 2)
     # Without wgmma, four warps would spill.
-    return TileConfig(64, 64, 4, 3) if large else TileConfig(64, 32, 8, 3)
+    return TileConfig(block_m, 64, 4, 3) if large else TileConfig(block_m, 32, 8, 3)
 
 
 @cache

@@ -272,11 +272,13 @@ def grouped_attention(
     """
     batch, q_len, head_dim, kv_heads = operands.batch, operands.q_len, operands.head_dim, operands.kv_heads
     rows, (tiles, tile_rows) = q_len * operands.group, members.shape
-    config = config or default_config("grouped", operands.q)
+    config = config or default_config("grouped", operands.q, rows=tile_rows)
     block_m = decode_rows(rows)
     row_tiles = triton.cdiv(rows, block_m)
     if chunks is None:
         least_keys, at_once = MIN_TILES * config.block_n, slots(operands.q.device)
+        if tile_rows > 64:  # such a program has a multiprocessor to itself
+            at_once //= 2
         chunks = (
             choose_chunks(triton.cdiv(batch * rows, tile_rows) * kv_heads, max_len, least_keys, at_once),
             choose_chunks(batch * kv_heads * row_tiles, operands.k.shape[2], least_keys, at_once),

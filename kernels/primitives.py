@@ -279,7 +279,7 @@ def visible_span(begin, end, first_query, last_query, window, CAUSAL: tl.constex
 
 @triton.jit
 def split_row(first, last, own_start, own_end, prefix_len, window, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The keys that the queries at ``first .. last`` of a row see: ``(prefix, own)``, each ``(lo, hi, left, full, right)``.
+    """What the queries at ``first .. last`` of a row see: ``(prefix, own)``, each ``(lo, hi, left, full, right)``.
 
     Keys ``lo .. hi`` are tiles counted from lo, of which the full ones need no mask and lie between left and right.
     """

@@ -47,7 +47,9 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
     regime = dispatch.regime(backend, call)
     tiles = None
     if regime is not None and regime.name == "grouped":
-        tiles = (call.plan or BatchPlan(call.task_ids, call.prefix.lens)).tiles(call.q_len * call.group)
+        tiles = (call.plan or BatchPlan(call.task_ids, call.prefix.lens)).tiles(
+            call.q_len * call.group, regime.tile_rows
+        )
     planned, tasks, members = tiles or (None, None, None)
     prefix, needs_grad = call.prefix, call.needs_grad
     return_lse = call.return_lse or (needs_grad and dispatch.module(backend).saves_lse(call))

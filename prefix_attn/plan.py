@@ -1,8 +1,8 @@
 """Which rows of a batch share which prefix: what grouped decode needs to know, found without asking the host.
 
 A row has ``rows`` query rows per kv head: its q_len queries times the group's heads. The query rows of all batch rows
-of a task, side by side, are cut into tiles of `TILE_ROWS`; every tile attends to its task's prefix once. Shapes are
-those of the worst case, ``ceil(batch * rows / TILE_ROWS) + min(batch, tasks) - 1`` tiles, whatever the ids are: the
+of a task, side by side, are cut into tiles of ``tile_rows``; every tile attends to its task's prefix once. Shapes are
+those of the worst case, ``ceil(batch * rows / tile_rows) + min(batch, tasks) - 1`` tiles, whatever the ids are: the
 plan needs no synchronisation, and can be captured in a CUDA graph.
 """
 
@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Query rows of a tile: the fewest that take the wide matrix instructions (wgmma) of sm_90.
-TILE_ROWS = 64
+#: Query rows of a tile: the fewest that take the wide matrix instructions (wgmma) of sm_90, and twice as many, which
+#: need half the reads of the prefix but a multiprocessor to themselves. `prefix_attn.regime` chooses.
+TILE_ROWS, WIDE_TILE_ROWS = 64, 128
 
 
 class RowTiles(NamedTuple):
@@ -40,8 +41,8 @@ class BatchPlan:
     Nothing is computed before a kernel asks, and then once. A plan that no longer fits the batch's task ids or the
     bank shows: rows that it misses become NaN.
 
-    Make the plan inside what is captured in a CUDA graph or compiled: its tiles are then part of the graph and follow the
-    task ids of each replay. A plan from outside is worked out anew wherever the graph asks, since tiles of the past
+    Make the plan inside what is captured in a CUDA graph or compiled: its tiles are then part of the graph and follow
+    the task ids of each replay. A plan from outside is worked out anew wherever the graph asks, since tiles of the past
     would not follow, and tiles of the graph hold nothing before it runs.
 
     Attributes:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from prefix_attn.plan import TILE_ROWS, WIDE_TILE_ROWS
 from prefix_attn.types import AttentionCall
 
 #: Query rows per kv head (q_len * group) up to which a row is decoded; more make tiles worth a prefill.
@@ -34,16 +35,20 @@ PLAN_LAUNCHES = 40
 #: Keys of a prefix chunk where the prefix is long.
 CHUNK = 2048
 
+#: The widest head in 16 bits whose wide tiles fit the registers.
+WIDE_TILE_HEAD_DIM = 128
+
 #: Share of the time of reading every row's prefix that may be lost where sharing is a guess.
 BET = 0.02
 
 
 @dataclass(frozen=True)
 class Regime:
-    """``prefill``, ``inline`` or ``grouped``, and the reason."""
+    """``prefill``, ``inline`` or ``grouped``, and the reason; the query rows of a prefix tile, if grouped."""
 
     name: str
     reason: str
+    tile_rows: int = TILE_ROWS
 
 
 def use_decode(q_len: int, group: int) -> bool:
@@ -67,12 +72,25 @@ def choose(call: AttentionCall) -> Regime:
     what = f"{batch} rows, {tasks} tasks, prefixes up to {m} tokens"
     if tasks >= batch:
         grouped = price <= BET * reread
-        return Regime(
-            "grouped" if grouped else "inline",
-            f"{what}: who shares is unknown, and grouping costs {price / reread:.1%} of reading a prefix per row",
-        )
-    saved = reread * (1 - tasks / batch) / L2_SPEED
-    return Regime(
-        "grouped" if saved > price else "inline",
-        f"{what}: grouping saves about {saved / 1e6:.1f} MB of traffic and costs {price / 1e6:.1f} MB",
-    )
+        reason = f"who shares is unknown, and grouping costs {price / reread:.1%} of reading a prefix per row"
+    else:
+        saved = reread * (1 - tasks / batch) / L2_SPEED
+        grouped = saved > price
+        reason = f"grouping saves about {saved / 1e6:.1f} MB of traffic and costs {price / 1e6:.1f} MB"
+    if grouped:
+        return Regime("grouped", f"{what}: {reason}", tile_rows(call, m))
+    return Regime("inline", f"{what}: {reason}")
+
+
+def tile_rows(call: AttentionCall, m: int) -> int:
+    """Query rows of a prefix tile in grouped decode, of which each reads ``m`` prefix tokens.
+
+    A tile of R rows in 16 bits spends R FLOPs on each byte of prefix from the L2 cache. At `L2_SPEED` 64 rows get half
+    of what the matrix units of an H200 do, 128 all. Wide tiles are taken where a task fills two of them on average,
+    and where narrow ones would read prefixes for longer than memory needs for the own keys.
+    """
+    rows = call.q_len * call.group
+    fits = call.q.element_size() == 2 and call.head_dim <= WIDE_TILE_HEAD_DIM
+    filled = call.batch * rows >= 2 * WIDE_TILE_ROWS * min(call.batch, call.prefix.num_tasks)
+    outlasts = rows * m / TILE_ROWS / L2_SPEED > call.kv_capacity
+    return WIDE_TILE_ROWS if fits and filled and outlasts else TILE_ROWS

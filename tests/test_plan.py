@@ -40,7 +40,9 @@ def test_every_row_is_in_one_tile_of_its_task(data: st.DataObject) -> None:
     lens = data.draw(st.lists(st.sampled_from([-1, 0, 1, 20, 3000]), max_size=6))
     ids = st.integers(-2, len(lens) + 1) | st.sampled_from([0, -1])  # removed, unknown and missing tasks among them
     task_ids = data.draw(st.lists(ids, max_size=150))
-    check(task_ids, lens, data.draw(st.sampled_from([1, 3, 4, 8, 28, 64, 71])), data.draw(st.sampled_from([16, 64])))
+    check(
+        task_ids, lens, data.draw(st.sampled_from([1, 3, 4, 8, 28, 64, 71])), data.draw(st.sampled_from([16, 64, 128]))
+    )
 
 
 @pytest.mark.parametrize("count", [63, 64, 65, 400])

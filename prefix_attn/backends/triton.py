@@ -9,8 +9,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from prefix_attn.regime import use_decode
+from prefix_attn import regime
 from prefix_attn.types import AttentionCall
+
+choose_regime = regime.choose
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
@@ -70,7 +72,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     with torch.cuda.device(q.device) if elsewhere else nullcontext():
         if call.tiles is not None:
             grouped_attention(operands, *call.tiles, out, lse, max_len=prefix.expected_max_len)
-        elif use_decode(call.q_len, call.group):
+        elif regime.use_decode(call.q_len, call.group):
             decode_attention(operands, out, lse, batch_invariant=call.batch_invariant)
         else:
             prefill_attention(operands, out, lse)
