@@ -110,15 +110,15 @@ def jobs(quick: bool) -> list[Job]:
     return found
 
 
-def compile_job(job: Job) -> Row:
-    """Compile one job and read the result."""
+def compile_job(job: Job, config: dict[str, int] | None = None) -> Row:
+    """Compile one job, with the default config if none is given, and read the result."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from prefix_attn.kernels.launch import LAUNCH_OPTIONS
 
-    kernel, config, constants = specialisation(job)
+    kernel, config, constants = specialisation(job, config)
     signature, attributes = {}, {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -146,7 +146,7 @@ def compile_job(job: Job) -> Row:
     return row
 
 
-def specialisation(job: Job) -> tuple[Any, dict[str, int], dict[str, Any]]:
+def specialisation(job: Job, config: dict[str, int] | None) -> tuple[Any, dict[str, int], dict[str, Any]]:
     """The jitted kernel, its tile config, and the values of its compile-time arguments."""
     from prefix_attn.kernels import config as configs
     from prefix_attn.kernels import decode, grouped, merge, prefill
@@ -160,7 +160,7 @@ def specialisation(job: Job) -> tuple[Any, dict[str, int], dict[str, Any]]:
         return merge.merge_kernel, {"num_warps": merge.merge_warps(8, block_d)}, constants
     itemsize = TYPES[job.dtype][1]
     block_m = configs.decode_rows(job.rows) if job.kernel == "decode" else 0
-    config = asdict(configs.heuristic(job.kernel, job.head_dim, itemsize, job.target, block_m))
+    config = config or asdict(configs.heuristic(job.kernel, job.head_dim, itemsize, job.target, block_m))
     names = {"window": "window", "softcap": "softcap_inner"}
     constants |= {names.get(name, f"{name}_ptr"): None for name in absent}
     constants |= {f"stride_{x}_dim": 1 for x in ("q", "k", "v", "prefix_k", "prefix_v", "out")}

@@ -1,5 +1,7 @@
 """Tile shapes: explicit > tuned file ``configs/<gpu>.json`` > heuristic.
 
+Explicit is the ``config`` argument of a launcher. Nothing is tuned at run time: a tuned file is made by
+benchmarks/tune.py, and while it is not edited every run takes the same tiles.
 The heuristic knows a GPU by its compiler target (``sm_90``, ``gfx942``): what spills and what fits its shared memory is
 checked without the GPU by benchmarks/compile_report.py. A tuned file knows one GPU by name, and was timed on it.
 """
@@ -56,8 +58,7 @@ def decode_rows(rows: int) -> int:
 
 @cache
 def _config_for(kind: str, head_dim: int, dtype: torch.dtype, block_m: int, device: torch.device) -> TileConfig:
-    name = str(dtype).removeprefix("torch.")
-    tuned = tuned_configs(device).get(f"{kind}/{padded_head_dim(head_dim)}/{name}/{block_m}")
+    tuned = tuned_configs(device).get(tuned_key(kind, head_dim, dtype, block_m))
     return tuned or heuristic(kind, head_dim, dtype.itemsize, target_of(device), block_m)
 
 
@@ -148,10 +149,17 @@ def slots(device: torch.device) -> int:
 @cache
 def tuned_configs(device: torch.device) -> dict[str, TileConfig]:
     """What ``configs/<gpu>.json`` says: ``{"kind/block_d/dtype/block_m": {"block_m": .., "block_n": .., ...}}``."""
-    if device.type != "cuda":
-        return {}
-    gpu = torch.cuda.get_device_name(device).lower().replace(" ", "_")
-    path = Path(__file__).parent / "configs" / f"{gpu}.json"
-    if not path.is_file():
+    if device.type != "cuda" or not (path := tuned_file(device)).is_file():
         return {}
     return {key: TileConfig(**value) for key, value in json.loads(path.read_text()).items()}
+
+
+def tuned_file(device: torch.device) -> Path:
+    """Where the tuned configs of a GPU are, or would be."""
+    gpu = torch.cuda.get_device_name(device).lower().replace(" ", "_")
+    return Path(__file__).parent / "configs" / f"{gpu}.json"
+
+
+def tuned_key(kind: str, head_dim: int, dtype: torch.dtype, block_m: int) -> str:
+    """A config's name in the tuned file; block_m as in `heuristic`."""
+    return f"{kind}/{padded_head_dim(head_dim)}/{str(dtype).removeprefix('torch.')}/{block_m}"
