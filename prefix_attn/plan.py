@@ -41,9 +41,9 @@ class BatchPlan:
     Nothing is computed before a kernel asks, and then once. A plan that no longer fits the batch's task ids or the
     bank shows: rows that it misses become NaN.
 
-    Make the plan inside what is captured in a CUDA graph or compiled: its tiles are then part of the graph and follow
-    the task ids of each replay. A plan from outside is worked out anew wherever the graph asks, since tiles of the past
-    would not follow, and tiles of the graph hold nothing before it runs.
+    Made inside what is captured in a CUDA graph or compiled, a plan is part of that graph and follows the task ids of
+    each replay. One from outside gives the graph the tiles it has: they do not follow, and must outlive the graph. If
+    it has none yet, each layer works them out, since what a graph records holds nothing before it runs.
 
     Attributes:
         task_ids: integer ``[batch]``; -1 for a row without prefix.
@@ -60,12 +60,13 @@ class BatchPlan:
 
     def tiles(self, rows: int, tile_rows: int = TILE_ROWS) -> RowTiles:
         """The tiles for ``rows`` query rows per batch row and kv head; worked out on the device, at the first call."""
-        key = rows, tile_rows
-        if recording(self.task_ids) != self._recorded:
-            return row_tiles(self.task_ids, self.lens, rows, tile_rows)
-        if key not in self._tiles:
-            self._tiles[key] = row_tiles(self.task_ids, self.lens, rows, tile_rows)
-        return self._tiles[key]
+        key, now = (rows, tile_rows), recording(self.task_ids)
+        if key in self._tiles and (now or not self._recorded):
+            return self._tiles[key]
+        tiles = row_tiles(self.task_ids, self.lens, rows, tile_rows)
+        if now == self._recorded:
+            self._tiles[key] = tiles
+        return tiles
 
 
 def recording(tensor: Tensor) -> bool:

@@ -66,22 +66,27 @@ def test_a_plan_is_worked_out_once_per_number_of_rows() -> None:
     assert plan.tiles(4) is not plan.tiles(8)
 
 
-@pytest.mark.parametrize("born", [False, True])
-def test_what_a_graph_records_stays_in_it(born: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Born in a capture or not, a plan reuses only what was computed in the same state."""
+def test_what_a_graph_records_stays_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, lens = torch.tensor([0, 0]), torch.tensor([4], dtype=torch.int32)
 
     def capturing(state: bool) -> None:
         monkeypatch.setattr("prefix_attn.plan.recording", lambda tensor: state)
 
-    capturing(born)
-    plan = BatchPlan(torch.tensor([0, 0]), torch.tensor([4], dtype=torch.int32))
-    first = plan.tiles(4)
-    assert plan.tiles(4) is first
-    capturing(not born)
-    assert plan.tiles(4) is not first
-    assert plan.tiles(4) is not plan.tiles(4)
-    capturing(born)
-    assert plan.tiles(4) is first
+    capturing(True)
+    inside = BatchPlan(ids, lens)
+    recorded = inside.tiles(4)
+    assert inside.tiles(4) is recorded
+    capturing(False)
+    outside = BatchPlan(ids, lens)
+    assert inside.tiles(4) is not recorded
+    assert inside.tiles(4) is not inside.tiles(4)
+    computed = outside.tiles(4)
+    capturing(True)
+    assert inside.tiles(4) is recorded
+    assert outside.tiles(4) is computed
+    assert outside.tiles(8) is not outside.tiles(8)
+    capturing(False)
+    assert outside.tiles(8) is outside.tiles(8)
 
 
 def test_a_plan_is_compiled_without_a_break() -> None:
