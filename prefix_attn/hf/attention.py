@@ -19,6 +19,7 @@ from prefix_attn.attention import prefix_attention
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import UnsupportedModel
 from prefix_attn.hf.masks import RequestMask
+from prefix_attn.hf.packed import PackedRows
 from prefix_attn.plan import BatchPlan
 
 #: Our name in transformers' registries. (It may contain neither "flash" nor "/": transformers reads meaning into both.)
@@ -36,6 +37,7 @@ class Batch:
     bank: PrefixBank | None = None
     task_ids: Tensor | None = None
     plan: BatchPlan | None = None
+    packed: PackedRows | None = None  # in continuous batching
 
 
 def prefix_attention_forward(
@@ -61,7 +63,6 @@ def prefix_attention_forward(
         return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
     _refuse_what_would_be_wrong(layer, module, dropout, kwargs)
-    mask = RequestMask.unpack(attention_mask, module, kwargs.get("sliding_window"))
     index: Any = module.layer_idx
     prefix, sinks = batch.bank.layer(index), kwargs.get("s_aux")
     if torch.is_autocast_enabled(query.device.type):  # as PyTorch's own attention: in the lower precision
@@ -69,12 +70,15 @@ def prefix_attention_forward(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         prefix = replace(prefix, k=prefix.k.to(dtype), v=prefix.v.to(dtype))
         sinks = sinks if sinks is None else sinks.to(dtype)
-    out = prefix_attention(
-        query, key, value, prefix, batch.task_ids,
-        kv_start=mask.kv_start, kv_len=mask.kv_len, scale=scaling, window=mask.window,
-        softcap=kwargs.get("softcap"), sinks=sinks, plan=batch.plan,
-    )  # fmt: skip
-    assert isinstance(out, Tensor)
+    options: dict[str, Any] = {"scale": scaling, "softcap": kwargs.get("softcap"), "sinks": sinks}
+    if batch.packed is not None:
+        out = batch.packed.attend(module, query, key, value, prefix, kwargs, **options)
+    else:
+        mask = RequestMask.unpack(attention_mask, module, kwargs.get("sliding_window"))
+        out = prefix_attention(  # type: ignore[assignment]
+            query, key, value, prefix, batch.task_ids,
+            kv_start=mask.kv_start, kv_len=mask.kv_len, window=mask.window, plan=batch.plan, **options,
+        )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
 

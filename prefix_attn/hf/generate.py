@@ -20,7 +20,7 @@ from prefix_attn.hf.context import check_fits, new_tokens, truncated
 from prefix_attn.hf.masks import scope
 
 
-class _Method:
+class Method:
     """A method of the model's class, called on the instance it was attached to, with ``task_ids`` in its signature."""
 
     name: str
@@ -47,7 +47,7 @@ class _Method:
         return self.original_function(self.model, *args, **kwargs)
 
 
-class Generate(_Method):
+class Generate(Method):
     """``model.generate`` that takes ``task_ids``: one name, id or None per row.
 
     With ``truncation=True`` a row that is too long for its prefix loses its oldest tokens instead of being refused.
@@ -108,7 +108,7 @@ def _refuse_what_would_be_wrong(options: dict[str, Any], configs: Sequence[Any])
         )
 
 
-class PrepareInputs(_Method):
+class PrepareInputs(Method):
     """``prepare_inputs_for_generation`` with ``task_ids``: transformers reads its signature to accept the name."""
 
     name = "prepare_inputs_for_generation"

@@ -25,6 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import UnsupportedModel
 from prefix_attn.hf.attention import KEYWORD, NAME, Batch, prefix_attention_forward
+from prefix_attn.hf.continuous import GenerateBatch, InitContinuousBatching
 from prefix_attn.hf.generate import Generate, PrepareInputs, checked_for_batch
 from prefix_attn.hf.masks import request_mask, scope
 from prefix_attn.hf.positions import shifted_positions
@@ -97,10 +98,13 @@ class _Patch:
         self.handle = model.get_decoder().register_forward_pre_hook(self.hook, with_kwargs=True, prepend=True)
         model.generate = Generate(model, bank)
         model.prepare_inputs_for_generation = PrepareInputs(model, implementation)
+        model.generate_batch = GenerateBatch(model)
+        model.init_continuous_batching = InitContinuousBatching(model, bank)
 
     def remove(self, model: Any) -> None:
         self.handle.remove()
         del model.generate, model.prepare_inputs_for_generation
+        del model.generate_batch, model.init_continuous_batching
         for name, module in model.named_modules():
             if name in self.configs:
                 module.config = self.configs[name]
@@ -116,6 +120,8 @@ class DecoderHook:
     def __call__(
         self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if KEYWORD in kwargs:
+            return args, kwargs  # continuous batching has prepared everything
         task_ids = kwargs.pop("task_ids", None)
         if task_ids is _PROBE:
             raise _Wired

@@ -1,0 +1,211 @@
+"""Continuous batching with a task per request: transformers' engine, told whose tokens are whose.
+
+transformers packs the tokens of all requests of a step into one row; nothing its attention receives says which request
+they come from. The manager knows: it hands the model the task of each request in the order of the batch, and the
+attention layers take the row apart again (packed.py).
+
+Full blocks of the paged cache are shared between requests with equal tokens. Under different tasks equal tokens have
+different keys, so sharing is switched off. So are graphs, compilation and asynchronous batches, which would replay the
+tasks of an earlier step.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.generation.continuous_batching.requests import RequestState
+
+from prefix_attn.bank import PrefixBank
+from prefix_attn.errors import PrefixAttnError, ShapeError, UnsupportedModel
+from prefix_attn.hf.attention import KEYWORD, Batch
+from prefix_attn.hf.generate import Method
+from prefix_attn.hf.packed import PackedRows, Request
+from prefix_attn.hf.positions import overflow, prefix_lengths
+
+#: The transformers whose engine this was written for; in older ones it works otherwise.
+SINCE = (5, 23)
+
+Task = str | int | None
+
+
+class Prompt(list[int]):
+    """The tokens of a request that know its task: the engine hands prompts on as they are."""
+
+    def __init__(self, tokens: Sequence[int], task: Task) -> None:
+        super().__init__(tokens)
+        self.task = task
+
+
+def prompts_of(inputs: Sequence[Sequence[int]], task_ids: Any) -> list[Prompt]:
+    """Each prompt with its task; no task for any without ``task_ids``."""
+    tasks = (
+        [None] * len(inputs) if task_ids is None else task_ids.tolist() if isinstance(task_ids, Tensor) else task_ids
+    )
+    if len(tasks) != len(inputs):
+        raise ShapeError(f"task_ids: expected one task per prompt, {len(inputs)} in all, got {len(tasks)}")
+    return [Prompt(tokens, task) for tokens, task in zip(inputs, tasks, strict=True)]
+
+
+class GenerateBatch(Method):
+    """``model.generate_batch`` that takes ``task_ids``: one name, id or None per prompt.
+
+    A request of an unknown task, or too long for its prefix, fails alone: its output has ``error`` set.
+    """
+
+    name = "generate_batch"
+
+    def __call__(self, inputs: Sequence[Sequence[int]], *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+        return self.original(prompts_of(inputs, task_ids), *args, **kwargs)
+
+
+class InitContinuousBatching(Method):
+    """``model.init_continuous_batching``, behind all entries to continuous batching, that makes a `Manager`."""
+
+    name = "init_continuous_batching"
+
+    def __init__(self, model: Any, bank: PrefixBank) -> None:
+        super().__init__(model)
+        self.bank = bank
+
+    def __call__(
+        self, generation_config: Any = None, continuous_batching_config: Any = None, workload_hints: Any = None
+    ) -> Any:
+        version = tuple(int(x) for x in transformers.__version__.split(".")[:2])
+        if version < SINCE:
+            raise UnsupportedModel(
+                f"continuous batching: expected transformers {SINCE[0]}.{SINCE[1]} or newer, got "
+                f"{transformers.__version__}, whose engine works otherwise; call generate"
+            )
+        kept = getattr(self.model, "_cached_continuous_batching_manager", None)
+        if kept is None:
+            config = _checked_config(continuous_batching_config or ContinuousBatchingConfig())
+            return Manager(
+                self.bank, self.model, generation_config or self.model.generation_config, config, workload_hints
+            )
+        if getattr(kept, "bank", None) is not self.bank:
+            raise UnsupportedModel(
+                "persistent_manager: the one kept was made before the model was patched with this bank; call "
+                "model.destroy_cached_continuous_batching_manager() first"
+            )
+        return kept
+
+
+def _checked_config(config: Any) -> Any:
+    """A copy of the engine's config without block sharing; UnsupportedModel for what would replay old tasks."""
+    graphs = config.use_cuda_graph if isinstance(config.use_cuda_graph, tuple) else (config.use_cuda_graph,)
+    for name, asked in {
+        "use_cuda_graph": any(graphs),
+        "use_async_batching": config.use_async_batching,
+        "default_compile_level": config.default_compile_level,
+        "varlen_compile_config": config.varlen_compile_config,
+        "decode_compile_config": config.decode_compile_config,
+    }.items():
+        if asked:
+            raise UnsupportedModel(
+                f"continuous_batching_config: {name} would replay the tasks of an earlier step; leave it unset"
+            )
+    config = copy.deepcopy(config)
+    config.allow_block_sharing = False
+    return config
+
+
+class Manager(ContinuousBatchingManager):  # type: ignore[misc]
+    """transformers' manager; ``add_request`` takes a ``task``, ``add_requests`` takes ``task_ids``."""
+
+    def __init__(self, bank: PrefixBank, *args: Any) -> None:
+        self.bank = bank
+        self._task_of: dict[str, int] = {}  # by request id, children included
+        self._last: list[str] = []  # request ids of the last step
+        self._request_counter: int
+        super().__init__(*args)
+
+    def switch_to_cb_friendly_attn(self, *_: Any, **__: Any) -> None:
+        """Nothing to switch: the patched model's attention reads the paged cache itself."""
+
+    def add_requests(self, inputs: Sequence[Sequence[int]], *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+        """As in transformers, with a name, id or None per prompt; a request that cannot be served fails alone."""
+        known = task_ids is None and all(isinstance(tokens, Prompt) for tokens in inputs)
+        return super().add_requests(inputs if known else prompts_of(inputs, task_ids), *args, **kwargs)
+
+    def add_request(
+        self, input_ids: Sequence[int], request_id: str | None = None, max_new_tokens: int | None = None,
+        *args: Any, task: Task = None, **kwargs: Any,
+    ) -> str | None:  # fmt: skip
+        """As in transformers, with a task.
+
+        Raises:
+            UnknownTask, ContextOverflow: the task or the length. (For a request of `add_requests` the output says so.)
+        """
+        if request_id is None:
+            with self._request_lock:
+                request_id = f"req_{self._request_counter}"
+                self._request_counter += 1
+        new = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
+        family = [request_id, *(f"{request_id}__child#{i}" for i in range(self.num_return_sequences - 1))]
+        try:
+            task_id = int(self.bank.task_ids([getattr(input_ids, "task", task)]))
+            new = self._room(task_id, len(input_ids), new)
+        except PrefixAttnError as error:
+            if not isinstance(input_ids, Prompt):
+                raise
+            for name in family:
+                self.output_router.fail_and_deliver(RequestState(name, list(input_ids)), error)
+            return request_id
+        self._task_of |= dict.fromkeys(family, task_id)
+        added: str | None = super().add_request(input_ids, request_id, new, *args, **kwargs)
+        return added
+
+    def _room(self, task_id: int, tokens: int, new: int | None) -> int | None:
+        """New tokens a request may have; ContextOverflow where the prefix leaves too little room."""
+        m, limit = self.bank.lengths[task_id] if task_id >= 0 else 0, self.bank.context_limit
+        if not m or limit is None:
+            return new
+        room = limit - m - tokens + 1  # the last new token is not fed back
+        if room < (new or 1):
+            raise overflow(0, m, tokens + (new or 1) - 1, limit)
+        return room if new is None else new
+
+    def _generation_step(self) -> None:
+        processor = self.batch_processor
+        if getattr(self.model.__dict__.get("_prefix_attn"), "bank", None) is not self.bank:
+            raise UnsupportedModel(
+                "continuous batching: the model was unpatched, or patched with another bank, meanwhile"
+            )
+        for name in self._last:
+            if name not in processor.scheduler.active_requests and name not in processor.scheduler.waiting_requests:
+                self._task_of.pop(name, None)
+        futures = processor.inputs_and_outputs.requests_in_batch
+        self._last = [future.state.request_id for future in futures]
+        requests = [
+            Request(self._task_of[name], future.state.position_offset - future.query_length, future.query_length)
+            for name, future in zip(self._last, futures, strict=True)
+        ]
+        processor._generation_step(_WithTasks(self.model, self.bank, requests))
+
+
+class _WithTasks:
+    """The model as the engine calls it, for one step's requests."""
+
+    def __init__(self, model: Any, bank: PrefixBank, requests: list[Request]) -> None:
+        self._model = model
+        self._bank = bank
+        self._requests = requests
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        device, bank = inputs["position_ids"].device, self._bank
+        ids = torch.tensor([r.task for r in self._requests], dtype=torch.int32, device=device)
+        q_lens = torch.tensor([r.q_len for r in self._requests], device=device)
+        positions = inputs["position_ids"] + prefix_lengths(bank, ids).repeat_interleave(q_lens)
+        batch = Batch("", bank, ids, packed=PackedRows(self._requests, bank.lens))
+        no_mask = torch.empty((1, 1, 1, 1), device=device)  # four axes: transformers hands it on, and nobody reads it
+        return self._model(**inputs | {"position_ids": positions, "attention_mask": no_mask, KEYWORD: batch})

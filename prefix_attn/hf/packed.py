@@ -1,0 +1,131 @@
+"""Attention over packed rows, as continuous batching lays them out: all tokens of all requests in one row.
+
+transformers gives queries ``[1, heads, tokens, D]`` and, from its paged cache, keys ``[1, heads, keys, D]``, request
+after request, without padding. Requests with about as many queries are gathered into one padded batch: those that
+decode into one, those that prefill by the power of two of their length, so that at most half of the queries are
+padding. Queries are aligned on the right and keys on the left, as ``kv_len`` of `prefix_attention` wants them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prefix_attn.attention import prefix_attention
+from prefix_attn.errors import UnsupportedModel
+from prefix_attn.plan import BatchPlan
+from prefix_attn.types import PrefixKV
+
+
+class Request(NamedTuple):
+    """One request's share of a step: its task id, tokens seen before, and query tokens now."""
+
+    task: int
+    past: int
+    q_len: int
+
+
+class _Group(NamedTuple):
+    """Requests that run as one padded batch of R rows; all tensors on the device, of dtype int64 unless said."""
+
+    task_ids: Tensor  # int32 [R]
+    kv_len: Tensor  # int32 [R]
+    queries: Tensor  # [R, max_q]; where in the packed row, padding repeats the request's first
+    keys: Tensor  # [R, max_k]
+    slots: Tensor  # [n]; the real queries among the R * max_q
+    places: Tensor  # [n]; and where they belong
+    plan: BatchPlan
+
+
+@dataclass
+class PackedRows:
+    """Whose tokens are where in one packed step.
+
+    Attributes:
+        requests: in the order of their tokens.
+        lens: prefix lengths of the bank, int32 ``[tasks]``.
+    """
+
+    requests: Sequence[Request]
+    lens: Tensor
+    _groups: dict[int | None, list[_Group]] = field(default_factory=dict, init=False, repr=False)
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prefix: PrefixKV,
+        kwargs: dict[str, Any],
+        **options: Any,
+    ) -> Tensor:
+        """One layer's attention ``[1, q_heads, tokens, D]``; puts the new keys into the paged cache of ``kwargs``."""
+        layer: Any = module
+        cache = kwargs["cache"]
+        sliding = cache.layer_to_allocator[layer.layer_idx].layer_type == "sliding_attention"
+        window = layer.config.sliding_window if sliding else None
+        if kwargs.get("sliding_window") != window and kwargs.get("sliding_window") is not None:
+            raise UnsupportedModel(
+                f"{type(module).__name__}: the layer slides over {kwargs['sliding_window']} tokens, but its cache over "
+                f"{window}"
+            )
+        key, value = cache.update(key_states=key, value_states=value, layer_idx=layer.layer_idx, kwargs=kwargs)
+        out = torch.empty_like(query[0].transpose(0, 1))  # [tokens, q_heads, D]
+        for group in self._grouped(window, query.device):
+            part = prefix_attention(
+                _gathered(query, group.queries), _gathered(key, group.keys), _gathered(value, group.keys), prefix,
+                group.task_ids, kv_len=group.kv_len, window=window, plan=group.plan, **options,
+            )  # fmt: skip
+            assert isinstance(part, Tensor)
+            out[group.places] = part.transpose(1, 2).flatten(0, 1)[group.slots]
+        return out.transpose(0, 1)[None]
+
+    def _grouped(self, window: int | None, device: torch.device) -> list[_Group]:
+        """The groups for layers that keep all keys, or those a window still shows."""
+        if window not in self._groups:
+            kept = [r.past if window is None else min(r.past, window - 1) for r in self.requests]
+            lengths = [past + r.q_len for past, r in zip(kept, self.requests, strict=True)]
+            alike: dict[int, list[int]] = defaultdict(list)
+            for i, r in enumerate(self.requests):
+                alike[(r.q_len - 1).bit_length()].append(i)
+            first_q, first_k = _starts([r.q_len for r in self.requests]), _starts(lengths)
+            self._groups[window] = [self._group(rows, first_q, first_k, lengths, device) for rows in alike.values()]
+        return self._groups[window]
+
+    def _group(
+        self, rows: list[int], first_q: list[int], first_k: list[int], lengths: list[int], device: torch.device
+    ) -> _Group:
+        q_lens, k_lens = [self.requests[i].q_len for i in rows], [lengths[i] for i in rows]
+        max_q, max_k = max(q_lens), max(k_lens)
+        slots = [row * max_q + max_q - n + j for row, n in enumerate(q_lens) for j in range(n)]
+        places = [first_q[i] + j for i, n in zip(rows, q_lens, strict=True) for j in range(n)]
+        on_device: Callable[..., Tensor] = lambda x: torch.tensor(x).to(device, non_blocking=True)  # noqa: E731
+        queries = on_device([first_q[i] for i in rows])[:, None].repeat(1, max_q)
+        queries.view(-1)[on_device(slots)] = on_device(places)
+        own = torch.arange(max_k, device=device)
+        keys = on_device([first_k[i] for i in rows])[:, None] + own.clamp(max=on_device(k_lens)[:, None] - 1)
+        task_ids = on_device([self.requests[i].task for i in rows]).int()
+        return _Group(
+            task_ids, on_device(k_lens).int(), queries, keys, on_device(slots), on_device(places),
+            BatchPlan(task_ids, self.lens),
+        )  # fmt: skip
+
+
+def _starts(lengths: list[int]) -> list[int]:
+    """Where each of some runs begins."""
+    starts = [0]
+    for n in lengths:
+        starts.append(starts[-1] + n)
+    return starts
+
+
+def _gathered(packed: Tensor, index: Tensor) -> Tensor:
+    """``[1, heads, tokens, D]`` at ``index [R, n]`` as ``[R, heads, n, D]``."""
+    _, heads, _, dim = packed.shape
+    return packed[0].index_select(1, index.flatten()).view(heads, *index.shape, dim).transpose(0, 1)

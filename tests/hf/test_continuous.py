@@ -1,0 +1,161 @@
+"""Continuous batching: the tokens of `generate`, for each request with its own task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+import prefix_attn as pa
+from tests.hf.conftest import make_bank
+from tests.hf.families import random_prefix, tiny_model
+
+NEW = 14
+TASKS: list[str | None] = ["five", "twelve", None, "nine", "five", "nine"]
+
+OLD = tuple(int(x) for x in transformers.__version__.split(".")[:2]) < (5, 23)
+needs_engine = pytest.mark.skipif(OLD, reason="continuous batching is refused before transformers 5.23")
+
+
+def prompts() -> list[list[int]]:
+    """Lengths that take one step and several; the last repeats the second, whose first blocks are full."""
+    rng = torch.Generator().manual_seed(0)
+    made = [torch.randint(3, 99, (n,), generator=rng).tolist() for n in (5, 17, 3, 9, 1)]
+    return [*made, made[1]]
+
+
+def engine(**options: Any) -> dict[str, Any]:
+    """A small engine: pages of 4 tokens, 16 tokens a step, so that prompts are prefilled in chunks beside decoding."""
+    generation = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0} | options
+    return {
+        "generation_config": GenerationConfig(**generation),
+        "continuous_batching_config": ContinuousBatchingConfig(page_size=4, num_blocks=64, max_batch_tokens=16),
+    }
+
+
+def alone(model: Any, prompt: list[int], task: str | None, **options: Any) -> list[int]:
+    given = {} if task is None else {"task_ids": [task]}
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, **given, **options)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.fixture
+def llama() -> Any:
+    model = tiny_model("llama")
+    return pa.patch(model, make_bank(model))
+
+
+@needs_engine
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_oss"])
+def test_equals_generate(family: str) -> None:
+    model = tiny_model(family)
+    pa.patch(model, make_bank(model))
+    out = model.generate_batch(prompts(), task_ids=TASKS, **engine())
+    for result, prompt, task in zip(out.values(), prompts(), TASKS, strict=True):
+        assert result.error is None
+        assert result.generated_tokens == alone(model, prompt, task)
+
+
+@needs_engine
+def test_requests_that_cannot_be_served_fail_alone(llama: Any) -> None:
+    given = [*prompts(), [5] * 120]
+    tasks = ["five", "unknown", None, 7, "five", "nine", "twelve"]
+    results = list(llama.generate_batch(given, task_ids=tasks, **engine()).values())
+    for i in (0, 2, 4, 5):
+        assert results[i].generated_tokens == alone(llama, given[i], tasks[i])  # type: ignore[arg-type]
+    assert "'unknown'" in results[1].error
+    assert "'nine'" in results[1].error
+    assert "got 7" in results[3].error
+    assert "prefix of 12 tokens" in results[6].error
+
+
+@needs_engine
+def test_return_sequences_keep_their_task(llama: Any) -> None:
+    tasks = ["five", "missing", None, "nine", "five", "nine"]
+    out = list(
+        llama.generate_batch(
+            prompts(), task_ids=tasks, **engine(num_return_sequences=2, do_sample=True, top_k=1)
+        ).values()
+    )
+    assert len(out) == 12
+    for i, (prompt, task) in enumerate(zip(prompts(), tasks, strict=True)):
+        for result in out[2 * i : 2 * i + 2]:
+            if task == "missing":
+                assert result.error is not None
+            else:
+                assert result.generated_tokens == alone(llama, prompt, task)
+
+
+@needs_engine
+def test_a_manager_takes_requests_as_they_come(llama: Any) -> None:
+    wanted = {}
+    with llama.continuous_batching_context_manager(**engine()) as manager:
+        for prompt, task in zip(prompts(), TASKS, strict=True):
+            wanted[manager.add_request(prompt, task=task)] = (prompt, task)
+        (last,) = manager.add_requests([prompts()[0]], task_ids=["twelve"])
+        wanted[last] = (prompts()[0], "twelve")
+        with pytest.raises(pa.UnknownTask, match="'six'"):
+            manager.add_request([3, 4], task="six")
+        with pytest.raises(pa.ShapeError, match="2 in all"):
+            manager.add_requests([[3], [4]], task_ids=["five"])
+        results = {}
+        while len(results) < len(wanted):
+            result = manager.get_result(timeout=60)
+            results[result.request_id] = result.generated_tokens
+    for name, (prompt, task) in wanted.items():
+        assert results[name] == alone(llama, prompt, task)
+    assert len(manager._task_of) < len(wanted), "finished requests are forgotten"
+
+
+@needs_engine
+def test_generation_stops_at_the_models_context(llama: Any) -> None:
+    """128 positions: a prompt of 100 behind a prefix of 12 has room for 17 new tokens, the last of which is not fed."""
+    given = [[5] * 100]
+    out = llama.generate_batch(given, task_ids=["twelve"], **engine(max_new_tokens=None, eos_token_id=-1))
+    (result,) = out.values()
+    assert result.error is None
+    assert len(result.generated_tokens) == 17
+
+
+@needs_engine
+def test_without_tasks_and_after_unpatching(llama: Any) -> None:
+    patched = [r.generated_tokens for r in llama.generate_batch(prompts(), **engine()).values()]
+    with pytest.raises(pa.ShapeError, match="6 in all, got 1"):
+        llama.generate_batch(prompts(), task_ids=["five"], **engine())
+    pa.unpatch(llama)
+    plain = [r.generated_tokens for r in llama.generate_batch(prompts(), **engine()).values()]
+    assert patched == plain == [alone(llama, prompt, None) for prompt in prompts()]
+
+
+@needs_engine
+@pytest.mark.parametrize("option", ["use_cuda_graph", "use_async_batching"])
+def test_what_would_replay_old_tasks_is_refused(llama: Any, option: str) -> None:
+    options = engine()
+    setattr(options["continuous_batching_config"], option, True)
+    with pytest.raises(pa.UnsupportedModel, match=option):
+        llama.generate_batch(prompts(), task_ids=TASKS, **options)
+
+
+@needs_engine
+def test_a_kept_manager_belongs_to_its_bank(llama: Any) -> None:
+    options = engine() | {"persistent_manager": True}
+    first = llama.generate_batch(prompts(), task_ids=TASKS, **options)
+    again = llama.generate_batch(prompts(), task_ids=TASKS, **options)
+    assert [r.generated_tokens for r in again.values()] == [r.generated_tokens for r in first.values()]
+    bank = pa.PrefixBank.for_model(llama)
+    bank.add("other", random_prefix(llama, 4, seed=9))
+    pa.patch(llama, bank)
+    with pytest.raises(pa.UnsupportedModel, match="destroy"):
+        llama.generate_batch(prompts(), task_ids=["other"] * 6, **options)
+    llama.destroy_cached_continuous_batching_manager()
+    (result,) = llama.generate_batch(prompts()[:1], task_ids=["other"], **engine()).values()
+    assert result.generated_tokens == alone(llama, prompts()[0], "other")
+
+
+@pytest.mark.skipif(not OLD, reason="this transformers has the engine the package was written for")
+def test_older_engines_are_refused(llama: Any) -> None:
+    with pytest.raises(pa.UnsupportedModel, match=r"5\.23"):
+        llama.generate_batch(prompts(), task_ids=TASKS)
