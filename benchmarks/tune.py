@@ -269,13 +269,9 @@ def main(
     processes: Annotated[int, typer.Option(help="compilations at a time")] = max(1, (os.cpu_count() or 2) - 2),
 ) -> None:
     """Tune the first GPU."""
+    types, dims = some_of(dtypes, ("float16", "bfloat16", "float32")), some_of(head_dims, map(str, HEADS))
     wanted = [
-        Target.of(kind, int(head_dim), dtype)
-        for dtype, head_dim, kind in product(
-            some_of(dtypes, ("float16", "bfloat16", "float32")),
-            some_of(head_dims, map(str, HEADS)),
-            some_of(kinds, SPACE),
-        )
+        Target.of(kind, int(head_dim), dtype) for dtype, head_dim, kind in product(types, dims, some_of(kinds, SPACE))
     ]
     if not torch.cuda.is_available():
         typer.echo("benchmarks.tune needs a GPU that PyTorch can use, and finds none; nothing was written", err=True)

@@ -1,0 +1,136 @@
+"""Fit the constants of `prefix_attn.regime` to what inline and grouped decode took at the same points.
+
+    python -m benchmarks.fit_regime benchmarks/results/nvidia-h200/*.jsonl
+
+With t the times of both ways and the copy bandwidth of the run, regime.py says
+
+    (t_inline - t_grouped) * bandwidth = saved / L2_SPEED - partials - LAUNCH_BYTES
+
+which is linear in 1 / L2_SPEED and LAUNCH_BYTES: least squares over all points where rows share, each relative to its
+inline time. PLAN_LAUNCHES is the median time of a plan in units of a launch. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from prefix_attn import regime
+
+from . import record
+from .peers import Point
+from .record import Row
+
+INLINE, GROUPED = "prefix_attn, inline", "prefix_attn, grouped"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both ways at one point: times and a plan's in microseconds, the terms of regime.py in bytes."""
+
+    point: Point
+    inline_us: float
+    grouped_us: float
+    plan_us: float | None
+    saved: float
+    partials: float
+
+    @classmethod
+    def of(cls, inline: Row, grouped: Row) -> Pair:
+        assert inline.median_us is not None
+        assert grouped.median_us is not None
+        p = inline.point
+        element = 4 if p.dtype == "float32" else 2
+        reread = p.batch * p.m * 2 * p.kv_heads * p.head_dim * element
+        partials = 8 * p.head_dim * p.q_heads * p.q_len * p.batch * (1 + math.ceil(p.m / regime.CHUNK))
+        return cls(
+            p, inline.median_us, grouped.median_us, grouped.plan_us, reread * (1 - p.tasks / p.batch), float(partials)
+        )
+
+    def slowdown(self, constants: Constants) -> float:
+        """How many times longer the way that the constants choose takes than the faster one, with a plan at hand."""
+        grouped = self.saved / constants.l2_speed > self.partials + constants.launch_bytes
+        return (self.grouped_us if grouped else self.inline_us) / min(self.grouped_us, self.inline_us)
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Those of regime.py that depend on the GPU."""
+
+    l2_speed: float
+    launch_bytes: float
+    plan_launches: float
+
+    @classmethod
+    def now(cls) -> Constants:
+        return cls(regime.L2_SPEED, regime.LAUNCH_BYTES, regime.PLAN_LAUNCHES)
+
+    @classmethod
+    def fitted(cls, pairs: Sequence[Pair], bandwidth: float) -> Constants:
+        """Least squares; bandwidth in bytes per microsecond.
+
+        Raises:
+            ValueError: the points do not determine the constants, or no speed explains them.
+        """
+        weights = np.array([1 / (pair.inline_us * bandwidth) for pair in pairs])
+        gained = np.array([(pair.inline_us - pair.grouped_us) * bandwidth + pair.partials for pair in pairs])
+        terms = np.array([[pair.saved, -1.0] for pair in pairs])
+        (share, launch), _, rank, _ = np.linalg.lstsq(terms * weights[:, None], gained * weights, rcond=None)
+        if rank < 2 or share <= 0:
+            raise ValueError(f"{len(pairs)} points do not determine the constants; measure more of the decode grid")
+        launch = max(float(launch), 1.0)
+        plans = [pair.plan_us * bandwidth / launch for pair in pairs if pair.plan_us is not None]
+        return cls(1 / float(share), launch, statistics.median(plans) if plans else regime.PLAN_LAUNCHES)
+
+    def verdict(self, pairs: Sequence[Pair]) -> str:
+        """How well they choose."""
+        slow = [pair.slowdown(self) for pair in pairs]
+        worst = max(range(len(pairs)), key=slow.__getitem__)
+        return (
+            f"the faster way at {sum(s == 1 for s in slow)} of {len(pairs)} points; slower than it by "
+            f"{statistics.geometric_mean(slow) - 1:.1%} in the geometric mean and {slow[worst] - 1:.1%} at worst "
+            f"({pairs[worst].point})"
+        )
+
+
+def pairs_of(rows: Iterable[Row]) -> tuple[list[Pair], float]:
+    """Points where rows share and both ways were timed, and the run's copy bandwidth in bytes per microsecond."""
+    rows = list(rows)
+    times = {(row.provider, row.point): row for row in rows if row.median_us is not None}
+    pairs = [
+        Pair.of(row, times[GROUPED, point])
+        for (provider, point), row in times.items()
+        if provider == INLINE and (GROUPED, point) in times and point.tasks < point.batch
+    ]
+    # A floor is the longest of bytes, FLOPs and a launch: where bytes rule, it gives the bandwidth.
+    return pairs, max((row.bytes / row.floor_us for row in rows if row.floor_us > 0), default=0.0)
+
+
+def main(files: Annotated[list[Path], typer.Argument(help="results of one GPU")]) -> None:
+    """Print the constants that fit these results, beside those of the package."""
+    pairs, bandwidth = pairs_of(row for file in files for row in record.read(file))
+    if not pairs:
+        typer.echo(f"no point of {', '.join(map(str, files))} has a time of both {INLINE!r} and {GROUPED!r}", err=True)
+        raise typer.Exit(1)
+    now = Constants.now()
+    try:
+        fitted = Constants.fitted(pairs, bandwidth)
+    except ValueError as e:
+        typer.echo(str(e), err=True)
+        raise typer.Exit(1) from e
+    print(f"L2_SPEED = {fitted.l2_speed:.2f}  # {now.l2_speed:.2f}")
+    print(f"LAUNCH_BYTES = {fitted.launch_bytes:.3g}  # {now.launch_bytes:.3g}")
+    print(f"PLAN_LAUNCHES = {fitted.plan_launches:.0f}  # {now.plan_launches:.0f}")
+    print(f"with these: {fitted.verdict(pairs)}")
+    print(f"as it is: {now.verdict(pairs)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

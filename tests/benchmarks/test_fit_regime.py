@@ -1,0 +1,114 @@
+"""Constants put into made-up times come out of the fit; and its terms are those of the package."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks import fit_regime, record
+from benchmarks.fit_regime import GROUPED, INLINE, Constants, Pair, pairs_of
+from benchmarks.peers import Point
+from benchmarks.record import Row
+from prefix_attn import regime
+from prefix_attn.plan import BatchPlan
+from prefix_attn.types import AttentionCall, PrefixKV
+
+POINTS = [
+    Point("decode", batch, tasks, m, n)
+    for batch, tasks in ((16, 1), (16, 8), (64, 1), (64, 8), (256, 8))
+    for m, n in ((32, 64), (128, 512), (1024, 64), (8192, 512))
+]
+BANDWIDTH = 4e6  # bytes per microsecond
+TRUE = Constants(l2_speed=2.5, launch_bytes=6e6, plan_launches=30.0)
+
+
+def row(provider: str, point: Point, us: float | None, plan_us: float | None = None) -> Row:
+    sizes = {
+        name: getattr(point, name) for name in ("op", "batch", "tasks", "m", "n", "q_heads", "kv_heads", "head_dim")
+    }
+    return Row(provider=provider, version="", dtype=point.dtype, status="", failed=False, bytes=10**9, flops=0,
+               floor_us=1e9 / BANDWIDTH, median_us=us, plan_us=plan_us, **sizes)  # fmt: skip
+
+
+def made_up(constants: Constants, noise: float = 0.0) -> list[Row]:
+    """Rows of a GPU for which regime.py is exactly right."""
+    rng, rows = random.Random(0), []
+    for point in POINTS:
+        blank = Pair.of(row(INLINE, point, 1.0), row(GROUPED, point, 1.0))
+        grouped = 20.0 + point.batch * point.n / 1000
+        gain = (blank.saved / constants.l2_speed - blank.partials - constants.launch_bytes) / BANDWIDTH
+        both = [max(0.5, us) * rng.uniform(1 - noise, 1 + noise) for us in (grouped + gain, grouped)]
+        plan = constants.plan_launches * constants.launch_bytes / BANDWIDTH
+        rows += [row(INLINE, point, both[0]), row(GROUPED, point, both[1], plan), row("other", point, 1.0)]
+    return rows
+
+
+def test_the_fit_finds_what_was_put_in() -> None:
+    pairs, bandwidth = pairs_of(made_up(TRUE))
+    assert len(pairs) == len(POINTS)
+    assert bandwidth == pytest.approx(BANDWIDTH)
+    fitted = Constants.fitted(pairs, bandwidth)
+    assert fitted.l2_speed == pytest.approx(TRUE.l2_speed, rel=0.02)
+    assert fitted.launch_bytes == pytest.approx(TRUE.launch_bytes, rel=0.2)
+    noisy = Constants.fitted(pairs_of(made_up(TRUE, noise=0.03))[0], bandwidth)
+    assert noisy.l2_speed == pytest.approx(TRUE.l2_speed, rel=0.2)
+    assert noisy.verdict(pairs).startswith(("the faster way at 19 of 20", "the faster way at 20 of 20"))
+
+
+def test_points_that_say_nothing() -> None:
+    alone = Point("decode", 8, 8, 32, 64)
+    rows = [
+        row(INLINE, alone, 2.0),
+        row(GROUPED, alone, 1.0),
+        row(INLINE, POINTS[0], 2.0),
+        row(GROUPED, POINTS[0], None),
+    ]
+    assert pairs_of(rows)[0] == []
+    pairs, bandwidth = pairs_of(made_up(TRUE)[:3])
+    with pytest.raises(ValueError, match="1 points do not determine"):
+        Constants.fitted(pairs, bandwidth)
+
+
+@pytest.mark.parametrize("point", POINTS, ids=str)
+def test_the_terms_are_those_of_the_package(point: Point) -> None:
+    """With regime.py's own constants, the pair chooses as regime.py does."""
+
+    def meta(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    def integers(n: int) -> torch.Tensor:
+        return torch.zeros(n, dtype=torch.int32)
+
+    bank = meta(8, point.tasks * point.m, 128)
+    prefix = PrefixKV(bank, bank, integers(point.tasks), integers(point.tasks), max_len=point.m)
+    own, ids = meta(point.batch, 8, point.n, 128), integers(point.batch)
+    call = AttentionCall(
+        q=meta(point.batch, 32, 1, 128), k=own, v=own, prefix=prefix, task_ids=ids, kv_start=None, kv_len=None,
+        causal=True, scale=1.0, window=None, softcap=None, sinks=None, return_lse=False, batch_invariant=False,
+        plan=BatchPlan(ids, prefix.lens),
+    )  # fmt: skip
+    pair = Pair.of(row(INLINE, point, 1.0), row(GROUPED, point, 2.0))
+    assert (pair.slowdown(Constants.now()) == 2.0) == (regime.choose(call).name == "grouped")
+
+
+def test_the_command(tmp_path: Path) -> None:
+    app = fit_regime.typer.Typer()
+    app.command()(fit_regime.main)
+
+    def command(rows: list[Row]) -> Any:
+        file = tmp_path / f"{len(rows)}.jsonl"
+        record.append(file, [replace(x, environment=None) for x in rows])
+        return CliRunner().invoke(app, [str(file)])
+
+    done = command(made_up(TRUE))
+    assert done.exit_code == 0, done.output
+    assert "L2_SPEED = 2.5" in done.output
+    assert "PLAN_LAUNCHES = " in done.output
+    assert "has a time of both" in command([]).output
+    assert "do not determine" in command(made_up(TRUE)[:3]).output
