@@ -33,6 +33,8 @@ from tqdm import tqdm
 
 from prefix_attn.kernels import config as configs
 from prefix_attn.kernels.config import TileConfig
+from prefix_attn.plan import TILE_ROWS, WIDE_TILE_ROWS
+from prefix_attn.regime import WIDE_TILE_HEAD_DIM
 
 from . import compile_report
 from .peers import Point, Problem
@@ -40,10 +42,10 @@ from .peers.check import Reference
 from .record import Environment
 from .timing import Runner, first_line, input_sets, measure, runner_for
 
-#: Query rows, keys, warps and stages of a tile. Rows of a decode tile follow from the call, and are not searched.
+#: Query rows, keys, warps and stages of a tile. Where rows are 0 they follow from the call, and are not searched.
 SPACE: dict[str, dict[str, tuple[int, ...]]] = {
     "decode": {"block_m": (0,), "block_n": (32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5)},
-    "grouped": {"block_m": (64,), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
+    "grouped": {"block_m": (0,), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
     "prefill": {"block_m": (64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
 }
 
@@ -74,10 +76,11 @@ class Target:
     block_m: int
 
     @classmethod
-    def of(cls, kind: str, head_dim: int, dtype: str) -> Target:
+    def all(cls, kind: str, head_dim: int, dtype: str) -> list[Target]:
         q_heads, kv_heads = HEADS[head_dim]
-        fixed = {"decode": configs.decode_rows(q_heads // kv_heads), "grouped": SPACE["grouped"]["block_m"][0]}
-        return cls(kind, head_dim, dtype, fixed.get(kind, 0))
+        wide = (WIDE_TILE_ROWS,) if head_dim <= WIDE_TILE_HEAD_DIM else ()
+        rows = {"decode": (configs.decode_rows(q_heads // kv_heads),), "grouped": (TILE_ROWS, *wide)}.get(kind, (0,))
+        return [cls(kind, head_dim, dtype, block_m) for block_m in rows]
 
     @property
     def key(self) -> str:
@@ -98,7 +101,7 @@ class Target:
     def candidates(self, target: str) -> list[TileConfig]:
         """The heuristic's config, then all of the space that fits shared memory."""
         space = SPACE[self.kind]
-        rows = (self.block_m,) if self.kind == "decode" else space["block_m"]
+        rows = [rows or self.block_m for rows in space["block_m"]]
         shapes = product(rows, space["block_n"], space["num_warps"], space["num_stages"])
         fitting = [
             tile for tile in (TileConfig(*shape) for shape in shapes)
@@ -271,7 +274,9 @@ def main(
     """Tune the first GPU."""
     types, dims = some_of(dtypes, ("float16", "bfloat16", "float32")), some_of(head_dims, map(str, HEADS))
     wanted = [
-        Target.of(kind, int(head_dim), dtype) for dtype, head_dim, kind in product(types, dims, some_of(kinds, SPACE))
+        target
+        for dtype, head_dim, kind in product(types, dims, some_of(kinds, SPACE))
+        for target in Target.all(kind, int(head_dim), dtype)
     ]
     if not torch.cuda.is_available():
         typer.echo("benchmarks.tune needs a GPU that PyTorch can use, and finds none; nothing was written", err=True)

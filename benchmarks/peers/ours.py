@@ -4,29 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
 
 from torch import Tensor
 
 import prefix_attn as pa
 from prefix_attn.backends import triton
 from prefix_attn.plan import BatchPlan, RowTiles
+from prefix_attn.regime import tile_rows
 
 from .interface import Peer, elapsed_us
 from .problem import Point, Problem
-
-
-class PlanBefore(BatchPlan):
-    """A plan worked out once and not again in a capture: one layer is timed here, and a plan serves all of them."""
-
-    @cached_property
-    def done(self) -> dict[tuple[int, ...], RowTiles]:
-        return {}
-
-    def tiles(self, *sizes: int) -> RowTiles:
-        if sizes not in self.done:
-            self.done[sizes] = super().tiles(*sizes)
-        return self.done[sizes]
 
 
 class Ours(Peer):
@@ -41,7 +28,10 @@ class Ours(Peer):
         self.batch_invariant = batch_invariant
 
     def prepare(self, problem: Problem) -> Callable[[], Tensor]:
-        plan = self.planned(problem) if self.backend == "triton" and problem.point.op == "decode" else None
+        plan = None
+        if self.backend == "triton" and problem.point.op == "decode":
+            plan = BatchPlan(problem.task_ids, problem.prefix.lens)
+            self.work_out(plan, problem)
 
         def call() -> Tensor:
             out = pa.prefix_attention(
@@ -51,16 +41,14 @@ class Ours(Peer):
             assert isinstance(out, Tensor)
             return out
 
-        if plan is not None:
-            call()  # asks for the tiles it will use; a capture must find them
         return call
 
-    def planned(self, problem: Problem) -> BatchPlan:
-        """The plan of the batch, worked out; its time is noted."""
-        plan = PlanBefore(problem.task_ids, problem.prefix.lens)
-        rows = problem.point.q_len * problem.point.group
-        self.plan_us = elapsed_us(lambda: plan.tiles(rows), problem.q.device)
-        return plan
+    def work_out(self, plan: BatchPlan, problem: Problem) -> RowTiles:
+        """The plan's tiles, which a capture then finds: one layer is timed, and a plan serves all of them."""
+        call = problem.call
+        sizes = call.q_len * call.group, tile_rows(call, call.prefix.expected_max_len)
+        self.plan_us = elapsed_us(lambda: plan.tiles(*sizes), problem.q.device)
+        return plan.tiles(*sizes)
 
 
 class OwnKeysOnly(Ours):
@@ -86,8 +74,9 @@ class OneRegime(Ours):
         return None if point.op == "decode" else "it is a way of decode"
 
     def prepare(self, problem: Problem) -> Callable[[], Tensor]:
-        rows = problem.point.q_len * problem.point.group
-        tiles = self.planned(problem).tiles(rows) if self.regime == "grouped" else None
+        tiles = None
+        if self.regime == "grouped":
+            tiles = self.work_out(BatchPlan(problem.task_ids, problem.prefix.lens), problem)
         attention_call = replace(problem.call, tiles=tiles)
 
         def call() -> Tensor:

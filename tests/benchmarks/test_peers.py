@@ -103,6 +103,7 @@ def test_a_capture_does_not_plan_again(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, peer = ragged(replace(DECODE, dtype="bfloat16"), [37, 20], [1, 0, 1, 1]), Ours()
     monkeypatch.setattr("prefix_attn.regime.LAUNCH_BYTES", -1e9)  # grouped always pays
     call = peer.prepare(problem)
+    assert peer.plan_us is not None
     monkeypatch.setattr("prefix_attn.plan.recording", lambda tensor: True)
     monkeypatch.setattr("prefix_attn.plan.row_tiles", lambda *_: pytest.fail("planned in the capture"))
     assert Reference.of(problem).check(call(), problem)[1] is None
