@@ -25,6 +25,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from prefix_attn.plan import TILE_ROWS, WIDE_TILE_ROWS
+from prefix_attn.regime import WIDE_TILE_HEAD_DIM
+
 RESULTS = Path(__file__).parent / "results"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 TYPES = {"bfloat16": ("bf16", 2), "float16": ("fp16", 2), "float32": ("fp32", 4)}
@@ -52,7 +55,11 @@ REGISTERS, SHARED, RESERVED = 65_536, {"sm_80": 167_936, "sm_90": 233_472, "sm_1
 
 @dataclass(frozen=True)
 class Job:
-    """One compilation. ``options`` are the kernel's optional features that are on."""
+    """One compilation.
+
+    rows: query rows per kv head in decode; tile_rows: of a prefix tile in grouped decode; options: the kernel's
+    optional features that are on.
+    """
 
     kernel: str
     target: str
@@ -61,6 +68,7 @@ class Job:
     rows: int = 0
     group: int = 4
     options: tuple[str, ...] = ()
+    tile_rows: int = TILE_ROWS
 
 
 @dataclass
@@ -85,6 +93,8 @@ def jobs(quick: bool) -> list[Job]:
             found.append(Job("decode", target, head_dim, "bfloat16", rows=4))
             found.append(Job("prefill", target, head_dim, "bfloat16"))
             found.append(Job("grouped", target, head_dim, "bfloat16", rows=4))
+            if head_dim <= WIDE_TILE_HEAD_DIM:
+                found.append(Job("grouped", target, head_dim, "bfloat16", rows=4, tile_rows=WIDE_TILE_ROWS))
         if quick:
             continue
         found += [
@@ -95,6 +105,15 @@ def jobs(quick: bool) -> list[Job]:
             Job("decode", target, 256, "bfloat16", rows=2, group=2, options=("window", "softcap", "sinks")),
             Job("prefill", target, 128, "bfloat16", options=("window", "kv_start", "kv_len")),
             Job("grouped", target, 128, "bfloat16", rows=64),
+            Job(
+                "grouped",
+                target,
+                128,
+                "bfloat16",
+                rows=64,
+                tile_rows=WIDE_TILE_ROWS,
+                options=("window", "softcap", "kv_start", "kv_len"),
+            ),
             Job("grouped", target, 128, "bfloat16", rows=4, options=("window", "softcap", "kv_start", "kv_len")),
             Job("merge", target, 128, "bfloat16"),
         ]
@@ -159,7 +178,7 @@ def specialisation(job: Job, config: dict[str, int] | None) -> tuple[Any, dict[s
         constants |= {"BLOCK_C": 8, "stride_out_dim": 1, "sinks_ptr": None, "lse_ptr": None}
         return merge.merge_kernel, {"num_warps": merge.merge_warps(8, block_d)}, constants
     itemsize = TYPES[job.dtype][1]
-    block_m = configs.decode_rows(job.rows) if job.kernel == "decode" else 0
+    block_m = {"decode": configs.decode_rows(job.rows), "grouped": job.tile_rows}.get(job.kernel, 0)
     config = config or asdict(configs.heuristic(job.kernel, job.head_dim, itemsize, job.target, block_m))
     names = {"window": "window", "softcap": "softcap_inner"}
     constants |= {names.get(name, f"{name}_ptr"): None for name in absent}
