@@ -9,14 +9,17 @@ from .flashinfer import FlashInferCascade, FlashInferPlain
 from .flex_attention import FlexAttention
 from .hugging_face import HuggingFace
 from .interface import Peer
-from .ours import OneRegime, Ours, OwnKeysOnly
+from .ours import OneRegime, Ours, OursInPlace, OwnKeysOnly
+from .peft import Peft
 from .problem import Point, Problem
 from .sdpa import SdpaReplica
+from .sdpa_concatenated import SdpaConcatenated
+from .sdpa_in_place import SdpaInPlace
 from .shared_pages import SharedPages
 
 __all__ = [
-    "HuggingFace", "OneRegime", "Ours", "OwnKeysOnly", "Peer", "Point", "Problem", "SdpaReplica", "SharedPages",
-    "all_peers",
+    "HuggingFace", "OneRegime", "Ours", "OursInPlace", "OwnKeysOnly", "Peer", "Peft", "Point", "Problem",
+    "SdpaConcatenated", "SdpaInPlace", "SdpaReplica", "SharedPages", "all_peers", "cpu_peers",
 ]  # fmt: skip
 
 #: Names that the summary looks for. Ours is timed twice: the difference is the noise of the run.
@@ -46,4 +49,18 @@ def all_peers(backend: str = "triton") -> list[Peer]:
         SdpaReplica(SDPBackend.CUDNN_ATTENTION),
         SdpaReplica(SDPBackend.EFFICIENT_ATTENTION),
         HuggingFace(),
+    ]
+
+
+def cpu_peers() -> list[Peer]:
+    """Every provider on a CPU, ours first. There a step is timed: the newest keys are put into a cache, then read."""
+    return [
+        OursInPlace(OURS, "torch"),
+        OursInPlace(AGAIN, "torch"),
+        OwnKeysOnly(NO_PREFIX, "torch"),
+        SdpaInPlace(),
+        SdpaConcatenated(),
+        HuggingFace(),
+        HuggingFace("eager"),
+        Peft(),
     ]

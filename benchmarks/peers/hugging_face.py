@@ -1,19 +1,21 @@
 """What transformers does for prefix tuning: the cache holds the prefix once per row, and each step copies it all.
 
-A dynamic cache concatenates the new keys to the old ones at every layer and step, then calls SDPA; with a prefix in
-the cache, prefill also carries a mask ``[B, 1, n, m + n]``, which rules the flash kernels out. The cache's own
-concatenation is done here, and its own attention function is called, so that each version does what it does.
+A dynamic cache concatenates the new keys to the old ones at every layer and step, then calls the model's attention
+function; with a prefix in the cache, prefill also carries a mask ``[B, 1, n, m + n]``, which rules the flash kernels
+out. The concatenation is done here, and transformers' own functions are called: each version does what it does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .interface import Peer
 from .problem import Problem
@@ -21,28 +23,43 @@ from .sdpa import lower_right_mask
 
 
 class HuggingFace(Peer):
-    """One layer's cache update and attention."""
+    """One layer's cache update and attention, by transformers' SDPA or its eager function."""
 
-    name = "hugging face, concatenation"
     replicates = True
 
-    def __init__(self) -> None:
+    def __init__(self, implementation: str = "sdpa") -> None:
+        self.eager = implementation == "eager"
+        self.name = "hugging face, eager" if self.eager else "hugging face, concatenation"
         self.version = f"transformers {transformers.__version__}"
 
     def prepare(self, problem: Problem) -> Callable[[], Tensor]:
-        q, new = problem.q, problem.point.q_len
-        cached, fresh = (
-            [x[:, :, part].contiguous() for x in problem.replica] for part in (slice(None, -new), slice(-new, None))
-        )
-        keys = cached[0].shape[2] + new
-        mask = None  # one new token sees everything, and unpadded batches carry no mask
-        if new > 1:
-            mask = lower_right_mask(new, keys, q.device).expand(q.shape[0], 1, -1, -1).contiguous()
-        module = SimpleNamespace(num_key_value_groups=problem.point.group, is_causal=True)
+        return layer_step(problem, problem.q, *problem.replica, mask=problem.replica_mask, eager=self.eager)
 
-        def call() -> Tensor:
-            k, v = (torch.cat([old, x], dim=-2) for old, x in zip(cached, fresh, strict=True))
-            out: Tensor = sdpa_attention_forward(module, q, k, v, mask)[0]  # [B, Q, H, D]
-            return out.transpose(1, 2)
 
-        return call
+def layer_step(
+    problem: Problem, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, eager: bool = False
+) -> Callable[[], Tensor]:
+    """A layer's step for the rows of q: all but the newest keys lie in its cache, the newest are appended.
+
+    Args:
+        q: ``[rows, H, Q, D]``.
+        k, v: ``[rows, kv_heads, keys, D]``, the newest last.
+        mask: bool ``[rows, 1, Q, keys]``; by default each query sees all keys up to its own.
+    """
+    new, keys = problem.point.q_len, k.shape[2]
+    cached, fresh = ([x[:, :, part].contiguous() for x in (k, v)] for part in (slice(None, -new), slice(-new, None)))
+    if mask is None and new > 1:  # one new token sees everything, and unpadded batches carry no mask
+        mask = lower_right_mask(new, keys, q.device).expand(q.shape[0], 1, -1, -1).contiguous()
+    attention: Callable[..., Any] = sdpa_attention_forward
+    if eager:
+        attention = eager_attention_forward
+        mask = None if mask is None else q.new_zeros(()).where(mask, torch.finfo(q.dtype).min)
+    module = SimpleNamespace(num_key_value_groups=problem.point.group, is_causal=True, training=False)
+    scaling = q.shape[3] ** -0.5
+
+    def step() -> Tensor:
+        k, v = (torch.cat([old, x], dim=-2) for old, x in zip(cached, fresh, strict=True))
+        out: Tensor = attention(module, q, k, v, mask, scaling=scaling)[0]  # [rows, Q, H, D]
+        return out.transpose(1, 2)
+
+    return step

@@ -83,3 +83,16 @@ class OneRegime(Ours):
             return triton.forward(attention_call)[0]
 
         return call
+
+
+class OursInPlace(Ours):
+    """A whole step, as `SdpaInPlace` takes it: the newest keys are written to the rows' preallocated caches first."""
+
+    def prepare(self, problem: Problem) -> Callable[[], Tensor]:
+        append, attend = problem.append_newest(problem.k, problem.v), super().prepare(problem)
+
+        def call() -> Tensor:
+            append()
+            return attend()
+
+        return call

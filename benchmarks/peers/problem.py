@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from prefix_attn.backends.reference import gather_prefix
+from prefix_attn.backends.reference import gather_prefix, visible
 from prefix_attn.checks import checked_call
 from prefix_attn.types import AttentionCall, PrefixKV
 
@@ -17,7 +19,12 @@ from prefix_attn.types import AttentionCall, PrefixKV
 class Point:
     """Sizes of a call: ``batch`` rows over ``tasks`` prefixes of ``m`` tokens, ``n`` own keys a row.
 
-    In decode each row asks one query, in prefill n; row b belongs to task ``b % tasks``. Llama-3's heads by default.
+    In decode each row asks one query, in prefill n. Llama-3's heads by default.
+
+    Attributes:
+        skew: how rows are dealt to tasks: "even" in turn; "zipf", task t in proportion to 1 / (t + 1); "one big", every
+            other task has one row. The last two in a random order; every task has at least one row.
+        ragged: whether prefixes have from a quarter of m to m tokens, evenly spread, instead of m.
     """
 
     op: str  # "decode" or "prefill"
@@ -29,6 +36,28 @@ class Point:
     kv_heads: int = 8
     head_dim: int = 128
     dtype: str = "bfloat16"
+    skew: str = "even"
+    ragged: bool = False
+
+    @property
+    def task_ids(self) -> list[int]:
+        """The task of each row."""
+        if self.skew == "even":
+            return [b % self.tasks for b in range(self.batch)]
+        spare, weights = self.batch - self.tasks, [1.0, *[0.0] * (self.tasks - 1)]
+        if self.skew == "zipf":
+            weights = [1 / (t + 1) for t in range(self.tasks)]
+        bounds = [round(spare * sum(weights[: t + 1]) / sum(weights)) for t in range(self.tasks)]
+        ids = [t for t in range(self.tasks) for _ in range(1 + bounds[t] - (bounds[t - 1] if t else 0))]
+        random.Random(0).shuffle(ids)
+        return ids
+
+    @property
+    def lens(self) -> list[int]:
+        """Prefix tokens of each task."""
+        if not self.ragged or self.tasks == 1:
+            return [self.m] * self.tasks
+        return [self.m * (self.tasks - 1 + 3 * t) // (4 * (self.tasks - 1)) for t in range(self.tasks)]
 
     @property
     def q_len(self) -> int:
@@ -43,7 +72,9 @@ class Point:
         """The point in words; Llama-3's heads in bfloat16 go without saying."""
         sizes = f"{self.op} B={self.batch} T={self.tasks} m={self.m} n={self.n}"
         heads = (self.q_heads, self.kv_heads, self.head_dim, self.dtype)
-        return sizes if heads == (32, 8, 128, "bfloat16") else f"{sizes} {'/'.join(map(str, heads))}"
+        if heads != (32, 8, 128, "bfloat16"):
+            sizes += f" {'/'.join(map(str, heads))}"
+        return sizes + (f" {self.skew}" if self.skew != "even" else "") + (" ragged" if self.ragged else "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,14 +98,14 @@ class Problem:
             return torch.randn(shape, generator=rng, device=device, dtype=dtype)
 
         own = (point.batch, point.kv_heads, point.n, point.head_dim)
-        prefix = (point.kv_heads, point.m, point.head_dim)
+        prefixes = [(point.kv_heads, m, point.head_dim) for m in point.lens]
         return cls(
             point=point,
             q=2 * randn(point.batch, point.q_heads, point.q_len, point.head_dim),
             k=randn(*own),
             v=randn(*own),
-            prefix=PrefixKV.pack([(randn(*prefix), randn(*prefix)) for _ in range(point.tasks)]),
-            task_ids=torch.arange(point.batch, dtype=torch.int32, device=device) % point.tasks,
+            prefix=PrefixKV.pack([(randn(*shape), randn(*shape)) for shape in prefixes]),
+            task_ids=torch.tensor(point.task_ids, dtype=torch.int32, device=device),
         )
 
     @cached_property
@@ -84,9 +115,35 @@ class Problem:
 
     @cached_property
     def replica(self) -> tuple[Tensor, Tensor]:
-        """Keys and values with each row's own copy of its prefix in front: ``[B, kv_heads, m + n, D]`` x 2."""
+        """Keys and values with each row's own copy of its prefix in front: ``[B, kv_heads, m + n, D]`` x 2.
+
+        Prefixes of different lengths are padded to the longest; `replica_mask` then says what is a key.
+        """
         pk, pv, _ = gather_prefix(self.prefix, self.task_ids)
         return torch.cat([pk, self.k], dim=2), torch.cat([pv, self.v], dim=2)
+
+    @cached_property
+    def replica_mask(self) -> Tensor | None:
+        """Which of the replica's keys each query sees, bool ``[B, 1, Q, m + n]``; None if prefixes are equally long."""
+        if not self.point.ragged:
+            return None
+        lens = self.prefix.lens[self.task_ids.long()]
+        return visible(self.call, int(lens.max()), lens)
+
+    def append_newest(self, k: Tensor, v: Tensor) -> Callable[[], None]:
+        """A call that writes the newest keys and values of all rows to the end of a preallocated cache.
+
+        ``k`` and ``v`` are that cache, ``[B, kv_heads, any, D]``, and hold these values already.
+        """
+        new = self.point.q_len
+        slots = [x[:, :, -new:] for x in (k, v)]
+        newest = [x[:, :, -new:].clone() for x in (self.k, self.v)]
+
+        def append() -> None:
+            for slot, x in zip(slots, newest, strict=True):
+                slot.copy_(x)
+
+        return append
 
     @cached_property
     def without_prefix(self) -> Problem:

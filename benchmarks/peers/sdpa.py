@@ -49,20 +49,24 @@ class SdpaReplica(Peer):
 
     def prepare(self, problem: Problem) -> Callable[[], Tensor]:
         k, v = problem.replica
-        q, gqa = problem.q, problem.point.group > 1
-        mask: Tensor | None = None
-        if problem.point.q_len == 1:
-            q, gqa = q.view(q.shape[0], k.shape[1], -1, q.shape[3]), False  # [B, kv_heads, G, D]
-        elif self.backend in LOWER_RIGHT and q.is_cuda:
+        q, mask, gqa = packed(problem, k)
+        if problem.point.q_len > 1 and not problem.point.ragged and self.backend in LOWER_RIGHT and q.is_cuda:
             mask = causal_lower_right(q.shape[2], k.shape[2])
-        else:
-            mask = lower_right_mask(q.shape[2], k.shape[2], q.device)
 
         def call() -> Tensor:
             with sdpa_kernel(self.backend):
                 return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
 
         return call
+
+
+def packed(problem: Problem, k: Tensor) -> tuple[Tensor, Tensor | None, bool]:
+    """Queries, mask and ``enable_gqa`` for SDPA on the replica ``k``; in decode, the heads of a kv head are queries."""
+    q = problem.q
+    if problem.point.q_len == 1:
+        return q.view(q.shape[0], k.shape[1], -1, q.shape[3]), problem.replica_mask, False  # [B, kv_heads, G, D]
+    mask = lower_right_mask(q.shape[2], k.shape[2], q.device)
+    return q, mask if problem.replica_mask is None else problem.replica_mask, problem.point.group > 1
 
 
 def lower_right_mask(q_len: int, keys: int, device: torch.device) -> Tensor:
