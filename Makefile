@@ -27,8 +27,8 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(BIN)/mypy
 
-bench: $(VENV)/ready  ## mixed-task generation on the CPU, patched against PEFT
-	$(BIN)/python -m benchmarks.generate
+bench: $(VENV)/ready  ## a few points of every benchmark, in two minutes; `prefix-attn bench --help` for more
+	$(BIN)/prefix-attn bench all --quick
 
 gpu:  ## on a machine with an NVIDIA GPU: tests, parity and timings with the torch and Triton it has
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu

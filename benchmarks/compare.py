@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import warnings
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 
 from prefix_attn.cost import Cost
 
+from .memory import allocated_at_once
 from .peers import Peer, Point, Problem
 from .peers.check import Reference, uninitialised_memory_is_nan
 from .record import Environment, Row
@@ -63,7 +65,7 @@ class _Comparison:
         self.bench, self.point = bench, point
         first = Problem.random(point, bench.device, seed)
         self.cost, self.own_cost = Cost.of(first.call), Cost.of(first.without_prefix.call)
-        sets = input_sets(self.own_cost.bytes)  # the peer that touches least needs the most
+        sets = input_sets(self.own_cost.bytes, bench.device)  # the peer that touches least needs the most
         self.problems = [first, *(Problem.random(point, bench.device, seed + i) for i in range(1, sets))]
         self.references = {True: Reference.of(first), False: Reference.of(first.without_prefix)}
         self.runners: dict[str, Runner] = {}
@@ -80,10 +82,13 @@ class _Comparison:
         """The peer's row without times; a runner waits for it if its result was right."""
         cost = self.cost if peer.with_prefix else self.own_cost
         touched = cost.bytes_replicated if peer.replicates else cost.bytes
-        sets = min(len(self.problems), input_sets(touched))
+        sets = min(len(self.problems), input_sets(touched, self.bench.device))
+        roofs, dtype = self.bench.roofs, self.point.dtype
         row = Row(
             provider=peer.name, version=peer.version, **asdict(self.point), status="", failed=False,
-            bytes=touched, flops=cost.flops, floor_us=self.bench.roofs.floor_us(cost),
+            bytes=touched, flops=cost.flops, floor_us=roofs.floor_us(cost, dtype),
+            roof_bytes_per_s=roofs.bytes_per_s, roof_cache_bytes_per_s=roofs.cache_bytes_per_s,
+            roof_flops_per_s=roofs.flops_per_s[dtype],
             eager_error=self.references[peer.with_prefix].eager_error, environment=self.bench.environment,
         )  # fmt: skip
         reason = peer.unavailable(self.bench.device)
@@ -124,14 +129,17 @@ class _Comparison:
                 wrong = "elements are NaN, infinite or were never written"
             if wrong is not None:
                 return replace(row, error=error, status=f"wrong when repeated: {wrong}", failed=True)
-            host = host_us(calls, device)
+            inputs = row.bytes - out.numel() * out.element_size()  # what is read; the result is allocated
+            peak = inputs + allocated_at_once(calls[0], device)
+            host = host_us(calls, device) if device.type == "cuda" else None  # a CPU is its own host
         self.runners[peer.name] = runner
-        return replace(row, status=f"ok, {note}" if note else "ok", sets=sets, host_us=host)
+        return replace(row, status=f"ok, {note}" if note else "ok", sets=sets, host_us=host, peak_bytes=peak)
 
     def _replica_limit(self) -> int:
-        if self.bench.device.type != "cuda":
-            return REPLICA_LIMIT
-        return min(REPLICA_LIMIT, torch.cuda.get_device_properties(self.bench.device).total_memory // 3)
+        if self.bench.device.type == "cuda":
+            return min(REPLICA_LIMIT, torch.cuda.get_device_properties(self.bench.device).total_memory // 3)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return min(REPLICA_LIMIT, memory // 12)  # several peers hold one at a time
 
 
 def _timed(row: Row, timing: Timing) -> Row:

@@ -1,158 +1,278 @@
 """Mixed-task generation through ``model.generate``: the patched model against PEFT, which takes one task a batch.
 
 PEFT's fair figure is the batch grouped by task, run group by group; ours is the batch as it is. Both run in this
-process, alternating, on the same weights, prefixes and prompts, and must give the same tokens before they are timed.
-Decode time is ``t(new tokens) - t(1 token)``, so that prompt reading is not counted in it.
+process, taking turns, on the same weights, prefixes and prompts, and must agree before they are timed: in their first
+logits, and in float32 in every token.
 
-    python -m benchmarks.generate                 # GPT-2-sized, 32 rows, 8 tasks, prefixes of 20, 100, 1024 tokens
-    python -m benchmarks.generate --repeats 1     # a quick look
+Decode time is ``t(new tokens) - t(1 token)``, so that reading prompts is not counted in it; the time to the first token
+is ``t(1 token)``, until the last row has it.
 """
 
 from __future__ import annotations
 
-import json
+import gc
+import random
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Any
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-import typer
-from rich.console import Console
-from rich.table import Table
+from torch import Tensor
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import prefix_attn as pa
+from prefix_attn.hf.verify import TOLERANCE
 
-from .record import Environment, package_version
+from .memory import allocated_at_once
+from .peers import OURS
+from .record import Environment, GenerationRow, package_version
+from .suites import Generation
+from .timing import first_line
 
-RESULTS = Path(__file__).parent / "results" / "cpu" / "generate.jsonl"
-VOCABULARY, EOS = 50257, 50256
+PEFT = "peft, grouped by task"
+MOST_REPEATS = 5
+
+#: Tokens of each row, ``[rows, prompt + new]``, and the logits of each row's first new token, ``[rows, vocabulary]``.
+Answer = tuple[Tensor, Tensor]
+
+
+def run_generations(
+    points: Sequence[Generation], device: torch.device, environment: Environment, seconds: float,
+    keep: Callable[[Iterable[GenerationRow]], None],
+) -> list[str]:  # fmt: skip
+    """Measure points until the time is up, handing their rows over as they come; what was left out."""
+    deadline = time.monotonic() + seconds
+    left_out: list[str] = []
+    model, made = None, ""
+    for i, point in enumerate(tqdm(points, desc="generate", unit="point", disable=None)):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            left_out.append(f"left out for want of time: {', '.join(map(str, points[i:]))}")
+            break
+        if made != point.model:
+            model = None  # its memory goes before the next is made
+            model = MODELS[point.model](max(p.m + p.prompt + p.new for p in points), device)
+            made = point.model
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of transformers, about PEFT
+                rows = Comparison(model, point, environment).rows(left / (len(points) - i))
+        except torch.OutOfMemoryError:
+            left_out.append(f"left out for want of memory: {point}")
+            continue
+        finally:
+            pa.unpatch(model)
+            gc.collect()
+        keep(rows)
+        for row in rows:
+            if row.failed:
+                tqdm.write(f"{row.provider} at {point}: {row.status}")
+    return left_out
+
+
+def gpt2_sized(positions: int, device: torch.device) -> Any:
+    """GPT-2's shape (12 layers, 12 heads of 64, 124M parameters), float32, with room for the prefix."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    end = 50256
+    config = GPT2Config(n_positions=max(positions, 1024), bos_token_id=end, eos_token_id=end, pad_token_id=end)
+    return GPT2LMHeadModel(config).to(device).eval()
+
+
+def llama_3_8b_shaped(positions: int, device: torch.device) -> Any:
+    """Llama-3-8B's shape (32 layers, 32 heads of 128 over 8 kv heads), bfloat16, 16 GB made on the device."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=max(positions, 8192), rope_theta=500000.0,
+        bos_token_id=128000, eos_token_id=128001, pad_token_id=128001,
+    )  # fmt: skip
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with device:
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+#: Random weights of a known shape, by name.
+MODELS: dict[str, Callable[[int, torch.device], Any]] = {"GPT-2": gpt2_sized, "Llama-3-8B": llama_3_8b_shaped}
 
 
 @dataclass(frozen=True)
-class Row:
-    """One provider at one point. Times in seconds, bytes exact."""
+class Geometry:
+    """What a prefix must fit."""
 
-    provider: str
-    rows: int
-    tasks: int
-    prefix_tokens: int
-    prompt_tokens: int
-    new_tokens: int
-    decode_s: float
-    decode_s_min: float
-    decode_s_max: float
-    decode_tokens_per_s: float
-    prefill_s: float
-    prefix_bytes: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, model: Any) -> Geometry:
+        config = model.config
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(config.num_hidden_layers, kv_heads, head_dim)
 
 
-def main(
-    rows: Annotated[int, typer.Option(help="Rows of the batch.")] = 32,
-    tasks: Annotated[int, typer.Option(help="Tasks in the batch; rows are dealt to them in turn.")] = 8,
-    prefix: Annotated[list[int] | None, typer.Option(help="Prefix lengths m; repeatable.")] = None,
-    prompt: Annotated[int, typer.Option(help="Prompt tokens of each row.")] = 16,
-    new: Annotated[int, typer.Option(help="New tokens of each row.")] = 9,
-    repeats: Annotated[int, typer.Option(help="Alternations of the providers; the median is reported.")] = 3,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-) -> None:
-    """Time patched against PEFT, print a table, and append JSON lines to benchmarks/results/cpu/generate.jsonl."""
-    torch.set_num_threads(threads)
-    lengths = prefix or [20, 100, 1024]
-    model = gpt2_sized(max(lengths) + prompt + new)
-    results: list[Row] = []
-    with tqdm(total=len(lengths) * (repeats + 1) * 4, unit="run", desc="generate") as progress:
-        for m in lengths:
-            results += measure(model, rows, tasks, m, prompt, new, repeats, progress.update)
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    run = asdict(Environment.read(torch.device("cpu"))) | {
-        "threads": threads, "peft_version": package_version("peft"), "model": "GPT-2-sized, random weights, float32",
-    }  # fmt: skip
-    with RESULTS.open("a") as file:
-        file.writelines(json.dumps(asdict(row) | run) + "\n" for row in results)
-    show(results)
+class Comparison:
+    """Both providers at one point."""
+
+    def __init__(self, model: Any, point: Generation, environment: Environment) -> None:
+        self.model, self.point = model, point
+        self.device = model.device
+        rng = torch.Generator(self.device).manual_seed(point.m)
+        g = Geometry.of(model)
+        shape = (g.layers, 2, g.kv_heads, point.m, g.head_dim)
+        prefixes = {
+            f"task{t}": torch.randn(shape, generator=rng, device=self.device, dtype=model.dtype)
+            for t in range(point.tasks)
+        }
+        size = (point.rows, point.prompt)
+        self.prompts = torch.randint(0, model.config.eos_token_id, size, generator=rng, device=self.device)
+        self.task_of = [f"task{row % point.tasks}" for row in range(point.rows)]
+        self.bank = pa.PrefixBank.for_model(model)
+        for name, x in prefixes.items():
+            self.bank.add(name, [(k, v) for k, v in x])
+        self.peft = with_peft(model, prefixes)
+        members = {name: [row for row in range(point.rows) if self.task_of[row] == name] for name in prefixes}
+        self.groups = {name: rows for name, rows in members.items() if rows}
+        self.run = {OURS: self.patched, PEFT: self.grouped}
+        self.answers: dict[str, Answer] = {}
+        self.template = GenerationRow(
+            provider="", version="", model=point.model, dtype=str(model.dtype).removeprefix("torch."), rows=point.rows,
+            tasks=point.tasks, prefix_tokens=point.m, prompt_tokens=point.prompt, new_tokens=point.new,
+            cache=point.cache, status="", failed=False, environment=environment,
+        )  # fmt: skip
+
+    def patched(self, new: int) -> Answer:
+        """The batch as it is."""
+        pa.patch(self.model, self.bank)
+        return self._generate(self.model, self.prompts, new, task_ids=self.task_of)
+
+    def grouped(self, new: int) -> Answer:
+        """One batch after another, each of one task."""
+        pa.unpatch(self.model)
+        tokens = self.prompts.new_empty(self.point.rows, self.point.prompt + new)
+        logits: Tensor | None = None
+        for name, rows in self.groups.items():
+            self.peft.set_adapter(name)
+            tokens[rows], some = self._generate(self.peft, self.prompts[rows], new)
+            logits = some.new_empty(self.point.rows, some.shape[1]) if logits is None else logits
+            logits[rows] = some
+        assert logits is not None, "a batch has at least one row"
+        return tokens, logits
+
+    def _generate(self, model: Any, prompts: Tensor, new: int, **options: Any) -> Answer:
+        if self.point.cache == "static":
+            options["cache_implementation"] = "static"
+        out = model.generate(
+            input_ids=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=new, min_new_tokens=new,
+            do_sample=False, output_logits=True, return_dict_in_generate=True, **options,
+        )  # fmt: skip
+        return out.sequences, out.logits[0]
+
+    def rows(self, seconds: float) -> list[GenerationRow]:
+        """One row per provider; those that fail or disagree carry no time."""
+        start = time.monotonic()
+        rows = {name: self._tried(name) for name in self.run}
+        usable = [name for name, row in rows.items() if row.status == "ok"]
+        if len(usable) == len(self.run):
+            wrong = self._disagreement()
+            if wrong is not None:
+                return [replace(row, status=f"wrong: {wrong}", failed=True) for row in rows.values()]
+        elapsed = time.monotonic() - start  # two of each: what one round will take is at most that
+        repeats = max(1, min(MOST_REPEATS, int((seconds - elapsed) / max(elapsed / 2, 1e-3))))
+        times = self._times(usable, repeats)
+        return [self._timed(row, *times[name]) if name in times else row for name, row in rows.items()]
+
+    def _tried(self, name: str) -> GenerationRow:
+        """The provider's row after a run that warms it up: its memory, or why it cannot run."""
+        version = pa.__version__ if name == OURS else f"peft {package_version('peft')}"
+        row = replace(self.template, provider=name, version=version)
+        held, at_once = self._held(name)
+        try:
+            self.answers[name] = self.run[name](self.point.new)
+            few = self.point.new if self.device.type == "cuda" else 2  # two tokens show it; more take time
+            allocated = allocated_at_once(lambda: self.run[name](few), self.device)
+        except torch.OutOfMemoryError:
+            return replace(row, status="skipped: out of memory", failed=name == OURS)
+        except Exception as e:  # whatever a provider raises is its answer to this point
+            return replace(row, status=f"refused: {type(e).__name__}: {first_line(e)}", failed=name == OURS)
+        resident = self.bank.memory_usage.allocated if name == OURS else self._adapters()
+        return replace(row, status="ok", prefix_bytes=held, prefix_bytes_at_once=at_once,
+                       peak_bytes=resident + allocated)  # fmt: skip
+
+    def _held(self, name: str) -> tuple[int, int]:
+        """Bytes of prefix: over the whole batch, and at once.
+
+        Ours is the bank. PEFT keeps its adapters, and copies each row's prefix into the cache of the row's group.
+        """
+        bank = self.bank.memory_usage.total
+        if name == OURS:
+            return bank, bank
+        copy = bank // self.point.tasks
+        largest = max(map(len, self.groups.values()))
+        return self._adapters() + copy * self.point.rows, self._adapters() + copy * largest
+
+    def _adapters(self) -> int:
+        return sum(x.numel() * x.element_size() for x in self.peft.prompt_encoder.parameters())
+
+    def _disagreement(self) -> str | None:
+        """What differs between the providers' answers, if too much does."""
+        (ours, logits), (theirs, expected) = (self.answers[name] for name in (OURS, PEFT))
+        difference, largest = float((logits - expected).abs().max()), float(expected.abs().max())
+        if not difference <= TOLERANCE[self.model.dtype] * max(largest, 1.0):
+            return f"first logits differ by {difference:.1e} (largest {largest:.1e})"
+        if self.model.dtype == torch.float32 and not torch.equal(ours, theirs):
+            return f"{int((ours != theirs).any(dim=1).sum())} of {self.point.rows} rows differ in their tokens"
+        return None
+
+    def _times(self, names: Sequence[str], repeats: int) -> dict[str, tuple[list[float], list[float]]]:
+        """For each provider, seconds to one token and to all, one of each for every repeat; they take turns."""
+        rng = random.Random(0)
+        times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
+        for _ in range(repeats):
+            for name in rng.sample(list(names), len(names)):
+                for new, found in zip((1, self.point.new), times[name], strict=True):
+                    begin = time.perf_counter()
+                    self.run[name](new)
+                    if self.device.type == "cuda":
+                        torch.cuda.synchronize(self.device)
+                    found.append(time.perf_counter() - begin)
+        return times
+
+    def _timed(self, row: GenerationRow, first: list[float], all_of_them: list[float]) -> GenerationRow:
+        decode = [whole - one for whole, one in zip(all_of_them, first, strict=True)]
+        if min(decode) <= 0:
+            return replace(row, status="no time: one token took as long as all; the machine is busy")
+        tokens = self.point.rows * (self.point.new - 1)
+        rates = sorted(tokens / x for x in decode)
+        fifths = statistics.quantiles(rates, n=5, method="inclusive") if len(rates) > 1 else rates * 4
+        one = statistics.median(first)
+        return replace(
+            row, repeats=len(rates), decode_tokens_per_s=statistics.median(rates), decode_p20=fifths[0],
+            decode_p80=fifths[3], first_token_s=one, prefill_tokens_per_s=self.point.rows * self.point.prompt / one,
+        )  # fmt: skip
 
 
-def gpt2_sized(positions: int) -> Any:
-    """GPT-2's shape (12 layers, 12 heads of 64, 124M parameters) with random weights and room for the prefix."""
-    torch.manual_seed(0)
-    config = GPT2Config(n_positions=max(positions, 1024), bos_token_id=EOS, eos_token_id=EOS, pad_token_id=EOS)
-    return GPT2LMHeadModel(config).eval()
-
-
-def measure(
-    model: Any, rows: int, tasks: int, m: int, prompt: int, new: int, repeats: int, step: Callable[[], Any]
-) -> list[Row]:
-    """Both providers at one prefix length; raises if their tokens differ."""
-    rng = torch.Generator().manual_seed(m)
-    prefixes = {f"task{t}": torch.randn(12, 2, 12, m, 64, generator=rng) for t in range(tasks)}
-    ids = torch.randint(0, EOS, (rows, prompt), generator=rng)
-    task_of = [f"task{row % tasks}" for row in range(rows)]
-
-    bank = pa.PrefixBank.for_model(model)
-    for name, key_values in prefixes.items():
-        bank.add(name, [(k, v) for k, v in key_values])
-    grouped = {name: [row for row in range(rows) if task_of[row] == name] for name in prefixes}
-    peft_model = with_peft(model, prefixes)
-
-    def patched(n: int) -> torch.Tensor:
-        pa.patch(model, bank)
-        out: torch.Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), task_ids=task_of, **exactly(n))
-        return out
-
-    def peft(n: int) -> torch.Tensor:
-        pa.unpatch(model)
-        out = torch.empty(rows, prompt + n, dtype=torch.long)
-        for name, members in grouped.items():
-            peft_model.set_adapter(name)
-            own = ids[members]
-            out[members] = peft_model.generate(input_ids=own, attention_mask=torch.ones_like(own), **exactly(n))
-        return out
-
-    providers = {"prefix_attn": patched, "peft, grouped by task": peft}
-    if not torch.equal(*(run(new) for run in providers.values())):
-        raise SystemExit(f"m={m}: the providers' tokens differ; nothing was timed")
-    seconds: dict[tuple[str, int], list[float]] = {(name, n): [] for name in providers for n in (1, new)}
-    for repeat in range(repeats + 1):
-        for name, run in providers.items():
-            for n in (1, new):
-                begin = time.perf_counter()
-                run(n)
-                if repeat:  # the first round warms up
-                    seconds[name, n].append(time.perf_counter() - begin)
-                step()
-    pa.unpatch(model)
-    peft_bytes = (
-        max(len(g) for g in grouped.values()) * bank.memory_usage.total // tasks
-    )  # one group's copies at a time
-    held = {"prefix_attn": bank.memory_usage.total, "peft, grouped by task": bank.memory_usage.total + peft_bytes}
-    out = []
-    for name in providers:
-        decode = [long - short for long, short in zip(seconds[name, new], seconds[name, 1], strict=True)]
-        median = statistics.median(decode)
-        out.append(Row(name, rows, tasks, m, prompt, new, median, min(decode), max(decode), rows * (new - 1) / median,
-                       statistics.median(seconds[name, 1]), held[name]))  # fmt: skip
-    return out
-
-
-def exactly(n: int) -> dict[str, Any]:
-    """Options that make generate produce n tokens, whatever they are."""
-    return {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False}
-
-
-def with_peft(model: Any, prefixes: dict[str, torch.Tensor]) -> Any:
-    """The same prefixes as PEFT adapters on the same model."""
+def with_peft(model: Any, prefixes: dict[str, Tensor]) -> Any:
+    """The same prefixes, each ``[layers, 2, kv_heads, m, head_dim]``, as PEFT adapters on the same model."""
     from peft import PrefixTuningConfig, get_peft_model
 
     wrapped: Any = None
     for name, key_values in prefixes.items():
-        m = key_values.shape[3]
-        config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=m, num_layers=12, token_dim=768,
-                                    num_attention_heads=12, num_transformer_submodules=1)  # fmt: skip
+        layers, _, kv_heads, m, head_dim = key_values.shape
+        config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=m, num_layers=layers,
+                                    token_dim=kv_heads * head_dim, num_attention_heads=kv_heads,
+                                    num_transformer_submodules=1)  # fmt: skip
         if wrapped is None:
             wrapped = get_peft_model(model, config, adapter_name=name)
         else:
@@ -161,22 +281,3 @@ def with_peft(model: Any, prefixes: dict[str, torch.Tensor]) -> Any:
             wrapped.prompt_encoder[name].embedding.weight.copy_(key_values.permute(3, 0, 1, 2, 4).reshape(m, -1))
         wrapped.peft_config[name].inference_mode = True
     return wrapped.eval()
-
-
-def show(results: list[Row]) -> None:
-    """A table with the ratio of each pair."""
-    table = Table(title="Mixed-task generate on the CPU: decode, tokens/s (median)")
-    for column in ("m", "rows x tasks", "prefix_attn", "PEFT, grouped", "speed-up", "prefill speed-up", "prefix held"):
-        table.add_column(column, justify="right")
-    for ours, peft in zip(results[::2], results[1::2], strict=True):
-        table.add_row(
-            f"{ours.prefix_tokens}", f"{ours.rows} x {ours.tasks}", f"{ours.decode_tokens_per_s:.1f}",
-            f"{peft.decode_tokens_per_s:.1f}", f"{ours.decode_tokens_per_s / peft.decode_tokens_per_s:.2f}x",
-            f"{peft.prefill_s / ours.prefill_s:.2f}x",
-            f"{ours.prefix_bytes / 2**20:.1f} MiB, PEFT {peft.prefix_bytes / 2**20:.1f} MiB",
-        )  # fmt: skip
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,6 +1,6 @@
 """``make gpu``: tests, parity and timings on a machine with a GPU, in one command that ends within its budget.
 
-    python -m benchmarks.gpu --budget 510 --stages tests,parity,decode,prefill
+    python -m benchmarks.gpu --budget 510 --stages tests,parity,decode,prefill,mixed,generate
 
 Stages run in that order, each within its share of what is left; what does not fit is named as left out. Rows go to
 ``benchmarks/results/<device>/<date>-<commit>.jsonl`` as they are measured, and a summary beside them is made from all
@@ -23,20 +23,10 @@ from typing import Annotated
 
 import torch
 import typer
-from tqdm import tqdm
 
-from . import record, summary
-from .compare import Bench, DeviceLost
-from .peers import OURS, Point, all_peers
-from .roofs import measure_roofs
-
-DECODE = [
-    Point("decode", batch, tasks, m, n)
-    for batch, tasks in ((1, 1), (16, 1), (16, 8), (64, 8), (256, 8))
-    for m, n in ((32, 64), (32, 512), (128, 64), (128, 512), (128, 4096), (1024, 64), (1024, 512), (8192, 64),
-                 (8192, 512))
-]  # fmt: skip
-PREFILL = [Point("prefill", 16, 4, m, n) for m in (32, 128, 1024, 8192) for n in (64, 512, 2048)]
+from . import record
+from .compare import DeviceLost
+from .run import Outcome, make_bench, run_attention, run_generate
 
 TESTS = [
     "tests/test_backends.py::TestTriton",
@@ -62,6 +52,8 @@ STAGES = {
     "parity": Stage(least_seconds=40),
     "decode": Stage(least_seconds=45, weight=3),
     "prefill": Stage(least_seconds=20, weight=1),
+    "mixed": Stage(least_seconds=20, weight=1),
+    "generate": Stage(least_seconds=40, weight=1.5),
 }
 
 
@@ -102,32 +94,6 @@ def run_tests(targets: list[str], seconds: float) -> bool:
         return False
 
 
-def run_points(bench: Bench, points: list[Point], seconds: float, path: Path) -> tuple[bool, list[str]]:
-    """Measure points until the time is up, storing rows as they come: whether none failed, and what was left out."""
-    deadline, fine = time.monotonic() + seconds, True
-    left_out: list[str] = []
-    for i, point in enumerate(tqdm(points, desc=points[0].op, disable=None)):
-        left = deadline - time.monotonic()
-        if left <= 0:
-            left_out.append(f"left out for want of time: {', '.join(map(str, points[i:]))}")
-            break
-        share = left / (len(points) - i)
-        try:
-            rows = bench.rows(point, seconds=0.6 * share, seed=1000 * i)
-        except torch.OutOfMemoryError:
-            left_out.append(f"left out for want of memory: {point}")
-            continue
-        record.append(path, rows)
-        fine = fine and not any(row.failed for row in rows)
-        times = {row.provider: row.median_us for row in rows if row.median_us is not None}
-        best = min((t for name, t in times.items() if not name.startswith(OURS)), default=float("nan"))
-        tqdm.write(f"{point}: {times.get(OURS, float('nan')):.1f} us, best peer {best:.1f} us")
-        for row in rows:
-            if row.failed:
-                tqdm.write(f"  {row.provider}: {row.status}")
-    return fine, left_out
-
-
 def chosen(stages: str) -> list[str]:
     """The stages of a comma-separated list, in the order they run."""
     names = {name.strip() for name in stages.split(",") if name.strip()}
@@ -137,7 +103,7 @@ def chosen(stages: str) -> list[str]:
 
 
 def main(
-    stages: Annotated[str, typer.Option(help="comma-separated, of tests, parity, decode, prefill")] = ",".join(STAGES),
+    stages: Annotated[str, typer.Option(help=f"comma-separated, of {', '.join(STAGES)}")] = ",".join(STAGES),
     budget: Annotated[float, typer.Option(help="seconds for everything")] = 510,
     out: Annotated[Path, typer.Option(help="folder for results")] = record.ROOT / "benchmarks" / "results",
     commit: Annotated[str | None, typer.Option(help="what to call this checkout, if it is without git")] = None,
@@ -152,7 +118,7 @@ def main(
     torch.cuda.set_device(device)
     environment = record.Environment.read(device, commit)
     print(environment, flush=True)
-    path = out / environment.slug / f"{environment.file_name}.jsonl"
+    outcome = Outcome(out / environment.slug / f"{environment.file_name}.jsonl")
 
     gc.freeze()  # a capture of a graph may collect garbage: what is imported by now need not be looked through
     fine, notes, bench = True, list[str](), None
@@ -168,23 +134,25 @@ def main(
                 passed = run_tests(TESTS if stage == "tests" else PARITY, share)
                 notes.append(f"{stage} {'passed' if passed else 'FAILED'}")
             else:
-                bench = bench or Bench(device, environment, measure_roofs(device), all_peers())
-                print(bench.roofs, flush=True)
-                remaining = share - (time.monotonic() - start)
-                passed, left_out = run_points(bench, DECODE if stage == "decode" else PREFILL, remaining, path)
-                notes += [f"{stage} {'measured' if passed else 'FAILED'}", *left_out]
+                had_failed, outcome.left_out = outcome.failed, []
+                if stage == "generate":
+                    run_generate(outcome, device, environment, quick=False, seconds=share)
+                else:
+                    bench = bench or make_bench(device, environment, quick=False)
+                    print(bench.roofs, flush=True)
+                    run_attention(outcome, bench, stage, False, share - (time.monotonic() - start))
+                passed = had_failed or not outcome.failed
+                notes += [f"{stage} {'measured' if passed else 'FAILED'}", *outcome.left_out]
         except DeviceLost as e:
             passed = False
             notes.append(f"{stage} FAILED: the device was lost {e}")
         fine = fine and passed
         print(f"== {stage} took {time.monotonic() - start:.1f} s", flush=True)
 
-    rows = record.read(path)
-    if rows:
-        page = summary.markdown(rows, environment, notes)
-        summary.write(path.with_suffix(".md"), page)
+    page = outcome.write_summary(environment, notes)
+    if page is not None:
         print(page, flush=True)
-        print(f"{len(rows)} rows in {path}", flush=True)
+        print(f"rows in {outcome.path}", flush=True)
     gc.unfreeze()
     print(f"{'; '.join(notes)}; {budget - limits.left:.0f} s in all", flush=True)
     raise typer.Exit(0 if fine else 1)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -37,6 +38,7 @@ class Environment:
     commit: str
     dirty: bool
     date: str  # UTC
+    threads: int = 0  # PyTorch's, on a CPU
 
     @classmethod
     def read(cls, device: torch.device, commit: str | None = None) -> Environment:
@@ -44,7 +46,7 @@ class Environment:
         on_gpu = device.type == "cuda"
         found, dirty = git_state()
         return cls(
-            device=torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
+            device=torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
             driver=nvidia_smi(device, "driver_version") if on_gpu else "none",
             clocks=nvidia_smi(device, "clocks.sm,clocks.max.sm,clocks.mem,power.limit") if on_gpu else "none",
             torch_version=torch.__version__,
@@ -55,6 +57,7 @@ class Environment:
             commit=commit or found,
             dirty=dirty and commit is None,
             date=datetime.now(UTC).date().isoformat(),
+            threads=0 if on_gpu else torch.get_num_threads(),
         )
 
     @property
@@ -93,6 +96,8 @@ class Row:
     bytes: int
     flops: int
     floor_us: float
+    skew: str = "even"
+    ragged: bool = False
     median_us: float | None = None
     p20_us: float | None = None
     p80_us: float | None = None
@@ -104,6 +109,10 @@ class Row:
     fraction_of_floor: float | None = None
     gb_per_s: float | None = None
     tflop_per_s: float | None = None
+    peak_bytes: int | None = None  # what the call reads, and the most it allocates at once, its result included
+    roof_bytes_per_s: float | None = None
+    roof_cache_bytes_per_s: float | None = None
+    roof_flops_per_s: float | None = None
     error: float | None = None
     eager_error: float | None = None
     environment: Environment | None = None
@@ -114,7 +123,54 @@ class Row:
         return Point(**{f.name: getattr(self, f.name) for f in fields(Point)})
 
 
-def append(path: Path, rows: Iterable[Row]) -> None:
+@dataclass(frozen=True)
+class GenerationRow:
+    """One provider of end-to-end generation at one point, ``rows`` prompts over ``tasks`` tasks.
+
+    ``prefix_bytes`` is what the prefixes take over the whole batch, copies in caches included;
+    ``prefix_bytes_at_once`` the most of it that exists at a time. ``peak_bytes`` is everything but the weights.
+    Status and ``failed`` as in `Row`.
+    """
+
+    provider: str
+    version: str
+    model: str
+    dtype: str
+    rows: int
+    tasks: int
+    prefix_tokens: int
+    prompt_tokens: int
+    new_tokens: int
+    cache: str
+    status: str
+    failed: bool
+    repeats: int | None = None
+    decode_tokens_per_s: float | None = None  # median
+    decode_p20: float | None = None
+    decode_p80: float | None = None
+    first_token_s: float | None = None  # until every row has one
+    prefill_tokens_per_s: float | None = None
+    prefix_bytes: int | None = None
+    prefix_bytes_at_once: int | None = None
+    peak_bytes: int | None = None
+    environment: Environment | None = None
+
+    @property
+    def point(self) -> tuple[object, ...]:
+        """What makes two rows comparable."""
+        return (self.model, self.dtype, self.rows, self.tasks, self.prefix_tokens, self.prompt_tokens, self.new_tokens,
+                self.cache)  # fmt: skip
+
+
+AnyRow = TypeVar("AnyRow", Row, GenerationRow)
+
+
+def generation_path(path: Path) -> Path:
+    """Where the rows of generation go whose attention's rows go to ``path``."""
+    return path.with_name(f"{path.stem}-generate.jsonl")
+
+
+def append(path: Path, rows: Iterable[Row | GenerationRow]) -> None:
     """Add rows to a file of JSON lines; each is written whole or, if the run is cut, not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -124,18 +180,29 @@ def append(path: Path, rows: Iterable[Row]) -> None:
             file.write(json.dumps(flat) + "\n")
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path, kind: type[AnyRow]) -> list[AnyRow]:
     """The rows of a file, the latest of each provider and point; empty if there is no file."""
     if not path.is_file():
         return []
-    latest: dict[object, Row] = {}
-    ours, theirs = {f.name for f in fields(Row)}, {f.name for f in fields(Environment)}
+    latest: dict[object, AnyRow] = {}
+    ours, theirs = {f.name for f in fields(kind)}, {f.name for f in fields(Environment)}
     for line in path.read_text().splitlines():
         flat = json.loads(line)
         environment = Environment(**{name: flat[name] for name in theirs}) if theirs <= flat.keys() else None
-        row = Row(**{name: flat[name] for name in flat.keys() & ours}, environment=environment)
+        row = kind(**{name: flat[name] for name in flat.keys() & ours}, environment=environment)
         latest[row.provider, row.point] = row
     return list(latest.values())
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it (Linux), else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    found = next((line.partition(":")[2] for line in lines if line.startswith("model name")), "")
+    name = " ".join(re.sub(r"\((R|TM)\)|\bCPU\b|@.*", " ", found).split())
+    return name or platform.processor() or platform.machine()
 
 
 def package_version(name: str) -> str:

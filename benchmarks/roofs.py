@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,51 +12,82 @@ from prefix_attn.cost import Cost, Roof
 
 from .timing import REPEATS, Calls, Timing, runner_for
 
-COPY_BYTES = 8 * 10**9
-MATMUL_SIZE = 8192
-LAUNCHES = 256
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is copied and multiplied to find the roofs: much more than the caches hold, and much less."""
+
+    copy_bytes: int
+    cached_bytes: int
+    matmul: int
+    launches: int = 256
+
+
+GPU = Sizes(copy_bytes=8 * 10**9, cached_bytes=16 * 2**20, matmul=8192)
+CPU = Sizes(copy_bytes=5 * 10**8, cached_bytes=2**19, matmul=1536)
 
 
 @dataclass(frozen=True)
 class Roofs:
-    """Bytes/s of a large copy (read and written), FLOP/s of a large matrix product, microseconds of an empty launch.
+    """What calls are held against.
 
-    The launch is one of many that wait for each other in one CUDA graph, which is how the calls are timed.
+    Attributes:
+        bytes_per_s: of a large copy, bytes read and written.
+        cache_bytes_per_s: the same of a copy that stays in the L2 cache.
+        flops_per_s: of a large matrix product, by dtype.
+        launch_us: an empty call; one of many that wait for each other in a CUDA graph, as the calls timed are.
     """
 
     bytes_per_s: float
-    flops_per_s: float
+    cache_bytes_per_s: float
+    flops_per_s: Mapping[str, float]
     launch_us: float
 
-    def floor_us(self, cost: Cost) -> float:
-        """Microseconds below which nothing that does this work can run."""
-        return max(cost.floor_us(Roof(self.bytes_per_s, self.flops_per_s)), self.launch_us)
+    def floor_us(self, cost: Cost, dtype: str) -> float:
+        """Microseconds below which nothing that does this work, its keys not in a cache, can run."""
+        return max(cost.floor_us(Roof(self.bytes_per_s, self.flops_per_s[dtype])), self.launch_us)
+
+    def __str__(self) -> str:
+        products = ", ".join(f"{1e-12 * rate:.3g} TFLOP/s in {dtype}" for dtype, rate in self.flops_per_s.items())
+        return (
+            f"measured: {1e-9 * self.bytes_per_s:.3g} GB/s copied, {1e-9 * self.cache_bytes_per_s:.3g} GB/s within the "
+            f"cache, {products}, {self.launch_us:.2f} us a call"
+        )
 
 
-def measure_roofs(
-    device: torch.device, copy_bytes: int = COPY_BYTES, matmul_size: int = MATMUL_SIZE, launches: int = LAUNCHES
-) -> Roofs:
-    """Medians; the copy takes at most a quarter of the free memory."""
-    if device.type == "cuda":
-        copy_bytes = min(copy_bytes, torch.cuda.mem_get_info(device)[0] // 4)
-    copy_s = _copy_seconds(device, copy_bytes // 4)
-    product_s = _product_seconds(device, matmul_size)
+def measure_roofs(device: torch.device, dtypes: tuple[str, ...] = DTYPES, sizes: Sizes | None = None) -> Roofs:
+    """Medians; the copy takes at most a quarter of a GPU's free memory."""
+    on_gpu = device.type == "cuda"
+    sizes = sizes or (GPU if on_gpu else CPU)
+    if on_gpu:
+        sizes = replace(sizes, copy_bytes=min(sizes.copy_bytes, torch.cuda.mem_get_info(device)[0] // 4))
+        products = {dtype: max(1024, sizes.matmul // (2 if dtype == "float32" else 1)) for dtype in dtypes}
+    else:
+        products = dict.fromkeys(dtypes, sizes.matmul)
     one = torch.zeros(1, device=device)
-    launch_s = _median_seconds([lambda: one.add_(1.0)] * launches, device)
-    if device.type == "cuda":
+    launch_s = _median_seconds([lambda: one.add_(1.0)] * sizes.launches, device)
+    roofs = Roofs(
+        bytes_per_s=sizes.copy_bytes / _copy_seconds(device, sizes.copy_bytes),
+        cache_bytes_per_s=sizes.cached_bytes / _copy_seconds(device, sizes.cached_bytes, times=32),
+        flops_per_s={dtype: 2 * size**3 / _product_seconds(device, size, dtype) for dtype, size in products.items()},
+        launch_us=1e6 * launch_s,
+    )
+    if on_gpu:
         torch.cuda.empty_cache()
-    return Roofs(copy_bytes // 4 * 4 / copy_s, 2 * matmul_size**3 / product_s, 1e6 * launch_s)
+    return roofs
 
 
-def _copy_seconds(device: torch.device, elements: int) -> float:
-    """A copy that reads and writes ``elements`` of two bytes each."""
-    source = torch.randn(elements, device=device, dtype=torch.bfloat16)
+def _copy_seconds(device: torch.device, size: int, times: int = 1) -> float:
+    """A copy that reads half of ``size`` bytes and writes the other half; one of so many in a row."""
+    source = torch.randn(max(1, size // 8), device=device)
     target = torch.empty_like(source)
-    return _median_seconds([lambda: target.copy_(source)], device)
+    return _median_seconds([lambda: target.copy_(source)] * times, device)
 
 
-def _product_seconds(device: torch.device, size: int) -> float:
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+def _product_seconds(device: torch.device, size: int, dtype: str) -> float:
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
     out = torch.empty_like(a)
 
     def product() -> Tensor:
@@ -65,7 +97,9 @@ def _product_seconds(device: torch.device, size: int) -> float:
 
 
 def _median_seconds(calls: Calls, device: torch.device) -> float:
+    """Seconds of one call."""
     runner, _ = runner_for(calls, device)
-    runner.seconds(3)
-    samples = [runner.seconds(5) / (5 * runner.calls) for _ in range(REPEATS)]
-    return 1e-6 * Timing.of(samples, 5 * runner.calls).median_us
+    warm, replays = (3, 5) if device.type == "cuda" else (1, 1)
+    runner.seconds(warm)
+    samples = [runner.seconds(replays) / (replays * runner.calls) for _ in range(REPEATS)]
+    return 1e-6 * Timing.of(samples, replays * runner.calls).median_us

@@ -12,6 +12,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -19,16 +21,24 @@ from torch import Tensor
 
 Calls = Sequence[Callable[[], Tensor]]
 
-#: Bytes after which a rotation has left any cache behind, and how many input sets it may take.
-ROTATION_BYTES, LEAST_SETS, MOST_SETS = 240_000_000, 2, 64
+#: Bytes after which a rotation has left a GPU's caches behind, and how many input sets it may take.
+ROTATION_BYTES, MOST_SETS = 240_000_000, 64
 
 REPEATS = 7
 LEAST_REPLAYS, LEAST_SECONDS = 5, 0.050
 
 
-def input_sets(touched_bytes: int) -> int:
-    """How many input sets a call that touches so many bytes is rotated through."""
-    return min(MOST_SETS, max(LEAST_SETS, math.ceil(ROTATION_BYTES / max(1, touched_bytes))))
+def input_sets(touched_bytes: int, device: torch.device) -> int:
+    """How many input sets a call that touches so many bytes is rotated through, so that none is found in a cache."""
+    rotation, least = (ROTATION_BYTES, 2) if device.type == "cuda" else (2 * cpu_cache_bytes(), 1)
+    return min(MOST_SETS, max(least, math.ceil(rotation / max(1, touched_bytes))))
+
+
+@lru_cache
+def cpu_cache_bytes() -> int:
+    """The largest cache of a core, as Linux tells it; 64 MiB, which is large, where it does not."""
+    found = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((1024 * int(file.read_text().strip().removesuffix("K")) for file in found), default=64 * 2**20)
 
 
 @dataclass(frozen=True)

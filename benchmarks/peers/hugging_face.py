@@ -21,6 +21,9 @@ from .interface import Peer
 from .problem import Problem
 from .sdpa import lower_right_mask
 
+#: Eager attention repeats keys and values for every query head; larger than this, in bytes, would take all the time.
+MOST_REPEATED_GPU, MOST_REPEATED_CPU = 10**10, 5 * 10**8
+
 
 class HuggingFace(Peer):
     """One layer's cache update and attention, by transformers' SDPA or its eager function."""
@@ -33,6 +36,10 @@ class HuggingFace(Peer):
         self.version = f"transformers {transformers.__version__}"
 
     def prepare(self, problem: Problem) -> Callable[[], Tensor]:
+        on_gpu, (k, _) = problem.q.is_cuda, problem.replica
+        repeated = 2 * problem.point.group * k.numel() * k.element_size()
+        if self.eager and repeated > (MOST_REPEATED_GPU if on_gpu else MOST_REPEATED_CPU):
+            raise ValueError(f"not timed: keys repeated for every query head take {repeated / 1e9:.1f} GB")
         return layer_step(problem, problem.q, *problem.replica, mask=problem.replica_mask, eager=self.eager)
 
 

@@ -30,6 +30,7 @@ class SdpaConcatenated(Peer):
         tasks = torch.arange(problem.point.tasks, device=problem.q.device)
         bank_k, bank_v, _ = (x.contiguous() for x in gather_prefix(problem.prefix, tasks))  # [T, kv_heads, m, D] x 2
         q, mask, gqa = packed(problem, problem.replica[0])
+        pairs = ((bank_k, problem.k), (bank_v, problem.v))
         ids = problem.task_ids.long()
 
         def of_each_row(bank: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ class SdpaConcatenated(Peer):
 
         def call() -> Tensor:
             append()
-            k, v = (torch.cat([of_each_row(bank), own], dim=2) for bank, own in ((bank_k, problem.k), (bank_v, problem.v)))
+            k, v = (torch.cat([of_each_row(bank), own], dim=2) for bank, own in pairs)
             return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
 
         return call

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from prefix_attn.cli import bank, console
+from prefix_attn.cli import bank, bench, console
 from prefix_attn.cli.demo import demo
 from prefix_attn.cli.doctor import doctor
 from prefix_attn.cli.generate import generate
@@ -69,3 +69,4 @@ app.command()(demo)
 app.command()(generate)
 app.command()(doctor)
 app.add_typer(bank.app, name="bank")
+app.add_typer(bench.app, name="bench")

@@ -13,10 +13,21 @@ from torch.nn.attention import SDPBackend
 
 from benchmarks import record, summary
 from benchmarks.compare import Bench, _Comparison
-from benchmarks.peers import AGAIN, NO_PREFIX, OURS, HuggingFace, Ours, OwnKeysOnly, Peer, Point, Problem, SdpaReplica
+from benchmarks.memory import allocated_at_once
+from benchmarks.peers import (
+    NO_PREFIX,
+    OURS,
+    Ours,
+    OwnKeysOnly,
+    Peer,
+    Point,
+    Problem,
+    SdpaReplica,
+    cpu_peers,
+)
 from benchmarks.peers.check import Reference, uninitialised_memory_is_nan
 from benchmarks.record import Environment
-from benchmarks.roofs import Roofs, measure_roofs
+from benchmarks.roofs import Roofs, Sizes, measure_roofs
 from prefix_attn.backends import torch_sdpa
 from prefix_attn.cost import Cost
 
@@ -27,15 +38,16 @@ PREFILL = Point("prefill", 3, 2, 16, 6, **SIZES)
 OP = pytest.mark.parametrize("point", [DECODE, PREFILL], ids=lambda p: p.op)
 
 PEERS: list[Peer] = [
-    Ours(OURS, "torch"), Ours(AGAIN, "torch"), OwnKeysOnly(NO_PREFIX, "torch"),
-    SdpaReplica(SDPBackend.FLASH_ATTENTION), SdpaReplica(SDPBackend.MATH), SdpaReplica(SDPBackend.CUDNN_ATTENTION),
-    HuggingFace(),
-]  # fmt: skip
+    *cpu_peers(),
+    *(SdpaReplica(b) for b in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION)),
+]
+MIXED = Point("decode", 9, 3, 32, 7, **SIZES, skew="zipf")
+RAGGED = Point("decode", 9, 3, 32, 7, **SIZES, skew="one big", ragged=True)
 
 
 @pytest.fixture
 def bench() -> Bench:
-    roofs = Roofs(bytes_per_s=1e9, flops_per_s=1e9, launch_us=1.0)
+    roofs = Roofs(1e9, 1e10, {"float32": 1e9, "bfloat16": 2e9}, launch_us=1.0)
     environment = replace(Environment.read(CPU, commit="abc"), device="Test GPU 9000")
     return Bench(CPU, environment, roofs, PEERS, repeats=3)
 
@@ -43,20 +55,40 @@ def bench() -> Bench:
 @pytest.fixture(autouse=True)
 def few_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.timing.MOST_SETS", 3)
+    monkeypatch.setattr("benchmarks.timing.cpu_cache_bytes", lambda: 10**9)
     monkeypatch.setattr("benchmarks.timing.LEAST_SECONDS", 1e-4)
 
 
-@OP
+@pytest.mark.parametrize("point", [DECODE, PREFILL, MIXED, RAGGED], ids=str)
 @pytest.mark.parametrize("peer", [p for p in PEERS if p.unavailable(CPU) is None], ids=lambda p: p.name)
 def test_every_peer_computes_the_same(point: Point, peer: Peer) -> None:
     problem = Problem.random(point, CPU, seed=1)
     right = problem if peer.with_prefix else problem.without_prefix
     with torch.no_grad():
-        out = peer.prepare(problem)()
+        out = peer.in_batch_order(peer.prepare(problem)(), problem)
         error, wrong = Reference.of(right).check(out, problem)
     assert wrong is None
     assert error is not None
     assert error < 1e-5
+
+
+def test_how_rows_are_dealt_to_tasks() -> None:
+    assert sorted(MIXED.task_ids) == [0, 0, 0, 0, 1, 1, 1, 2, 2]
+    assert sorted(RAGGED.task_ids) == [0] * 7 + [1, 2]
+    assert RAGGED.lens == [8, 20, 32]
+    assert replace(RAGGED, tasks=1, skew="even").lens == [32]
+    assert DECODE.task_ids == [0, 1, 0, 1, 0]
+    assert str(RAGGED) == "decode B=9 T=3 m=32 n=7 4/2/16/float32 one big ragged"
+
+
+def test_a_step_puts_the_newest_keys_into_the_cache() -> None:
+    problem = Problem.random(DECODE, CPU, seed=1)
+    k, v = (x.clone() for x in problem.replica)
+    append = problem.append_newest(k, v)
+    k[:, :, -1], v[:, :, -1] = 0, 0
+    append()
+    assert torch.equal(k, problem.replica[0])
+    assert torch.equal(v, problem.replica[1])
 
 
 @OP
@@ -87,6 +119,8 @@ def test_rows_of_a_point(point: Point, bench: Bench) -> None:
         assert row.p80_us is not None
         assert 0 < row.p20_us <= row.median_us <= row.p80_us
         assert row.sets == 3
+        assert row.peak_bytes is not None
+        assert row.peak_bytes >= row.bytes
         assert row.point == point
         assert row.fraction_of_floor == pytest.approx(row.floor_us / row.median_us)
     assert rows[OURS].bytes == cost.bytes
@@ -112,7 +146,7 @@ def test_a_wrong_kernel_is_refused_without_a_time(bench: Bench, breakage: str, m
         return out, lse
 
     monkeypatch.setattr(torch_sdpa, "forward", broken)
-    only_ours = replace(bench, peers=[PEERS[0], PEERS[3]])
+    only_ours = replace(bench, peers=[Ours(OURS, "torch"), SdpaReplica(SDPBackend.FLASH_ATTENTION)])
     ours, theirs = only_ours.rows(DECODE, seconds=0.05, seed=4)
     assert ours.failed
     assert ours.status.startswith("wrong when repeated: " if breakage == "unstable" else "wrong: ")
@@ -176,15 +210,27 @@ def test_stored_and_summarised(bench: Bench, tmp_path: Path) -> None:
     rows = bench.rows(DECODE, seconds=0.05, seed=11) + bench.rows(PREFILL, seconds=0.05, seed=12)
     record.append(path, stale)
     record.append(path, rows)
-    assert sorted(record.read(path), key=str) == sorted(rows, key=str)
-    page = summary.markdown(record.read(path), bench.environment, ["decode left out"])
+    assert sorted(record.read(path, record.Row), key=str) == sorted(rows, key=str)
+    page = summary.markdown(record.read(path, record.Row), bench.environment, ["decode left out"])
     for expected in ("# Test GPU 9000", "decode left out.", "## decode", "## prefill", "best peer", "geometric mean",
                      "unavailable: PyTorch has it on GPUs only"):  # fmt: skip
         assert expected in page
-    assert record.read(tmp_path / "none.jsonl") == []
+    assert record.read(tmp_path / "none.jsonl", record.Row) == []
 
 
 def test_roofs_on_a_cpu() -> None:
-    roofs = measure_roofs(CPU, copy_bytes=10**6, matmul_size=64, launches=4)
-    assert min(roofs.bytes_per_s, roofs.flops_per_s, roofs.launch_us) > 0
-    assert roofs.floor_us(Cost(bytes=0, flops=0, bytes_replicated=0)) == roofs.launch_us
+    roofs = measure_roofs(CPU, ("float32",), Sizes(copy_bytes=10**6, cached_bytes=10**4, matmul=64, launches=4))
+    assert min(roofs.bytes_per_s, roofs.cache_bytes_per_s, roofs.flops_per_s["float32"], roofs.launch_us) > 0
+    assert roofs.floor_us(Cost(bytes=0, flops=0, bytes_replicated=0), "float32") == roofs.launch_us
+
+
+def test_memory_is_what_is_held_at_once() -> None:
+    x = torch.ones(1000)
+
+    def call() -> torch.Tensor:
+        for _ in range(3):
+            both = torch.cat([x, x])  # 8 kB; the one before lives until it is made
+        return both.view(2, 1000)[0] + x  # 4 kB
+
+    assert allocated_at_once(call, CPU) == 16_000
+    assert allocated_at_once(lambda: x[:3], CPU) == 0

@@ -14,11 +14,22 @@ from typer.testing import CliRunner
 
 from benchmarks import gpu, record, summary
 from benchmarks.compare import Bench, DeviceLost
-from benchmarks.gpu import DECODE, PREFILL, STAGES, Budget, chosen, run_points, run_tests
+from benchmarks.gpu import STAGES, Budget, chosen, run_tests
 from benchmarks.peers import AGAIN, NO_PREFIX, OURS, Point
 from benchmarks.record import Environment
+from benchmarks.run import run_points
+from benchmarks.suites import attention_points
 from benchmarks.summary import comparisons
-from benchmarks.timing import EventRunner, GraphRunner, HostRunner, Timing, input_sets, measure, runner_for
+from benchmarks.timing import (
+    EventRunner,
+    GraphRunner,
+    HostRunner,
+    Timing,
+    cpu_cache_bytes,
+    input_sets,
+    measure,
+    runner_for,
+)
 
 ENVIRONMENT = Environment.read(torch.device("cpu"), "abc")
 
@@ -44,10 +55,14 @@ def test_timing() -> None:
     assert Timing.of([2e-6], calls=1) == Timing(2.0, 2.0, 2.0, 1)
 
 
-def test_input_sets() -> None:
-    assert input_sets(1) == 64
-    assert input_sets(100_000_000) == 3
-    assert input_sets(10**10) == 2
+def test_input_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    assert input_sets(1, gpu) == 64
+    assert input_sets(100_000_000, gpu) == 3
+    assert input_sets(10**10, gpu) == 2
+    assert cpu_cache_bytes() > 2**15
+    monkeypatch.setattr("benchmarks.timing.cpu_cache_bytes", lambda: 50_000_000)
+    assert [input_sets(size, torch.device("cpu")) for size in (10**7, 10**8)] == [10, 1]
 
 
 def test_measure_replays_enough_and_not_too_much() -> None:
@@ -117,31 +132,34 @@ def test_what_cannot_be_captured_is_timed_with_events(pretended_cuda: MagicMock)
 
 
 def test_points_are_those_of_the_protocol() -> None:
-    assert len(DECODE) == 45
-    assert len(PREFILL) == 12
-    assert len({*DECODE, *PREFILL}) == 57
-    assert all(p.q_len == 1 for p in DECODE)
-    assert all(p.q_len == p.n for p in PREFILL)
-    assert str(DECODE[0]) == "decode B=1 T=1 m=32 n=64"
+    decode, prefill = (attention_points(suite, on_gpu=True, quick=False) for suite in ("decode", "prefill"))
+    llama = [p for p in decode if str(p) == f"decode B={p.batch} T={p.tasks} m={p.m} n={p.n}"]
+    assert len(llama) == 8 * 4 * 2 + 8 + 2
+    assert len(decode) == len(llama) + 3 * 6 + 4 + 4
+    assert len(prefill) == 13
+    assert all(p.q_len == 1 for p in decode)
+    assert all(p.q_len == p.n for p in prefill)
+    assert str(decode[0]) == "decode B=16 T=1 m=1024 n=64"
     assert str(Point("decode", 1, 1, 2, 3, dtype="float16")) == "decode B=1 T=1 m=2 n=3 32/8/128/float16"
 
 
 def test_budget_leaves_room_for_later_stages() -> None:
     budget = Budget(510, list(STAGES))
-    tests, decode, prefill = (budget.share(name) for name in ("tests", "decode", "prefill"))
-    assert tests == pytest.approx(510 - 40 - 45 - 20, abs=1)
-    assert decode == pytest.approx(510 * 3 / 4, abs=1)
-    assert prefill == pytest.approx(510, abs=1)
+    tests, decode, generate = (budget.share(name) for name in ("tests", "decode", "generate"))
+    assert tests == pytest.approx(510 - 40 - 45 - 20 - 20 - 40, abs=1)
+    assert decode == pytest.approx(510 * 3 / 6.5, abs=1)
+    assert generate == pytest.approx(510, abs=1)
     late = Budget(510, list(STAGES), started=time.monotonic() - 440)
     assert late.share("tests") is None
-    assert late.share("decode") == pytest.approx(52.5, abs=1)
+    assert late.share("decode") is None
+    assert late.share("mixed") == pytest.approx(70 / 2.5, abs=1)
     assert Budget(510, ["decode"], started=time.monotonic() - 470).share("decode") is None
 
 
 def test_stages() -> None:
     assert chosen("prefill, tests") == ["tests", "prefill"]
     for bad in ("", "decode,warmup"):
-        with pytest.raises(Exception, match="expected some of tests, parity, decode, prefill"):
+        with pytest.raises(Exception, match="expected some of tests, parity, decode, prefill, mixed, generate"):
             chosen(bad)
 
 
@@ -156,8 +174,9 @@ def test_failing_and_slow_tests_are_failures(tmp_path: Path, capsys: pytest.Capt
     assert "cut short after 2 s" in capsys.readouterr().out
 
 
-def test_points_are_left_out_aloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_points_are_left_out_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(torch.device("cpu"), ENVIRONMENT, roofs=None, peers=[])  # type: ignore[arg-type]
+    points = [Point("decode", batch, 1, 32, 64) for batch in (1, 2, 3, 4)]
     measured: list[Point] = []
 
     def rows(self: Bench, point: Point, seconds: float, seed: int) -> list[Any]:
@@ -169,10 +188,11 @@ def test_points_are_left_out_aloud(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         return []
 
     monkeypatch.setattr(Bench, "rows", rows)
-    fine, left_out = run_points(bench, DECODE[:4], 0.3, tmp_path / "rows.jsonl")
-    assert fine
-    assert measured == DECODE[:3]
-    assert left_out == [f"left out for want of memory: {DECODE[1]}", f"left out for want of time: {DECODE[3]}"]
+    kept: list[Any] = []
+    left_out = run_points(bench, points, 0.3, kept.append, "decode")
+    assert measured == points[:3]
+    assert kept == [[], []]
+    assert left_out == [f"left out for want of memory: {points[1]}", f"left out for want of time: {points[3]}"]
 
 
 def command(*arguments: str) -> Any:
@@ -195,7 +215,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(gpu.record.Environment, "read", lambda device, commit: ENVIRONMENT)
-    monkeypatch.setattr(gpu, "measure_roofs", lambda device: None)
+    monkeypatch.setattr("benchmarks.run.measure_roofs", lambda device, dtypes: None)
+    monkeypatch.setattr(gpu, "run_generate", lambda *args, **options: None)
     monkeypatch.setattr(gpu, "run_tests", lambda targets, seconds: True)
     monkeypatch.setattr(Bench, "rows", lambda self, point, seconds, seed: [])
 
@@ -204,7 +225,12 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = command("--out", str(tmp_path))
     assert result.exit_code == 0
-    assert "tests passed; parity passed; decode measured; prefill measured" in result.output
+    stages = (
+        "tests passed",
+        "parity passed",
+        *(f"{name} measured" for name in ("decode", "prefill", "mixed", "generate")),
+    )
+    assert "; ".join(stages) in result.output
 
     result = command("--out", str(tmp_path), "--budget", "50", "--stages", "tests,prefill")
     assert result.exit_code == 0

@@ -10,7 +10,8 @@ import pytest
 import prefix_attn as pa
 from tests.cli.conftest import Run
 
-COMMANDS = ["demo", "generate", "doctor", "bank list", "bank add", "bank remove", "bank check"]
+COMMANDS = ["demo", "generate", "doctor", "bank list", "bank add", "bank remove", "bank check",
+            "bench decode", "bench prefill", "bench mixed", "bench generate", "bench all"]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -25,7 +26,7 @@ def test_the_first_help_lists_the_commands(run: Run) -> None:
     for args in ([], ["--help"]):
         output = run(*args).output
         assert "prefix-attn demo" in output
-        for name in ("demo", "generate", "doctor", "bank"):
+        for name in ("demo", "generate", "doctor", "bank", "bench"):
             assert f" {name} " in output
 
 

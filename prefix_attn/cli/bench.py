@@ -1,0 +1,90 @@
+"""``prefix-attn bench``: the benchmarks, and what can be said of their results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prefix_attn.cli import console
+from prefix_attn.cli.options import DeviceOption
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Time this project's attention beside others on your machine, after checking that every result is right.",
+    epilog="Begin with `prefix-attn bench all --quick`: two minutes, on a GPU if there is one, else on the CPU.",
+)
+
+Quick = Annotated[bool, typer.Option("--quick", help="A few points of each suite; two minutes for all.")]
+Budget = Annotated[float | None, typer.Option(min=1, metavar="SECONDS", help="Stop by then; names what is left out.")]
+Against = Annotated[str | None, typer.Option(metavar="PEER", help="Time only this peer (part of its name), print "
+                                                                  "only ratios.")]  # fmt: skip
+Output = Annotated[Path, typer.Option(help="Folder for results; a file is added to, never overwritten.")]
+
+SUITES = {
+    "decode": "One query a row, over prefixes of many lengths, batches of many sizes.",
+    "prefill": "All of a prompt's queries at once.",
+    "mixed": "One batch of rows over one task to as many as rows, dealt evenly or not.",
+    "generate": "A whole model through `generate`: tokens/s, time to the first token and memory, against PEFT.",
+    "all": "Every suite, one after another.",
+}
+
+DETAILS = """
+
+Every result is compared with the formula in float64 before it is timed; a wrong one is shown and carries no time.
+Providers take turns, so their **ratios** can be trusted more than their times: above 1, prefix_attn is faster. "of
+floor" is the time that moving the bytes, or doing the products, must take at the rates measured at the start, over the
+time taken.
+
+    prefix-attn bench {suite} --quick
+    prefix-attn bench {suite} --against peft
+
+Exit code: 0; 1 if a result was wrong; 2 if nothing could run.
+"""
+
+
+def _command(suite: str) -> Callable[..., None]:
+    def bench(
+        quick: Quick = False,
+        budget: Budget = None,
+        against: Against = None,
+        device: DeviceOption = "auto",
+        output: Output = Path("benchmarks/results"),
+    ) -> None:
+        run([name for name in SUITES if name != "all"] if suite == "all" else [suite],
+            quick, budget, against, device, output)  # fmt: skip
+
+    bench.__doc__ = SUITES[suite] + DETAILS.format(suite=suite)
+    return bench
+
+
+for name in SUITES:
+    app.command(name)(_command(name))
+
+
+def run(
+    suites: list[str], quick: bool, budget: float | None, against: str | None, device_name: str, output: Path
+) -> None:
+    with console.err.status("Loading torch, and finding out what this machine sustains"):
+        import torch
+
+        from prefix_attn.benchmarks import run as benchmarks
+        from prefix_attn.benchmarks import tables
+        from prefix_attn.cli.models import default_device
+
+    device = torch.device(default_device() if device_name == "auto" else device_name)
+    peers = None
+    if against is not None:
+        peers = benchmarks.only_against(against, device)
+        if not peers:
+            names = ", ".join(repr(peer.name) for peer in benchmarks.peers_for(device) if not peer.ours)
+            raise typer.BadParameter(f"--against: expected (part of) one of {names}, got {against!r}")
+    outcome = benchmarks.run(suites, device, quick, budget, output, peers)
+    show = tables.ratios if against is not None else tables.everything
+    for part in show(outcome):
+        console.out.print(part)
+    if outcome.failed:
+        raise typer.Exit(1)

@@ -1,0 +1,108 @@
+"""``prefix-attn bench`` on grids that take no time: what it prints, what it stores, what it refuses to time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefix_attn.backends import torch_sdpa
+from prefix_attn.benchmarks import run as benchmarks
+from prefix_attn.benchmarks.peers import Point
+from prefix_attn.benchmarks.roofs import Roofs
+from tests.cli.conftest import Run
+
+SIZES: dict[str, Any] = {"q_heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": "float32"}
+POINTS = {
+    "decode": [Point("decode", 5, 2, 32, 7, **SIZES), Point("decode", 2, 1, 16, 3, **SIZES)],
+    "prefill": [Point("prefill", 3, 2, 16, 6, **SIZES)],
+    "mixed": [Point("decode", 9, 3, 32, 7, **SIZES, skew="zipf")],
+}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny grids, no measurement of roofs, threads as the tests set them."""
+    roofs = Roofs(1e9, 1e10, {"float32": 1e9}, launch_us=1.0)
+    monkeypatch.setattr(benchmarks, "attention_points", lambda suite, on_gpu, quick: POINTS[suite])
+    monkeypatch.setattr(benchmarks, "measure_roofs", lambda device, dtypes: roofs)
+    monkeypatch.setattr(benchmarks, "pin_threads", lambda: None)
+    monkeypatch.setattr("prefix_attn.benchmarks.timing.LEAST_SECONDS", 1e-4)
+    monkeypatch.setattr("prefix_attn.benchmarks.timing.MOST_SETS", 2)
+
+
+def stored(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for file in folder.rglob("*.jsonl") for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("suite", POINTS)
+def test_a_suite_is_measured_stored_and_shown(suite: str, run: Run, tmp_path: Path) -> None:
+    result = run("bench", suite, "--device", "cpu", "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert f"{suite}, 4/2/16 float32: time of the others over ours" in result.stdout
+    assert "sdpa, replica updated in place" in result.stdout
+    rows = stored(tmp_path)
+    assert {row["status"] for row in rows} == {"ok"}
+    assert len(rows) == len(POINTS[suite]) * len(benchmarks.cpu_peers())
+    for row in rows:
+        assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
+        assert row["fraction_of_floor"] > 0
+        assert row["peak_bytes"] > 0
+        assert row["commit"]
+        assert row["threads"] > 0
+    page = next(tmp_path.rglob("*.md")).read_text()
+    assert "geometric mean" in page
+
+
+def test_a_second_run_adds_to_the_file(run: Run, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert run("bench", "prefill", "--device", "cpu", "--output", tmp_path).exit_code == 0
+    assert len(stored(tmp_path)) == 2 * len(benchmarks.cpu_peers())
+
+
+def test_against_a_peer_only_ratios_are_printed(run: Run, tmp_path: Path) -> None:
+    result = run("bench", "decode", "--against", "in place", "--device", "cpu", "--output", tmp_path)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert len(lines) == 4
+    assert all(float(line.partition("x")[0]) > 0 for line in lines)
+    assert lines[0].endswith("decode B=5 T=2 m=32 n=7 4/2/16/float32  against sdpa, replica updated in place")
+    assert "geometric mean of 2 points" in lines[2]
+    assert {row["provider"] for row in stored(tmp_path)} == {
+        "prefix_attn", "prefix_attn, again", "sdpa, replica updated in place",
+    }  # fmt: skip
+    unknown = run("bench", "decode", "--against", "nobody", "--device", "cpu", "--output", tmp_path)
+    assert unknown.exit_code == 2
+    assert "peft, grouped by task" in unknown.output
+
+
+def test_a_budget_stops_and_says_what_it_left_out(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks.Clock, "share", lambda self, suite: 1e-3)
+    result = run("bench", "decode", "--budget", "1", "--device", "cpu", "--output", tmp_path)
+    assert result.exit_code == 0
+    assert "left out for want of time: decode B=2 T=1 m=16 n=3" in result.stdout
+
+
+def test_time_is_shared_by_what_suites_usually_take() -> None:
+    clock = benchmarks.Clock(["decode", "prefill"], quick=False, budget=41)
+    assert clock.share("decode") == pytest.approx(41 * 330 / 410, abs=0.5)
+    assert clock.share("prefill") == pytest.approx(41, abs=0.5)
+
+
+def test_a_broken_kernel_is_not_timed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = torch_sdpa.forward
+
+    def broken(call: Any) -> Any:
+        out, lse = right(call)
+        return out * 1.001, lse
+
+    monkeypatch.setattr(torch_sdpa, "forward", broken)
+    result = run("bench", "decode", "--device", "cpu", "--output", tmp_path)
+    assert result.exit_code == 1
+    assert "prefix_attn: wrong: error" in result.stdout
+    for row in stored(tmp_path):
+        ours = row["provider"].startswith("prefix_attn")
+        assert row["failed"] == ours
+        assert (row["median_us"] is None) == ours
