@@ -35,6 +35,7 @@ class Outcome:
         rows: of this run, in order, by suite.
         generated: rows of "generate".
         left_out: what was not measured, and why.
+        absent: peers that no point was given to, since they need another device, each with the reason.
         roofs: what the device sustains.
     """
 
@@ -42,6 +43,7 @@ class Outcome:
     rows: dict[str, list[record.Row]] = field(default_factory=dict)
     generated: list[record.GenerationRow] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
     roofs: Roofs | None = None
 
     @property
@@ -89,7 +91,7 @@ def run(suites: Sequence[str], device: torch.device, quick: bool, budget: float 
         else:
             bench = bench or make_bench(device, environment, quick, peers)
             run_attention(outcome, bench, suite, quick, clock.share(suite))
-    outcome.write_summary(environment, outcome.left_out)
+    outcome.write_summary(environment, [*outcome.left_out, *outcome.absent])
     return outcome
 
 
@@ -106,6 +108,7 @@ def make_bench(
 def run_attention(outcome: Outcome, bench: Bench, suite: str, quick: bool, seconds: float) -> None:
     """One suite of attention, into the outcome and its file."""
     outcome.roofs = bench.roofs
+    outcome.absent = absent(bench.device)
     points = attention_points(suite, bench.device.type == "cuda", quick)
     keep = store(outcome.path, outcome.rows.setdefault(suite, []))
     outcome.left_out += run_points(bench, points, seconds, keep, suite)
@@ -128,6 +131,14 @@ def run_generate(
 def peers_for(device: torch.device) -> list[Peer]:
     """All providers that are worth timing on the device, ours first."""
     return all_peers() if device.type == "cuda" else cpu_peers()
+
+
+def absent(device: torch.device) -> list[str]:
+    """The peers of a GPU that a CPU's list leaves out, and why each could not run."""
+    if device.type == "cuda":
+        return []  # there they are in the list, and say it themselves
+    reasons = {peer.name: peer.unavailable(device) for peer in all_peers() if not peer.ours}
+    return [f"{name}: {reason}" for name, reason in reasons.items() if reason is not None]
 
 
 def only_against(name: str, device: torch.device) -> list[Peer]:

@@ -22,6 +22,8 @@ def everything(outcome: Outcome) -> Iterator[RenderableType]:
     if outcome.generated:
         yield _generated(outcome.generated)
     yield from _remarks(outcome)
+    if outcome.absent:
+        yield Text(f"absent: {'; '.join(outcome.absent)}")
     if outcome.roofs is not None:
         yield Text(str(outcome.roofs))
     for path, found in ((outcome.path, outcome.rows), (generation_path(outcome.path), outcome.generated)):

@@ -184,7 +184,7 @@ def try_candidates(
         until = time.monotonic() + (deadline - time.monotonic()) / (len(target.points) - i)
         first = Problem.random(point, device, seed=i)
         touched = sum(x.numel() * x.element_size() for x in (first.q, first.k, first.v, first.prefix.k, first.prefix.v))
-        problems = [first, *(Problem.random(point, device, seed=100 + s) for s in range(1, input_sets(touched)))]
+        problems = [first, *(Problem.random(point, device, 100 + s) for s in range(1, input_sets(touched, device)))]
         reference = Reference.of(first)
         runners: dict[str, Runner] = {}
         for tile in tqdm(left, desc=f"{target.key} {point}", leave=False, disable=None):
