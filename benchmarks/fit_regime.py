@@ -115,7 +115,7 @@ def pairs_of(rows: Iterable[Row]) -> tuple[list[Pair], float]:
 
 def main(files: Annotated[list[Path], typer.Argument(help="results of one GPU")]) -> None:
     """Print the constants that fit these results, beside those of the package."""
-    pairs, bandwidth = pairs_of(row for file in files for row in record.read(file))
+    pairs, bandwidth = pairs_of(row for file in files for row in record.read(file, Row))
     if not pairs:
         typer.echo(f"no point of {', '.join(map(str, files))} has a time of both {INLINE!r} and {GROUPED!r}", err=True)
         raise typer.Exit(1)
