@@ -1,17 +1,15 @@
-"""A patched model under torch.compile: no graph break, as many graphs as unpatched, none added when tasks change.
-
-This is the path a GPU takes (transformers compiles decode with a static cache there): attention is one operator, whose
-kernels are interpreted here. The CPU's own backend reads task ids on the host and is not meant to be compiled.
-"""
+"""A patched model under torch.compile: no graph break, as many graphs as unpatched, none added when tasks change."""
 
 from __future__ import annotations
 
-import importlib.util
+import shutil
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import StaticCache
 
 import prefix_attn as pa
@@ -19,12 +17,12 @@ from prefix_attn import dispatch
 from tests.hf.conftest import TASKS, make_bank, padded_inputs
 from tests.hf.families import tiny_model
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-
 #: Head dims the kernels take; the tiny models' 8 is too small for them.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 16}, "gemma3_text": {}, "gpt2": {"n_head": 2}, "gpt_oss": {},
 }  # fmt: skip
+
+OTHER_TASKS = [None, "nine", "nine", "five"]
 
 
 def decode(model: Any, step: Any, **options: Any) -> list[torch.Tensor]:
@@ -45,27 +43,53 @@ def decode(model: Any, step: Any, **options: Any) -> list[torch.Tensor]:
     return logits
 
 
-def compiled(model: Any) -> tuple[Any, CompileCounter]:
+def compiled(model: Any, compiler: str) -> tuple[Any, CompileCounterWithBackend]:
     """The model compiled as a whole, and the counter of its graphs."""
     torch.compiler.reset()
-    counter = CompileCounter()
+    counter = CompileCounterWithBackend(compiler)
     return torch.compile(model, backend=counter, fullgraph=True), counter
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_tasks_add_no_graph(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = dispatch.choose
-    monkeypatch.setattr(dispatch, "choose", lambda call, backend: choose(call, "triton"))
+@cache
+def unpatched_graphs(family: str) -> int:
     model = tiny_model(family, **FAMILIES[family])
+    step, counter = compiled(model, "eager")
     with torch.no_grad():
-        step, counter = compiled(model)
         decode(model, step)
-        unpatched_graphs = counter.frame_count
-        bank = make_bank(model)
-        pa.patch(model, bank)
-        step, counter = compiled(model)
-        for tasks in (TASKS, [None, "nine", "nine", "five"]):
+    return counter.frame_count
+
+
+def check(family: str, compiler: str) -> None:
+    expected_graphs = unpatched_graphs(family)
+    model = tiny_model(family, **FAMILIES[family])
+    bank = make_bank(model)
+    pa.patch(model, bank)
+    step, counter = compiled(model, compiler)
+    with torch.no_grad():
+        for tasks in (TASKS, OTHER_TASKS):
             ids = bank.task_ids(tasks)
             for ours, eager in zip(decode(model, step, task_ids=ids), decode(model, model, task_ids=ids), strict=True):
                 torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
-    assert counter.frame_count == unpatched_graphs
+    assert counter.frame_count == expected_graphs
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_as_one_graph(family: str) -> None:
+    check(family, "aot_eager")
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler: inductor cannot compile for this CPU"
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own use
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_compiled_by_inductor(family: str) -> None:
+    check(family, "inductor")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_decode_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's path, its kernels interpreted here: regimes and plans are chosen in front of the operator."""
+    choose = dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda call, backend: choose(call, "triton"))
+    check("llama", "aot_eager")
