@@ -28,6 +28,7 @@ def prefix_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     batch_invariant: bool = False,
@@ -54,6 +55,10 @@ def prefix_attention(
         window: sliding window in tokens, the query's own included.
         softcap: scores become ``softcap * tanh(score / softcap)`` before the mask.
         sinks: ``[q_heads]``; one extra logit per head in the softmax's denominator.
+        relative_bias: float ``[q_heads, 2R + 1]``; entry ``R + d`` is added to a scaled score (before a softcap) at
+            distance ``d = key - query``, clipped to -R..R; prefix slot j stands at j, own key j at ``m + j``, query i
+            at ``m + past + i`` (without causal at ``m + k.shape[2] - q_len + i``: keys past kv_len are padding behind
+            the row). T5's bias, since its buckets end at a largest distance.
         return_lse: also return the log-sum-exp of the visible scores.
         backend: ``"auto"``, or a name in ``prefix_attn.dispatch.BACKENDS``; a named backend runs or raises.
         batch_invariant: the bits of a row depend neither on its place in the batch nor on the other rows.
@@ -76,7 +81,8 @@ def prefix_attention(
     """
     call = checked_call(
         q, k, v, prefix, task_ids, kv_start=kv_start, kv_len=kv_len, causal=causal, scale=scale, window=window,
-        softcap=softcap, sinks=sinks, return_lse=return_lse, batch_invariant=batch_invariant, plan=plan,
+        softcap=softcap, sinks=sinks, relative_bias=relative_bias, return_lse=return_lse,
+        batch_invariant=batch_invariant, plan=plan,
     )  # fmt: skip
     out, lse = ops.attention(call, dispatch.choose(call, backend).name)
     return (out, lse) if return_lse else out

@@ -34,6 +34,7 @@ def checked_call(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    relative_bias: Tensor | None = None,
     return_lse: bool = False,
     batch_invariant: bool = False,
     plan: BatchPlan | None = None,
@@ -49,6 +50,8 @@ def checked_call(
         raise ShapeError(
             f"sinks: expected [q_heads] = [{q.shape[1]}] on {q.device}, got {list(sinks.shape)} on {sinks.device}"
         )
+    if relative_bias is not None:
+        _check_relative_bias(relative_bias, q)
     if plan is not None and (plan.task_ids.shape != (batch,) or plan.task_ids.device != q.device):
         raise ShapeError(
             f"plan: expected one for [batch] = [{batch}] rows on {q.device}, got {list(plan.task_ids.shape)} on "
@@ -60,7 +63,7 @@ def checked_call(
         kv_len=None if kv_len is None else _row_integers("kv_len", kv_len, batch, q.device),
         causal=causal,
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
-        window=window, softcap=softcap, sinks=sinks,
+        window=window, softcap=softcap, sinks=sinks, relative_bias=relative_bias,
         return_lse=return_lse, batch_invariant=batch_invariant, plan=plan,
     )  # fmt: skip
 
@@ -110,6 +113,18 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix: PrefixKV) -> None:
                 f"{name}: expected {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}; "
                 "convert it (a bank follows its model: PrefixBank.for_model)"
             )
+
+
+def _check_relative_bias(table: Tensor, q: Tensor) -> None:
+    if table.ndim != 2 or table.shape[0] != q.shape[1] or table.shape[1] % 2 == 0:
+        raise ShapeError(
+            f"relative_bias: expected [q_heads, 2R + 1] with q_heads = {q.shape[1]}, an entry for each distance -R..R, "
+            f"got {list(table.shape)}"
+        )
+    if table.dtype not in FLOATS or table.device != q.device:
+        raise DTypeError(
+            f"relative_bias: expected a dtype among {FLOATS} on {q.device}, got {table.dtype} on {table.device}"
+        )
 
 
 def _row_integers(name: str, x: Tensor | Sequence[int], batch: int, device: torch.device) -> Tensor:

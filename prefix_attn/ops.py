@@ -20,16 +20,17 @@ from prefix_attn.types import AttentionCall, PerInput, PrefixKV
 
 #: A call's tensors that have gradients come first, in the order of `PerInput`.
 _CALL = (
-    "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? sinks, Tensor starts, Tensor lens, "
-    "Tensor task_ids, Tensor? kv_start, Tensor? kv_len, Tensor? planned, Tensor? tasks, Tensor? members, bool causal, "
-    "float scale, int? window, float? softcap, bool return_lse, bool batch_invariant, SymInt max_len, str backend"
+    "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? sinks, Tensor? relative_bias, "
+    "Tensor starts, Tensor lens, Tensor task_ids, Tensor? kv_start, Tensor? kv_len, Tensor? planned, Tensor? tasks, "
+    "Tensor? members, bool causal, float scale, int? window, float? softcap, bool return_lse, bool batch_invariant, "
+    "SymInt max_len, str backend"
 )
 _ATTENTION, _BACKWARD = "prefix_attn::attention", "prefix_attn::attention_backward"
 
 torch.library.define(_ATTENTION, f"({_CALL}) -> (Tensor out, Tensor lse)", tags=(torch.Tag.needs_fixed_stride_order,))
 torch.library.define(
     _BACKWARD,
-    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool[6] needed, {_CALL}) -> "
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool[7] needed, {_CALL}) -> "
     f"({', '.join(f'Tensor grad_{name}' for name in PerInput._fields)})",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
@@ -54,9 +55,9 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
     prefix, needs_grad = call.prefix, call.needs_grad
     return_lse = call.return_lse or (needs_grad and dispatch.module(backend).saves_lse(call))
     arguments = (
-        call.q, call.k, call.v, prefix.k, prefix.v, call.sinks, prefix.starts, prefix.lens, call.task_ids,
-        call.kv_start, call.kv_len, planned, tasks, members, call.causal, call.scale, call.window, call.softcap,
-        return_lse, call.batch_invariant, prefix.expected_max_len, backend,
+        call.q, call.k, call.v, prefix.k, prefix.v, call.sinks, call.relative_bias, prefix.starts, prefix.lens,
+        call.task_ids, call.kv_start, call.kv_len, planned, tasks, members, call.causal, call.scale, call.window,
+        call.softcap, return_lse, call.batch_invariant, prefix.expected_max_len, backend,
     )  # fmt: skip
     result: tuple[Tensor, Tensor]
     if needs_grad or torch.compiler.is_compiling():
@@ -145,17 +146,18 @@ _attention = torch.ops.prefix_attn.attention.default
 
 
 def _call(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, sinks: Tensor | None, starts: Tensor,
-    lens: Tensor, task_ids: Tensor, kv_start: Tensor | None, kv_len: Tensor | None, planned: Tensor | None,
-    tasks: Tensor | None, members: Tensor | None, causal: bool, scale: float, window: int | None,
-    softcap: float | None, return_lse: bool, batch_invariant: bool, max_len: int, backend: str,
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, sinks: Tensor | None,
+    relative_bias: Tensor | None, starts: Tensor, lens: Tensor, task_ids: Tensor, kv_start: Tensor | None,
+    kv_len: Tensor | None, planned: Tensor | None, tasks: Tensor | None, members: Tensor | None, causal: bool,
+    scale: float, window: int | None, softcap: float | None, return_lse: bool, batch_invariant: bool, max_len: int,
+    backend: str,
 ) -> tuple[AttentionCall, str]:  # fmt: skip
     """The call that these arguments of an operator describe, and the backend to run it."""
     tiles = None if planned is None or tasks is None or members is None else RowTiles(planned, tasks, members)
     return AttentionCall(
         q=q, k=k, v=v, prefix=PrefixKV(prefix_k, prefix_v, starts, lens, max_len), task_ids=task_ids,
         kv_start=kv_start, kv_len=kv_len, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
-        return_lse=return_lse, batch_invariant=batch_invariant, tiles=tiles,
+        relative_bias=relative_bias, return_lse=return_lse, batch_invariant=batch_invariant, tiles=tiles,
     ), backend  # fmt: skip
 
 

@@ -114,10 +114,12 @@ class AttentionCall:
     window: int | None
     softcap: float | None
     sinks: Tensor | None  # [q_heads]
+    relative_bias: Tensor | None  # [q_heads, 2R + 1]
     return_lse: bool
     batch_invariant: bool
     plan: BatchPlan | None = None  # who shares with whom; without one, a regime that must know makes it
     tiles: RowTiles | None = None  # the plan's, for the regime chosen; only inside the operator
+    cut: int = 0  # own keys that `row` took away behind the last; without causal, distances still count them
 
     @property
     def batch(self) -> int:
@@ -162,12 +164,13 @@ class AttentionCall:
         return replace(
             self, q=self.q[one].contiguous(), k=self.k[one, :, :end].contiguous(), v=self.v[one, :, :end].contiguous(),
             task_ids=self.task_ids[one], kv_start=self.task_ids.new_tensor([start]), kv_len=None, plan=None,
+            cut=self.kv_capacity - end,
         )  # fmt: skip
 
     @property
     def needs_grad(self) -> bool:
         """Whether autograd must see this call."""
-        tensors = (self.q, self.k, self.v, self.prefix.k, self.prefix.v, self.sinks)
+        tensors = (self.q, self.k, self.v, self.prefix.k, self.prefix.v, self.sinks, self.relative_bias)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -183,6 +186,7 @@ class PerInput(NamedTuple, Generic[T]):
     prefix_k: T
     prefix_v: T
     sinks: T
+    relative_bias: T
 
 
 Gradients = PerInput[Tensor | None]  # in the shapes of the inputs; None where none was wanted

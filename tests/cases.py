@@ -31,6 +31,7 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     strided: bool = False
+    reach: int | None = None  # R of a relative bias
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,25 @@ class Inputs:
     def args(self) -> tuple[Any, ...]:
         return self.q, self.k, self.v, self.prefix, self.task_ids
 
-    def requiring_grad(self, dtype: torch.dtype = torch.float32) -> tuple[Inputs, list[Tensor]]:
-        """The same inputs in ``dtype`` as leaves of autograd, and the leaves: q, k, v, prefix.k, prefix.v[, sinks]."""
-        q, k, v, pk, pv, sinks = (
-            x if x is None else x.detach().to(dtype).requires_grad_()
-            for x in (self.q, self.k, self.v, self.prefix.k, self.prefix.v, self.options["sinks"])
-        )
-        prefix = replace(self.prefix, k=pk, v=pv)
-        inputs = Inputs(q, k, v, prefix, self.task_ids, self.options | {"sinks": sinks})
-        return inputs, [q, k, v, pk, pv, *([] if sinks is None else [sinks])]
+    def requiring_grad(self, dtype: torch.dtype = torch.float32) -> tuple[Inputs, dict[str, Tensor]]:
+        """The same inputs in ``dtype`` as leaves of autograd, and the leaves: what is given of `DIFFERENTIABLE`."""
+        leaves = {
+            name: x.detach().to(dtype).requires_grad_()
+            for name in DIFFERENTIABLE if (x := self.tensor(name)) is not None
+        }  # fmt: skip
+        prefix = replace(self.prefix, k=leaves["prefix.k"], v=leaves["prefix.v"])
+        options = self.options | {name: x for name, x in leaves.items() if name in self.options}
+        return Inputs(leaves["q"], leaves["k"], leaves["v"], prefix, self.task_ids, options), leaves
+
+    def tensor(self, name: str) -> Tensor | None:
+        """One of `DIFFERENTIABLE`."""
+        if name in self.options:
+            return self.options[name]
+        return getattr(self.prefix if name.startswith("prefix.") else self, name.removeprefix("prefix."))
+
+
+#: Inputs that may have a gradient.
+DIFFERENTIABLE = ("q", "k", "v", "prefix.k", "prefix.v", "sinks", "relative_bias")
 
 
 DECODE = Case("decode")
@@ -98,6 +109,22 @@ CASES = [
     Case("sinks_prefill", sinks=True, q_len=13, window=4, starts=(0, 3, 0, 5)),
     Case("sinks_nothing_visible", sinks=True, kv_len=0, task_ids=(-1, 1, 0, -1), causal=False),
     Case("scale", scale=0.3, q_len=2),
+    Case("relative_bias_decode", reach=9),
+    Case("relative_bias_prefill", reach=9, q_len=13, kv_heads=4, starts=(0, 3, 0, 5)),
+    Case("relative_bias_not_causal", reach=40, q_len=13, causal=False, starts=(0, 2, 0, 12)),
+    Case(
+        "relative_bias_and_all_else",
+        reach=3,
+        q_len=5,
+        window=11,
+        softcap=3.0,
+        sinks=True,
+        kv_len=30,
+        starts=(1, 5, 0, 17),
+        ends=(6, 30, 17, 21),
+    ),
+    Case("relative_bias_right_padding", reach=6, q_len=13, causal=False, starts=(0, 0, 2, 0), ends=(13, 4, 9, 0)),
+    Case("relative_bias_of_one", reach=0, q_len=2, prefix_lens=(70, 90, 110)),
     Case("strided", strided=True, q_len=3),
     Case("strided_decode", strided=True),
     *(Case(f"head_dim_{d}", head_dim=d, kv_heads=4) for d in (24, 72, 80, 96, 256)),
@@ -127,6 +154,7 @@ def make(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu", se
         "kv_len": None if case.ends is None else torch.tensor(case.ends, **integers),
         "causal": case.causal, "scale": case.scale, "window": case.window, "softcap": case.softcap,
         "sinks": randn(case.q_heads) if case.sinks else None,
+        "relative_bias": None if case.reach is None else randn(case.q_heads, 2 * case.reach + 1),
     }  # fmt: skip
     return Inputs(2 * q, k, v, prefix, torch.tensor(case.task_ids, **integers), options)
 

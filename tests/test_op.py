@@ -46,6 +46,9 @@ X = make(DECODE)
         ({"window": 0}, pa.ShapeError, "window"),
         ({"softcap": 0.0}, pa.ShapeError, "softcap"),
         ({"sinks": torch.zeros(3)}, pa.ShapeError, "sinks"),
+        ({"relative_bias": torch.zeros(3, 5)}, pa.ShapeError, r"relative_bias: expected \[q_heads, 2R \+ 1\]"),
+        ({"relative_bias": torch.zeros(4, 6)}, pa.ShapeError, "relative_bias"),
+        ({"relative_bias": torch.zeros(4, 5, dtype=torch.int64)}, pa.DTypeError, "relative_bias"),
         ({"q": X.q.half()}, pa.DTypeError, "k: expected torch.float16"),
         ({"q": X.q.long(), "k": X.k.long(), "v": X.v.long()}, pa.DTypeError, "q: expected"),
         ({"prefix": replace(X.prefix, v=X.prefix.v.half())}, pa.DTypeError, "prefix.v"),
@@ -137,7 +140,7 @@ def cases(draw: st.DrawFn) -> Case:
         "drawn", lens, ids, kv_heads * group, kv_heads, draw(st.integers(1, 9)), n, 16,
         tuple(draw(st.integers(0, end)) for end in ends), tuple(ends), draw(st.booleans()),
         window=draw(st.none() | st.integers(1, 50)), softcap=draw(st.none() | st.just(3.0)), sinks=draw(st.booleans()),
-        strided=draw(st.booleans()),
+        strided=draw(st.booleans()), reach=draw(st.none() | st.integers(0, 12)),
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The formula, literally: every row's ``[prefix ; own keys]`` is built, masked and put through a softmax.
 
-    s = scale * q @ [pk; k]^T          s = softcap * tanh(s / softcap)          s[hidden] = -inf
+    s = scale * q @ [pk; k]^T + relative_bias          s = softcap * tanh(s / softcap)          s[hidden] = -inf
     lse = log(sum(exp(s)) [+ exp(sink)])          out = exp(s - lse) @ [pv; v]          (natural log)
 
 A query that sees nothing has lse = -inf and out = 0. Computed in ``dtype`` (float64 makes it the oracle of every
@@ -51,10 +51,10 @@ def backward(
     """The formula's derivative, in float32, or in float64 for float64 inputs.
 
         ds = p * (dout @ v^T - sum(dout * out) + dlse)          with a softcap: ds *= 1 - (s / softcap)^2
-        dv = p^T @ dout          dq = scale * ds @ k          dk = scale * ds^T @ q
+        dv = p^T @ dout          dq = scale * ds @ k          dk = scale * ds^T @ q          drelative_bias = ds
         dsink = exp(sink - lse) * (dlse - sum(dout * out))
 
-    Key heads sum over their group, a prefix over the rows that read it.
+    Key heads sum over their group, a prefix over the rows that read it, an entry of the bias over its distance.
     """
     w = _weights(call, call.lse_dtype)
     q, grad_out = call.q.to(w.s.dtype), grad_out.to(w.s.dtype)
@@ -62,9 +62,13 @@ def backward(
     rest = (w.p * grad_p).sum(3)  # sum(dout * out) - dlse, [B, H, Q]
     if grad_lse is not None:
         rest = rest - grad_lse
-    grad_s = call.scale * w.p * (grad_p - rest[..., None])
+    grad_s = w.p * (grad_p - rest[..., None])
     if call.softcap is not None:
         grad_s = grad_s * (1 - (w.s / call.softcap).masked_fill(w.hidden, 0.0).square())
+    grad_bias = None
+    if call.relative_bias is not None and needed.relative_bias:
+        grad_bias = _scatter_bias(call, grad_s)
+    grad_s = call.scale * grad_s
     grad_k, grad_v = (
         (a.transpose(2, 3) @ b).reshape(call.batch, call.kv_heads, call.group, *a.shape[3:], call.head_dim).sum(2)
         for a, b in ((grad_s, q), (w.p, grad_out))
@@ -78,7 +82,7 @@ def backward(
         q=grad_s @ w.k, k=grad_k[:, :, slots:], v=grad_v[:, :, slots:],
         prefix_k=_scatter_prefix(call, grad_k[:, :, :slots]) if needed.prefix_k else None,
         prefix_v=_scatter_prefix(call, grad_v[:, :, :slots]) if needed.prefix_v else None,
-        sinks=grad_sinks,
+        sinks=grad_sinks, relative_bias=grad_bias,
     )  # fmt: skip
 
 
@@ -108,6 +112,8 @@ def _weights(call: AttentionCall, dtype: torch.dtype) -> _Weights:
     k, v = (x.masked_fill(unread, 0.0).repeat_interleave(call.group, dim=1) for x in (k, v))
 
     s = call.scale * (call.q.to(dtype) @ k.transpose(2, 3))
+    if call.relative_bias is not None:
+        s = s + relative_scores(call, pk.shape[2], m).to(dtype)
     if call.softcap is not None:
         s = call.softcap * torch.tanh(s / call.softcap)
     s = s.masked_fill(hidden, float("-inf"))
@@ -159,3 +165,35 @@ def visible(call: AttentionCall, prefix_slots: int, m: Tensor) -> Tensor:
         sees_slot = sees_slot & (m + query - slot < call.window)
         sees_key = sees_key & (query - key < call.window)
     return torch.cat([sees_slot, sees_key], dim=2)[:, None]
+
+
+def query_slots(call: AttentionCall) -> Tensor:
+    """Where the relative bias counts each query, among the row's own slots: ``[B, Q, 1]``."""
+    i = torch.arange(call.q_len, device=call.q.device)[:, None]
+    if call.kv_len is None or not call.causal:
+        return (i + (call.kv_capacity + (0 if call.causal else call.cut) - call.q_len)).expand(call.batch, -1, -1)
+    return call.kv_len[:, None, None] - call.q_len + i
+
+
+def relative_scores(call: AttentionCall, prefix_slots: int, m: Tensor) -> Tensor:
+    """What the relative bias adds to each score, ``[B, H, Q, M + N]``. m: ``[B]`` prefix lengths."""
+    assert call.relative_bias is not None
+    return call.relative_bias[:, _distances(call, prefix_slots, m)].transpose(0, 1)
+
+
+def _scatter_bias(call: AttentionCall, grads: Tensor) -> Tensor:
+    """`relative_scores` backwards: ``[B, H, Q, M + N]`` summed into ``[H, 2R + 1]``."""
+    assert call.relative_bias is not None
+    _, _, m = gather_prefix(call.prefix, call.task_ids)
+    index = _distances(call, grads.shape[3] - call.kv_capacity, m)
+    total = grads.new_zeros(call.relative_bias.shape)
+    return total.index_add_(1, index.flatten(), grads.transpose(0, 1).flatten(1))
+
+
+def _distances(call: AttentionCall, prefix_slots: int, m: Tensor) -> Tensor:
+    """The entry of the relative bias for each query and each of ``[prefix slots ; own slots]``; ``[B, Q, M + N]``."""
+    assert call.relative_bias is not None
+    reach, query = call.relative_bias.shape[1] // 2, query_slots(call)
+    slot = torch.arange(prefix_slots, device=m.device) - m[:, None, None]
+    key = torch.arange(call.kv_capacity, device=m.device).expand(call.batch, 1, -1)
+    return (torch.cat([slot, key], dim=2) - query).clamp(-reach, reach) + reach

@@ -72,8 +72,11 @@ def backward(
     call: AttentionCall, out: Tensor, lse: Tensor | None, grad_out: Tensor, grad_lse: Tensor | None,
     needed: PerInput[bool],
 ) -> Gradients:  # fmt: skip
-    """PyTorch's backward over each prefix and over own keys; the formula where the forward has no shared way."""
-    if lse is None or grad_lse is not None or not saves_lse(call):
+    """PyTorch's backward over each prefix and over own keys.
+
+    The formula where the forward has no shared way, and for the gradients of lse and of a relative bias.
+    """
+    if lse is None or grad_lse is not None or needed.relative_bias or not saves_lse(call):
         return reference.backward(call, out, lse, grad_out, grad_lse, needed)
     batch = _Batch(call)
     hides = batch.window_hides_prefixes(call)
@@ -88,7 +91,7 @@ def backward(
     if call.sinks is not None:
         p_sink = torch.exp(call.sinks.to(lse.dtype)[None, :, None] - lse)
         grad_sinks = -(p_sink * (out.to(lse.dtype) * grad_out).sum(3)).sum((0, 2))
-    return PerInput(grad_q, grad_k, grad_v, grad_pk, grad_pv, grad_sinks)
+    return PerInput(grad_q, grad_k, grad_v, grad_pk, grad_pv, grad_sinks, None)
 
 
 class _Batch:
@@ -120,6 +123,10 @@ class _Readers(NamedTuple):
     order: Tensor | None  # the rows, task by task; None: all rows of the batch, as they are
     back: Tensor | None  # where each row of the batch stands in that order; None: as they are, or some have no prefix
 
+    def rows(self, call: AttentionCall) -> Tensor:
+        """``order``, in full."""
+        return torch.arange(call.batch) if self.order is None else self.order
+
 
 @lru_cache(maxsize=256)
 def _readers(ids: tuple[int, ...], spans: Spans) -> _Readers:
@@ -141,11 +148,15 @@ def _shared(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
     readers = batch.readers
     if not readers.groups:
         return own_out, own_lse
-    packed, parts, begin = _pack(call.q, call, readers), [], 0
+    packed, parts, begin, per_row = _pack(call.q, call, readers), [], 0, call.group * call.q_len
     for start, m, rows in readers.groups:
-        end = begin + rows * call.group * call.q_len
+        end = begin + rows * per_row
         pk, pv = (x[None, :, start : start + m] for x in (call.prefix.k, call.prefix.v))
-        parts.append(_attend(packed[:, :, begin:end], pk, pv, call.scale))
+        relative = None
+        if call.relative_bias is not None:
+            members = slice(begin // per_row, end // per_row)
+            relative = _prefix_relative(call, readers.rows(call)[members], m)
+        parts.append(_attend(packed[:, :, begin:end], pk, pv, call.scale, relative=relative))
         begin = end
     out, lse = parts[0] if len(parts) == 1 else (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
     out, lse = _unpack(out, call), _unpack(lse[..., None], call)[..., 0]
@@ -181,7 +192,9 @@ def _own(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
     """Attention over the rows' own keys."""
     k, v = (x[:, :, batch.first : batch.last] for x in (call.k, call.v))
     mask, causal = _own_mask(call, batch)
-    return _attend(call.q, k, v, call.scale, causal=True) if causal else _attend_grouped(call.q, k, v, call.scale, mask)
+    if causal:
+        return _attend(call.q, k, v, call.scale, causal=True)
+    return _attend_grouped(call.q, k, v, call.scale, mask, _own_relative(call, batch))
 
 
 def _own_mask(call: AttentionCall, batch: _Batch) -> tuple[Tensor | None, bool]:
@@ -189,10 +202,27 @@ def _own_mask(call: AttentionCall, batch: _Batch) -> tuple[Tensor | None, bool]:
     if batch.aligned and not batch.windowed:
         if call.q_len == 1 or not call.causal:
             return None, False
-        if call.q_len == batch.last - batch.first:
+        if call.q_len == batch.last - batch.first and call.relative_bias is None:
             return None, True
     no_prefix = torch.zeros_like(call.task_ids)
     return reference.visible(call, 0, no_prefix)[..., batch.first : batch.last], False
+
+
+def _own_relative(call: AttentionCall, batch: _Batch) -> Tensor | None:
+    """What a relative bias adds to the scores of own keys ``first..last``, ``[B, H, Q, N]``."""
+    if call.relative_bias is None:
+        return None
+    return reference.relative_scores(call, 0, torch.zeros_like(call.task_ids))[..., batch.first : batch.last]
+
+
+def _prefix_relative(call: AttentionCall, rows: Tensor, m: int) -> Tensor:
+    """What a relative bias adds to the scores of a prefix of m tokens: ``[1, kv_heads, rows * group * Q, m]``."""
+    assert call.relative_bias is not None
+    reach = call.relative_bias.shape[1] // 2
+    distance = torch.arange(-m, 0, device=rows.device) - reference.query_slots(call)[rows]  # [rows, Q, m]
+    table = call.relative_bias.reshape(call.kv_heads, call.group, -1)
+    scores: Tensor = table[:, :, distance.clamp(-reach, reach) + reach]  # [kv_heads, group, rows, Q, m]
+    return scores.transpose(1, 2).flatten(1, 3)[None]
 
 
 def _concatenated(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
@@ -205,10 +235,13 @@ def _concatenated(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
     v = torch.cat([pv, call.v[:, :, : batch.last]], dim=2)
     same_prefix = len(groups) == 1 and groups[0][2] == call.batch
     everything = same_prefix and batch.aligned and batch.first == 0 and call.window is None
+    relative = None
+    if call.relative_bias is not None:
+        relative = reference.relative_scores(call, pk.shape[2], m)[..., : k.shape[2]]
     if everything and (call.q_len == 1 or not call.causal):
-        return _attend_grouped(call.q, k, v, call.scale)
+        return _attend_grouped(call.q, k, v, call.scale, relative=relative)
     mask = reference.visible(call, pk.shape[2], m)[..., : k.shape[2]]
-    return _attend_grouped(call.q, k, v, call.scale, mask)
+    return _attend_grouped(call.q, k, v, call.scale, mask, relative)
 
 
 def _concatenated_sdpa(call: AttentionCall) -> Tensor:
@@ -220,30 +253,42 @@ def _concatenated_sdpa(call: AttentionCall) -> Tensor:
     v = torch.cat([pv, call.v], dim=2).masked_fill(unread, 0.0)
     if k.shape[2] == 0:
         return torch.zeros_like(call.q)
-    out = scaled_dot_product_attention(call.q, k, v, attn_mask=mask, scale=call.scale, enable_gqa=call.group > 1)
+    bias = mask
+    if call.relative_bias is not None:
+        relative = reference.relative_scores(call, pk.shape[2], m).to(call.q.dtype)
+        bias = relative.masked_fill(~mask, float("-inf"))
+    out = scaled_dot_product_attention(call.q, k, v, attn_mask=bias, scale=call.scale, enable_gqa=call.group > 1)
     return out.masked_fill(~mask.any(dim=3)[..., None], 0.0)
 
 
-def _attend_grouped(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _attend_grouped(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, relative: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`_attend`; in decode, the query heads of a kv head become the queries of one matrix product."""
     if q.shape[2] > 1 or q.shape[1] == k.shape[1]:
-        return _attend(q, k, v, scale, mask)
-    out, lse = _attend(q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]), k, v, scale, mask)
+        return _attend(q, k, v, scale, mask, relative=relative)
+    group = q.shape[1] // k.shape[1]
+    if relative is not None:
+        relative = relative.reshape(q.shape[0], k.shape[1], group, k.shape[2])
+    grouped = q.reshape(q.shape[0], k.shape[1], group, q.shape[3])
+    out, lse = _attend(grouped, k, v, scale, mask, relative=relative)
     return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False,
+    relative: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """PyTorch's CPU flash attention with what it leaves to the caller: no keys, rows that see none, NaN in hidden keys.
 
-    mask: bool ``[B, 1, Q or 1, N]``, True = visible. Returns out ``[B, H, Q, D]`` and lse ``[B, H, Q]``.
+    mask: bool ``[B, 1, Q or 1, N]``, True = visible; relative: ``[B, H, Q, N]``, added to the scores.
+    Returns out ``[B, H, Q, D]`` and lse ``[B, H, Q]``.
     """
     if k.shape[2] == 0:  # the operator kills the process
         lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=lse_dtype)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    bias = None if mask is None else _bias(mask, q)
+    bias = _bias(mask, relative, q)
     out, lse = flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
     if mask is None:
         return out, lse
@@ -255,9 +300,12 @@ def _attend(
     return out, lse.masked_fill(~mask.any(dim=3), float("-inf"))  # the operator says 0 for a row that sees nothing
 
 
-def _bias(mask: Tensor, q: Tensor) -> Tensor:
-    """A bool mask as what is added to the scores, ``[B, 1, Q, N]``."""
-    return q.new_zeros(()).where(mask, float("-inf")).expand(-1, -1, q.shape[2], -1)
+def _bias(mask: Tensor | None, relative: Tensor | None, q: Tensor) -> Tensor | None:
+    """What is added to the scores: a relative bias, and -inf where a bool mask hides a key; ``[B, 1 or H, Q, N]``."""
+    if mask is None:
+        return None if relative is None else relative.to(q.dtype)
+    visible = q.new_zeros(()) if relative is None else relative.to(q.dtype)
+    return visible.where(mask, float("-inf")).expand(-1, -1, q.shape[2], -1)
 
 
 class _Rows(NamedTuple):
@@ -277,7 +325,8 @@ def _own_backward(call: AttentionCall, batch: _Batch, rows: _Rows) -> tuple[Tens
     if mask is not None:
         unread = ~mask.any(dim=2)[..., None]
         k, v = k.masked_fill(unread, 0.0), v.masked_fill(unread, 0.0)
-    grad_q, grad_own_k, grad_own_v = _attend_backward(rows, k, v, call.scale, mask, causal)
+    relative = _own_relative(call, batch)
+    grad_q, grad_own_k, grad_own_v = _attend_backward(rows, k, v, call.scale, mask, causal, relative)
     grad_k, grad_v = torch.zeros_like(call.k), torch.zeros_like(call.v)
     grad_k[:, :, own], grad_v[:, :, own] = grad_own_k, grad_own_v
     return grad_q, grad_k, grad_v
@@ -290,13 +339,17 @@ def _prefix_backward(
     if not readers.groups:
         return
     q, grad_out, out, lse = (_pack(x, call, readers) for x in (*rows[:3], rows.lse[..., None]))
-    parts, begin = [], 0
+    parts, begin, per_row = [], 0, call.group * call.q_len
     for start, m, count in readers.groups:
-        these, span = slice(begin, begin + count * call.group * call.q_len), slice(start, start + m)
+        these, span = slice(begin, begin + count * per_row), slice(start, start + m)
         begin = these.stop
         packed = _Rows(q[:, :, these], grad_out[:, :, these], out[:, :, these], lse[:, :, these, 0])
-        part, part_k, part_v = _attend_backward(packed, call.prefix.k[None, :, span], call.prefix.v[None, :, span],
-                                                call.scale)  # fmt: skip
+        pk, pv = call.prefix.k[None, :, span], call.prefix.v[None, :, span]
+        relative = None
+        if call.relative_bias is not None:
+            members = slice(these.start // per_row, these.stop // per_row)
+            relative = _prefix_relative(call, readers.rows(call)[members], m)
+        part, part_k, part_v = _attend_backward(packed, pk, pv, call.scale, relative=relative)
         parts.append(part)
         grad_pk[:, span] += part_k[0]
         grad_pv[:, span] += part_v[0]
@@ -308,13 +361,14 @@ def _prefix_backward(
 
 
 def _attend_backward(
-    rows: _Rows, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+    rows: _Rows, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False,
+    relative: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v through the keys k alone."""
     if k.shape[2] == 0:
         return torch.zeros_like(rows.q), torch.zeros_like(k), torch.zeros_like(v)
     flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    bias = None if mask is None else _bias(mask, rows.q)
+    bias = _bias(mask, relative, rows.q)
     grads: tuple[Tensor, Tensor, Tensor] = flash_backward(
         rows.grad_out, rows.q, k, v, rows.out, rows.lse, 0.0, causal, attn_mask=bias, scale=scale
     )

@@ -31,6 +31,8 @@ def refusal(call: AttentionCall) -> str | None:
         return f"the kernels accumulate in float32 and take {', '.join(map(str, DTYPES))}, not {call.q.dtype}"
     if not MIN_HEAD_DIM <= call.head_dim <= MAX_HEAD_DIM:
         return f"the kernels take head_dim {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, not {call.head_dim}"
+    if call.relative_bias is not None:
+        return "the kernels do not know relative_bias yet; use backend='torch'"
     if call.needs_grad:
         return "it has no backward kernels yet, and a tensor requires grad; use backend='torch', or torch.no_grad()"
     keys = (call.k, call.v, call.prefix.k, call.prefix.v)

@@ -21,6 +21,7 @@ from prefix_attn.errors import UnsupportedModel
 from prefix_attn.hf.masks import RequestMask
 from prefix_attn.hf.packed import PackedRows
 from prefix_attn.plan import BatchPlan
+from prefix_attn.types import PrefixKV
 
 #: Our name in transformers' registries. (It may contain neither "flash" nor "/": transformers reads meaning into both.)
 NAME = "prefix_attn"
@@ -59,17 +60,16 @@ def prefix_attention_forward(
             "cannot reach them; unpatch it and use PEFT's own inference"
         )
     if batch.bank is None or batch.task_ids is None:
-        original = _original(module, batch.implementation)
+        original = original_attention(module, batch.implementation)
         return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
-    _refuse_what_would_be_wrong(layer, module, dropout, kwargs)
+    refuse_what_would_be_wrong(layer, dropout, kwargs)
+    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise UnsupportedModel(f"{layer}: only causal self-attention takes a prefix")
+    if getattr(module, "layer_idx", None) is None:
+        raise UnsupportedModel(f"{layer}: the layer does not know its index, so its prefix cannot be found")
     index: Any = module.layer_idx
-    prefix, sinks = batch.bank.layer(index), kwargs.get("s_aux")
-    if torch.is_autocast_enabled(query.device.type):  # as PyTorch's own attention: in the lower precision
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-        prefix = replace(prefix, k=prefix.k.to(dtype), v=prefix.v.to(dtype))
-        sinks = sinks if sinks is None else sinks.to(dtype)
+    query, key, value, prefix, sinks = under_autocast(query, key, value, batch.bank.layer(index), kwargs.get("s_aux"))
     options: dict[str, Any] = {"scale": scaling, "softcap": kwargs.get("softcap"), "sinks": sinks}
     if batch.packed is not None:
         out = batch.packed.attend(module, query, key, value, prefix, kwargs, **options)
@@ -82,14 +82,26 @@ def prefix_attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _original(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def under_autocast(
+    query: Tensor, key: Tensor, value: Tensor, prefix: PrefixKV, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, PrefixKV, Tensor | None]:
+    """The same; inside autocast in its lower precision, as PyTorch's own attention does."""
+    if not torch.is_autocast_enabled(query.device.type):
+        return query, key, value, prefix, sinks
+    dtype = torch.get_autocast_dtype(query.device.type)
+    prefix = replace(prefix, k=prefix.k.to(dtype), v=prefix.v.to(dtype))
+    return query.to(dtype), key.to(dtype), value.to(dtype), prefix, sinks if sinks is None else sinks.to(dtype)
+
+
+def original_attention(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attention function the model would use unpatched."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     return function
 
 
-def _refuse_what_would_be_wrong(layer: str, module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+def refuse_what_would_be_wrong(layer: str, dropout: float, kwargs: dict[str, Any]) -> None:
+    """Raise `UnsupportedModel` for what the fused operation cannot give."""
     if dropout:
         raise UnsupportedModel(
             f"{layer}: attention dropout {dropout} cannot be applied inside the fused operation; "
@@ -99,7 +111,3 @@ def _refuse_what_would_be_wrong(layer: str, module: nn.Module, dropout: float, k
         raise UnsupportedModel(f"{layer}: attention weights are never built; drop output_attentions=True, or unpatch")
     if kwargs.get("position_bias") is not None:
         raise UnsupportedModel(f"{layer}: a position bias has no counterpart for prefix tokens")
-    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
-        raise UnsupportedModel(f"{layer}: only causal self-attention takes a prefix")
-    if getattr(module, "layer_idx", None) is None:
-        raise UnsupportedModel(f"{layer}: the layer does not know its index, so its prefix cannot be found")

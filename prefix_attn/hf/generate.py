@@ -69,25 +69,31 @@ class Generate(Method):
         ids = self.bank.task_ids(task_ids)
         configs = [options.get("generation_config"), self.model.generation_config]
         _refuse_what_would_be_wrong(options, configs)
-        inputs = next((x for name in _INPUTS if (x := options.get(name)) is not None), None)
+        inputs = next((x for name in INPUTS if (x := options.get(name)) is not None), None)
         if inputs is not None:
             if len(ids) != len(inputs):
                 raise wrong_count(len(ids), len(inputs))
-            new = new_tokens(inputs, options, configs)
-            if truncation:
-                options["attention_mask"] = truncated(self.bank, ids, inputs, options, new)
-            check_fits(self.bank, ids, inputs, options.get("attention_mask"), new)
+            self._fit(ids, inputs, options, configs, truncation)
         if options.get("assistant_model") is not None:
             options["assistant_model"] = Assistant(options["assistant_model"], self._names(ids))
         return self.original(task_ids=ids, **options)
+
+    def _fit(
+        self, ids: Tensor, inputs: Tensor, options: dict[str, Any], configs: Sequence[Any], truncation: bool
+    ) -> None:
+        """Refuse rows that are too long for their prefix, or mask their oldest tokens in ``options``."""
+        new = new_tokens(inputs, options, configs)
+        if truncation:
+            options["attention_mask"] = truncated(self.bank, ids, inputs, options, new)
+        check_fits(self.bank, ids, inputs, options.get("attention_mask"), new)
 
     def _names(self, ids: Tensor) -> list[str | None]:
         names = dict(zip(self.bank.task_ids(self.bank.names).tolist(), self.bank.names, strict=True))
         return [names.get(task) for task in ids.tolist()]
 
 
-#: The arguments that hold the prompt, in the order in which ``generate`` looks for it.
-_INPUTS = ("inputs", "inputs_embeds", "input_ids")
+#: The arguments that hold the prompt (of an encoder: also sound), in the order in which ``generate`` looks for it.
+INPUTS = ("inputs", "inputs_embeds", "input_ids", "input_features")
 
 
 def _refuse_what_would_be_wrong(options: dict[str, Any], configs: Sequence[Any]) -> None:

@@ -134,18 +134,29 @@ def _first_key(padding: Tensor, kv_offset: int, end: int | Tensor, ends: Tensor,
             f"got {padding.shape[1]}"
         )
     valid = padding[:, kv_offset:].to(device=ends.device, dtype=torch.int32)
-    slot = torch.arange(valid.shape[1], device=ends.device)
-    valid = valid * (slot < ends[:, None])
-    count = valid.sum(dim=1)
-    start = torch.where(count > 0, valid.argmax(dim=1), ends)
-    last = (valid * (slot + 1)).amax(dim=1)
-    whole = ((last - start == count) | (count == 0)).all()
+    valid = valid * (torch.arange(valid.shape[1], device=ends.device) < ends[:, None])
+    start, last = row_spans(valid, may_wait=q_length > 1)
+    return torch.where(last > 0, start, ends)
+
+
+def row_spans(padding: Tensor, may_wait: bool) -> tuple[Tensor, Tensor]:
+    """The first token of each row and one past its last, ``[batch]`` each; 0 and 0 for a row without any.
+
+    Args:
+        padding: ``[batch, tokens]``, 1 = token, 0 = padding; rows must be ``0*1*0*``.
+        may_wait: whether a GPU may be waited for, to raise an error that says what is wrong.
+    """
+    valid = padding.to(torch.int32)
+    slot = torch.arange(valid.shape[1], device=valid.device)
+    start = valid.argmax(dim=1)
+    end = (valid * (slot + 1)).amax(dim=1)
+    whole = ((end - start == valid.sum(dim=1)) | (end == 0)).all()
     message = (
         "attention_mask: expected each row's tokens side by side (zeros before or after them), got zeros between "
         "tokens; pad all turns of a conversation on the left"
     )
-    if torch.compiler.is_compiling() or (ends.is_cuda and q_length == 1):
-        torch._assert_async(whole, message)  # no wait for the device in decode
+    if torch.compiler.is_compiling() or (valid.is_cuda and not may_wait):
+        torch._assert_async(whole, message)
     elif not whole:
         raise UnsupportedModel(message)
-    return start
+    return start, end

@@ -8,28 +8,32 @@ The request's KV cache stays a plain transformers cache of the request's own tok
    a `Batch` down to the attention layers;
 3. ``generate`` and ``prepare_inputs_for_generation`` that accept ``task_ids`` (generate.py).
 
-Called without ``task_ids``, the same hook leaves masks and attention to the implementation the model had before.
+Encoder-decoder models get the same for both their stacks (seq2seq.py). Called without ``task_ids``, the hooks leave
+masks and attention to the implementation the model had before.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import UnsupportedModel
 from prefix_attn.hf.attention import KEYWORD, NAME, Batch, prefix_attention_forward
+from prefix_attn.hf.configs import OwnConfigs
 from prefix_attn.hf.continuous import GenerateBatch, InitContinuousBatching
 from prefix_attn.hf.generate import Generate, PrepareInputs, checked_for_batch
 from prefix_attn.hf.masks import request_mask, scope
 from prefix_attn.hf.positions import shifted_positions
+from prefix_attn.hf.seq2seq import Seq2SeqPatch, refuse_seq2seq
 from prefix_attn.hf.verify import verify_against_replica
+from prefix_attn.hf.verify_parts import verify_parts
+from prefix_attn.hf.wiring import PROBE, Wired
 from prefix_attn.plan import BatchPlan
 
 _ATTRIBUTE = "_prefix_attn"
@@ -39,10 +43,10 @@ def patch(model: PreTrainedModel, bank: PrefixBank, verify: bool = False) -> Pre
     """Let ``model(...)`` and ``model.generate(...)`` take ``task_ids``; reversible by `unpatch`, idempotent.
 
     Args:
-        model: a decoder-only transformers model that uses the attention interface; changed in place.
+        model: a transformers model that uses the attention interface; changed in place.
         bank: prefixes made for this model; a model already patched gets this bank instead.
         verify: before returning, compare each task's logits for a few tokens with those of the family's eager
-            attention over a plain cache that holds the prefix.
+            attention over a copy of the prefix.
 
     Returns:
         The same model. ``task_ids`` is one name, id or None per row, or an integer tensor ``[batch]`` (-1: no prefix).
@@ -56,17 +60,25 @@ def patch(model: PreTrainedModel, bank: PrefixBank, verify: bool = False) -> Pre
     before = getattr(model, _ATTRIBUTE, None)
     unpatch(model)
     try:
-        state = _Patch(model, bank)
-        setattr(model, _ATTRIBUTE, state)
-        _check_wiring(model)
+        state = _apply(model, bank)
         if verify:
-            verify_against_replica(model, bank, state.hook)
+            if isinstance(state, Seq2SeqPatch):
+                verify_parts(model, bank, state.configs)
+            else:
+                verify_against_replica(model, bank, state.hook)
     except BaseException:
         unpatch(model)
         if before is not None:
-            setattr(model, _ATTRIBUTE, _Patch(model, before.bank))
+            _apply(model, before.bank)
         raise
     return model
+
+
+def _apply(model: Any, bank: PrefixBank) -> _Patch | Seq2SeqPatch:
+    state = Seq2SeqPatch(model, bank) if model.config.is_encoder_decoder else _Patch(model, bank)
+    setattr(model, _ATTRIBUTE, state)
+    state.check_wiring(model)
+    return state
 
 
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:
@@ -85,15 +97,8 @@ class _Patch:
         AttentionMaskInterface.register(NAME, request_mask)
         self.bank = bank
         implementation = model.get_decoder().config._attn_implementation
-        copies: dict[int, Any] = {}  # shared by all deepcopies, so that nested configs stay the same objects
-        self.configs: dict[str, PreTrainedConfig] = {}
-        for name, module in model.named_modules():
-            if isinstance(getattr(module, "config", None), PreTrainedConfig):
-                self.configs[name] = module.config
-                module.config = copy.deepcopy(module.config, copies)
-        for module in model.get_decoder().modules():
-            if isinstance(getattr(module, "config", None), PreTrainedConfig):
-                module.config._attn_implementation_internal = NAME
+        self.configs = OwnConfigs(model)
+        self.configs.select(model.get_decoder().modules(), NAME)
         self.hook = DecoderHook(bank, implementation)
         self.handle = model.get_decoder().register_forward_pre_hook(self.hook, with_kwargs=True, prepend=True)
         model.generate = Generate(model, bank)
@@ -105,9 +110,18 @@ class _Patch:
         self.handle.remove()
         del model.generate, model.prepare_inputs_for_generation
         del model.generate_batch, model.init_continuous_batching
-        for name, module in model.named_modules():
-            if name in self.configs:
-                module.config = self.configs[name]
+        self.configs.restore(model)
+
+    def check_wiring(self, model: Any) -> None:
+        """Make sure ``task_ids`` given to the model reach its decoder; the hook stops the pass on arrival."""
+        try:
+            with torch.no_grad():
+                model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), task_ids=PROBE)
+        except Wired:
+            return
+        except TypeError:
+            pass
+        raise UnsupportedModel(f"{type(model).__name__}: its forward does not pass task_ids on to its decoder")
 
 
 class DecoderHook:
@@ -123,8 +137,8 @@ class DecoderHook:
         if KEYWORD in kwargs:
             return args, kwargs  # continuous batching has prepared everything
         task_ids = kwargs.pop("task_ids", None)
-        if task_ids is _PROBE:
-            raise _Wired
+        if task_ids is PROBE:
+            raise Wired
         if task_ids is None:
             scope.implementation = self.implementation
             return args, kwargs | {KEYWORD: Batch(self.implementation)}
@@ -144,25 +158,6 @@ class DecoderHook:
         return args, kwargs | {"position_ids": positions, KEYWORD: batch}
 
 
-class _Wired(Exception):
-    """Raised by the hook to say that the probe arrived."""
-
-
-_PROBE: Any = object()
-
-
-def _check_wiring(model: Any) -> None:
-    """Make sure ``task_ids`` given to the model reach its decoder, at no cost: the hook stops the pass on arrival."""
-    try:
-        with torch.no_grad():
-            model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), task_ids=_PROBE)
-    except _Wired:
-        return
-    except TypeError:
-        pass
-    raise UnsupportedModel(f"{type(model).__name__}: its forward does not pass task_ids on to its decoder")
-
-
 def _refuse(model: Any) -> None:
     """Raise `UnsupportedModel`, naming the family and the reason, for a model the patch cannot be exact for."""
     if not isinstance(model, PreTrainedModel):
@@ -171,7 +166,8 @@ def _refuse(model: Any) -> None:
     config: Any = model.config.get_text_config()
     family = f"{type(model).__name__} ({config.model_type})"
     if model.config.is_encoder_decoder:
-        raise UnsupportedModel(f"{family}: encoder-decoder models are not supported yet")
+        refuse_seq2seq(model)
+        return
     if not model._supports_attention_backend:
         raise UnsupportedModel(
             f"{family}: the family does not use transformers' attention interface, so its attention "

@@ -38,15 +38,20 @@ def verify_against_replica(model: Any, bank: PrefixBank, hook: Any) -> None:
             for name in bank.names:
                 got = model(input_ids=tokens, task_ids=[name], use_cache=False).logits
                 expected = _with_replica(model, bank, name, tokens)
-                error, largest = float((got - expected).abs().max()), float(expected.abs().max())
-                if not error <= TOLERANCE[got.dtype] * max(largest, 1.0):
-                    raise UnsupportedModel(
-                        f"{type(model).__name__}: for task {name!r} the logits differ by {error:.1e} from those of "
-                        f"a replicated prefix (largest logit {largest:.1e}); unpatched, and please report the family"
-                    )
+                check_close(model, name, got, expected)
     finally:
         model.train(was_training)
         hook.implementation = was
+
+
+def check_close(model: Any, name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise `UnsupportedModel` unless the logits of task ``name`` agree with the replica's."""
+    error, largest = float((got - expected).abs().max()), float(expected.abs().max())
+    if not error <= TOLERANCE[got.dtype] * max(largest, 1.0):
+        raise UnsupportedModel(
+            f"{type(model).__name__}: for task {name!r} the logits differ by {error:.1e} from those of a replicated "
+            f"prefix (largest logit {largest:.1e}); unpatched, and please report the family"
+        )
 
 
 def _with_replica(model: Any, bank: PrefixBank, name: str, tokens: torch.Tensor) -> torch.Tensor:

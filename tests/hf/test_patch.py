@@ -126,17 +126,17 @@ def test_two_threads_with_different_tasks(llama: Any) -> None:
 
 @pytest.mark.parametrize(("family", "reason"), [
     ("falcon", "attention interface"), ("bloom", "attention interface"), ("gptj", "attention interface"),
-    ("llama4_text", "chunked"), ("t5", "encoder-decoder"),
+    ("llama4_text", "chunked"), ("longt5", "positions are known"),
 ])  # fmt: skip
 def test_families_it_cannot_serve_are_refused_by_name(family: str, reason: str) -> None:
     sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
     if family == "llama4_text":
         sizes |= {"intermediate_size": 48, "intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 8,
                   "num_key_value_heads": 2, "pad_token_id": 0}  # fmt: skip
-    if family == "t5":
+    if family == "longt5":
         sizes = {"vocab_size": 99, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8}
     config = transformers.AutoConfig.for_model(family, **sizes)
-    auto = transformers.AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+    auto = transformers.AutoModelForSeq2SeqLM if family == "longt5" else AutoModelForCausalLM
     model = auto.from_config(config)
     bank = pa.PrefixBank.for_model(tiny_model("llama"))
     with pytest.raises(pa.UnsupportedModel, match=reason) as refused:

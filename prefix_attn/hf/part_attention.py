@@ -1,0 +1,141 @@
+"""Attention over [bank ; own keys] in an encoder-decoder model: which part a layer is, its keys, and its bias.
+
+Encoder and cross-attention see all keys of the encoder's input that are not padding. Their mask is an int32 tensor
+``[batch, 1, 2, 1]`` holding ``(kv_start, kv_len)`` per row; the decoder's self-attention has the mask of masks.py, of
+another shape, so that neither can be taken for the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import bidirectional_mask_function
+
+from prefix_attn.attention import prefix_attention
+from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.geometry import CROSS, DECODER
+from prefix_attn.errors import UnsupportedModel
+from prefix_attn.hf.attention import KEYWORD, original_attention, refuse_what_would_be_wrong, under_autocast
+from prefix_attn.hf.masks import RequestMask, request_mask, row_spans, scope
+from prefix_attn.hf.relative_bias import bias_table
+from prefix_attn.plan import BatchPlan
+
+#: Our name in transformers' registries.
+NAME = "prefix_attn_parts"
+
+#: The attribute of an attention module that holds its `Place`.
+PLACE = "_prefix_attn_place"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an attention module stands in its model.
+
+    Attributes:
+        part, layer: whose prefixes it reads.
+        bias: the module that holds the part's table of relative biases (T5), or None.
+    """
+
+    part: str
+    layer: int
+    bias: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class PartBatch:
+    """What one pass through the encoder or the decoder needs to know; without a bank, whom to leave it to."""
+
+    implementation: str
+    bank: PrefixBank | None = None
+    task_ids: Tensor | None = None
+    _plans: dict[str, BatchPlan] = field(default_factory=dict)
+    _biases: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def plan(self, part: str) -> BatchPlan:
+        """The batch's plan for a part; one for all its layers."""
+        assert self.bank is not None
+        assert self.task_ids is not None
+        if part not in self._plans:
+            self._plans[part] = BatchPlan(self.task_ids, self.bank.layer(0, part).lens)
+        return self._plans[part]
+
+    def bias(self, holder: nn.Module | None) -> Tensor | None:
+        """The table of relative biases that ``holder`` keeps; one for all layers that share it."""
+        if holder is not None and holder not in self._biases:
+            self._biases[holder] = bias_table(holder)
+        return None if holder is None else self._biases[holder]
+
+
+def part_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """One layer's attention as transformers calls it: ``[batch, heads, len, D]`` to ``[batch, len, heads, D]``."""
+    batch: PartBatch = kwargs.pop(KEYWORD)
+    if batch.bank is None or batch.task_ids is None:
+        original = original_attention(module, batch.implementation)
+        return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    place: Place = getattr(module, PLACE)
+    layer = type(module).__name__
+    # T5 hands cross-attention, which has no table, a bias of zeros.
+    if kwargs.pop("position_bias", None) is not None and place.bias is None and place.part != CROSS:
+        raise UnsupportedModel(f"{layer}: a position bias from an unknown source has no counterpart for prefix tokens")
+    refuse_what_would_be_wrong(layer, dropout, kwargs)
+    start: Tensor | None
+    end: Tensor | None
+    if place.part == DECODER:
+        mask = RequestMask.unpack(attention_mask, module, kwargs.get("sliding_window"))
+        start, end = mask.kv_start, mask.kv_len
+    else:
+        start, end = _unpack(layer, attention_mask)
+    query, key, value, prefix, _ = under_autocast(query, key, value, batch.bank.layer(place.layer, place.part))
+    out = prefix_attention(
+        query, key, value, prefix, batch.task_ids, kv_start=start, kv_len=end, causal=place.part == DECODER,
+        scale=scaling, relative_bias=batch.bias(place.bias), plan=batch.plan(place.part),
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _unpack(layer: str, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """First valid key and one past the last, ``[batch]`` each; a model that passes no mask lets all keys be seen."""
+    if mask is None:
+        return None, None
+    if mask.dtype != torch.int32 or mask.ndim != 4 or mask.shape[1:] != (1, 2, 1):
+        raise UnsupportedModel(
+            f"{layer}: attention_mask: expected the mask prefix_attn builds, got {mask.dtype} {list(mask.shape)}; pass "
+            "a 2D padding mask (1 = token, 0 = padding)"
+        )
+    return mask[:, 0, 0, 0], mask[:, 0, 1, 0]
+
+
+def part_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Any,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """Build the mask for AttentionMaskInterface; without tasks, and for the decoder's self-attention, masks.py does."""
+    if scope.implementation is not None or mask_function is not bidirectional_mask_function:
+        return request_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, mask_function=mask_function,
+            attention_mask=attention_mask, device=device, **kwargs,
+        )  # fmt: skip
+    if attention_mask is None:
+        start = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        end = torch.full_like(start, kv_length)
+    else:
+        start, end = row_spans(attention_mask[:, :kv_length].to(device), may_wait=q_length > 1)
+    return torch.stack([start, end], dim=1).int()[:, None, :, None]

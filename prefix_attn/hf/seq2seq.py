@@ -1,0 +1,217 @@
+"""The patch of an encoder-decoder model: prefixes for its encoder, its decoder and its cross-attention.
+
+As in patching.py, each stack gets a hook that takes ``task_ids`` and passes a `PartBatch` down to its layers, which
+know their place (part_attention.py). ``generate`` runs the encoder once, before it copies rows for beams.
+
+Positions follow PEFT: a prefix of the decoder stands in front of the decoder's tokens. T5 has no positions but a bias
+by distance, which then counts the prefix; the other families look positions up in ``decoder.embed_positions``, which
+gets those of every row from the hook. A prefix of the encoder is counted by T5's distances, but moves no learned
+positions of the encoder's tokens (arXiv:2101.00190); cross-attention has no positions.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.geometry import CROSS, DECODER, ENCODER
+from prefix_attn.errors import ShapeError, UnsupportedModel
+from prefix_attn.hf.attention import KEYWORD
+from prefix_attn.hf.configs import OwnConfigs
+from prefix_attn.hf.context import check_fits, new_tokens
+from prefix_attn.hf.generate import INPUTS, Generate, PrepareInputs, checked_for_batch
+from prefix_attn.hf.masks import scope
+from prefix_attn.hf.part_attention import NAME, PLACE, PartBatch, Place, part_attention_forward, part_mask
+from prefix_attn.hf.positions import shifted_positions
+from prefix_attn.hf.relative_bias import check_buckets
+from prefix_attn.hf.wiring import PROBE, Wired
+
+#: Families whose positions and biases are known, and tested.
+FAMILIES = ("t5", "mt5", "bart", "mbart", "pegasus", "whisper")
+
+#: What the families call their attention layers, in the encoder and in the decoder.
+ATTENTIONS = {
+    ENCODER: {"self_attn": ENCODER, "SelfAttention": ENCODER},
+    DECODER: {"self_attn": DECODER, "SelfAttention": DECODER, "encoder_attn": CROSS, "EncDecAttention": CROSS},
+}
+
+
+class _Positions(threading.local):
+    """The decoder's positions ``[batch, q_len]`` in the pass under way in this thread; None: the model's own."""
+
+    of_rows: Tensor | None = None
+
+
+_positions = _Positions()
+
+
+class Seq2SeqPatch:
+    """Everything one patched model got, and what it takes to give it back."""
+
+    def __init__(self, model: Any, bank: PrefixBank) -> None:
+        AttentionInterface.register(NAME, part_attention_forward)
+        AttentionMaskInterface.register(NAME, part_mask)
+        self.bank = bank
+        stacks = {ENCODER: model.get_encoder(), DECODER: model.get_decoder()}
+        places = _places(stacks, bank)
+        implementations = {part: stack.config._attn_implementation for part, stack in stacks.items()}
+        self.configs = OwnConfigs(model)
+        self.configs.select(model.modules(), NAME)
+        for module, place in places.items():
+            setattr(module, PLACE, place)
+        self.handles = [
+            stack.register_forward_pre_hook(
+                StackHook(bank, implementations[part], part), with_kwargs=True, prepend=True
+            )
+            for part, stack in stacks.items()
+        ]
+        if hasattr(stacks[DECODER], "embed_positions"):
+            table = stacks[DECODER].embed_positions
+            self.handles.append(table.register_forward_pre_hook(_look_up_rows, with_kwargs=True))
+            self.handles.append(table.register_forward_hook(_restore_rows))
+        model.generate = Seq2SeqGenerate(model, bank)
+        model.prepare_inputs_for_generation = PrepareInputs(model, self.configs.implementation)
+
+    def remove(self, model: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+        del model.generate, model.prepare_inputs_for_generation
+        for module in model.modules():
+            module.__dict__.pop(PLACE, None)
+        self.configs.restore(model)
+
+    def check_wiring(self, model: Any) -> None:
+        """Make sure that ``task_ids`` given to the model reach both stacks; the hooks stop the passes on arrival."""
+        device = model.device
+        token = torch.zeros((1, 1), dtype=torch.long, device=device)
+        state = torch.zeros((1, 1, model.config.hidden_size), dtype=model.dtype, device=device)
+        inputs: dict[str, dict[str, Any]] = {
+            ENCODER: {model.main_input_name: token}, DECODER: {"encoder_outputs": (state,)},
+        }  # fmt: skip
+        for part, given in inputs.items():
+            try:
+                with torch.no_grad():
+                    model(**given, decoder_input_ids=token, task_ids=PROBE)
+            except Wired as arrived:
+                if arrived.args == (part,):
+                    continue
+            except TypeError:
+                pass
+            raise UnsupportedModel(f"{type(model).__name__}: its forward does not pass task_ids on to its {part}")
+
+
+def _places(stacks: dict[str, Any], bank: PrefixBank) -> dict[Any, Place]:
+    """The place of every attention layer.
+
+    Raises:
+        UnsupportedModel: their number is not that of the bank's geometry.
+    """
+    places: dict[Any, Place] = {}
+    found = dict.fromkeys(bank.parts, 0)
+    biases: dict[str, Any] = {}
+    for stack_part, stack in stacks.items():
+        for name, module in stack.named_modules():
+            part = ATTENTIONS[stack_part].get(name.rpartition(".")[2])
+            if part is None:
+                continue
+            if getattr(module, "has_relative_attention_bias", False):
+                check_buckets(module)
+                biases[part] = module  # the layers that follow share it
+            places[module] = Place(part, found[part], biases.get(part))
+            found[part] += 1
+    expected = {part: len(geometry.layers) for part, geometry in bank.base.geometries.items()}
+    if found != expected:
+        raise UnsupportedModel(f"expected attention layers {expected}, found {found} by their names")
+    return places
+
+
+class StackHook:
+    """Forward pre-hook of the encoder or the decoder: turns ``task_ids`` into a `PartBatch` for its layers."""
+
+    def __init__(self, bank: PrefixBank, implementation: str, part: str) -> None:
+        self.bank = bank
+        self.implementation = implementation
+        self.part = part
+
+    def __call__(
+        self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        task_ids = kwargs.pop("task_ids", None)
+        if task_ids is PROBE:
+            raise Wired(self.part)
+        if self.part == DECODER:
+            _positions.of_rows = None
+        if task_ids is None:
+            scope.implementation = self.implementation
+            return args, kwargs | {KEYWORD: PartBatch(self.implementation)}
+        scope.implementation = None
+        if args:
+            bound = inspect.signature(stack.forward).bind_partial(*args, **kwargs).arguments
+            args, kwargs = (), bound | bound.pop("kwargs", {})
+        inputs = next(x for name in INPUTS if (x := kwargs.get(name)) is not None)
+        ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
+        if self.part == DECODER and hasattr(stack, "embed_positions"):
+            _positions.of_rows = shifted_positions(
+                self.bank, ids, inputs, kwargs.get("position_ids"), kwargs.get("attention_mask"),
+                kwargs.get("past_key_values"), stack.config.model_type,
+            )  # fmt: skip
+        return args, kwargs | {KEYWORD: PartBatch(self.implementation, self.bank, ids)}
+
+
+def _look_up_rows(
+    table: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Pre-hook of ``decoder.embed_positions``, which takes one list of positions: give it those of all rows."""
+    rows = _positions.of_rows
+    return None if rows is None else (args, kwargs | {"position_ids": rows.reshape(-1)})
+
+
+def _restore_rows(table: Any, args: tuple[Any, ...], embeddings: Tensor) -> Tensor | None:
+    """Hook behind ``decoder.embed_positions``: from a list of embeddings to ``[batch, q_len, hidden]``."""
+    rows = _positions.of_rows
+    return None if rows is None else embeddings.reshape(*rows.shape, -1)
+
+
+class Seq2SeqGenerate(Generate):
+    """``model.generate`` that takes ``task_ids``: one name, id or None per row of the encoder's input."""
+
+    def _fit(
+        self, ids: Tensor, inputs: Tensor, options: dict[str, Any], configs: Sequence[Any], truncation: bool
+    ) -> None:
+        """Refuse rows whose decoder has too little room behind its prefix."""
+        if truncation:
+            raise ShapeError(
+                "truncation: expected a decoder-only model; the input of an encoder has no prefix to make room for: "
+                "let the tokenizer cut it"
+            )
+        prompt = options.get("decoder_input_ids")
+        if prompt is None:
+            prompt = ids[:, None]  # stands for the one token that the decoder starts with
+        new = new_tokens(prompt, options, configs)
+        check_fits(self.bank, ids, prompt, options.get("decoder_attention_mask"), new)
+
+
+def refuse_seq2seq(model: Any) -> None:
+    """Raise `UnsupportedModel`, naming the family and the reason, for a model the patch cannot be exact for."""
+    family = f"{type(model).__name__} ({model.config.model_type})"
+    if model.config.model_type not in FAMILIES:
+        raise UnsupportedModel(
+            f"{family}: of encoder-decoder models those are supported whose positions are known: {', '.join(FAMILIES)}"
+        )
+    if not model.can_generate():
+        raise UnsupportedModel(f"{family}: expected a model with generate, such as AutoModelForSeq2SeqLM")
+    for stack in (model.get_encoder(), model.get_decoder()):
+        implementation = stack.config._attn_implementation
+        if implementation != NAME and implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+            raise UnsupportedModel(
+                f"{family}: attn_implementation={implementation!r} has no mask function; load the model with "
+                "attn_implementation='sdpa' or 'eager'"
+            )
