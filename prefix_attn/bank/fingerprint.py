@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prefix_attn.bank.geometry import DECODER, Geometry, setting
+from prefix_attn.errors import UnsupportedModel
 
 SAMPLE = 64
 #: Knuth's multiplicative hash: spreads the sampled elements over rows and columns, whatever the width of a row.
@@ -60,8 +62,8 @@ def config_digest(config: Any, geometries: Mapping[str, Geometry]) -> str:
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over parameters in the order of their names: name, shape, sampled elements in bfloat16."""
-    parameters = sorted(model.named_parameters())
-    samples = [_sample(p.detach()) for _, p in parameters]
+    parameters = sorted(own_parameters(model), key=lambda named: named[0])
+    samples = [_sample(p) for _, p in parameters]
     on_host: dict[int, Tensor] = {}
     for device in {s.device for s in samples}:
         members = [i for i, s in enumerate(samples) if s.device == device]
@@ -72,6 +74,45 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(f"{name}{list(p.shape)}".encode())
         digest.update(on_host[i].view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def own_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors behind a model's parameters, by name.
+
+    The weights of PEFT's adapters are left out, and those below them keep the names they had: a model with LoRA has
+    the base's own fingerprint. Parameters that accelerate has put elsewhere are fetched. A quantised weight that
+    consists of several tensors gives each.
+    """
+    modules = dict(model.named_modules())
+    adapters = tuple(
+        f"{name}.{part}." for name, module in modules.items() for part in getattr(module, "adapter_layer_names", ())
+    )
+    for name, p in model.named_parameters():
+        if not name.startswith(adapters):
+            owner, _, key = name.rpartition(".")
+            plain = _fetched(modules[owner], key, p).detach()
+            yield from _tensors(name.replace(".base_layer.", ".").replace(".original_module.", "."), plain)
+
+
+def _fetched(module: Any, key: str, p: Tensor) -> Tensor:
+    """The parameter itself, or, of one offloaded by accelerate, its values."""
+    if not p.is_meta:
+        return p
+    hook = getattr(module, "_hf_hook", None)
+    weights = getattr(hook, "weights_map", None)
+    if weights is None:
+        raise UnsupportedModel("model: expected loaded weights, got parameters on the meta device; load them first")
+    value: Tensor = weights[key]
+    return value
+
+
+def _tensors(name: str, p: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors a tensor consists of; itself, unless it wraps others."""
+    if not is_traceable_wrapper_subclass(p):
+        yield name, p
+        return
+    for part in p.__tensor_flatten__()[0]:
+        yield from _tensors(f"{name}.{part}", getattr(p, part))
 
 
 def _sample(p: Tensor) -> Tensor:

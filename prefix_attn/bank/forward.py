@@ -51,11 +51,12 @@ def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:
             f"model: expected a decoder-only model, got the encoder-decoder {config.model_type}; keys and values of a "
             "text in its decoder depend on the encoder's input; train a prefix, and use add or load"
         )
-    if any(p.is_meta for p in model.parameters()):
+    if any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
         raise UnsupportedModel("model: expected loaded weights, got parameters on the meta device; load them first")
     body = getattr(model, "base_model", model)  # without the language-model head, whose logits nobody reads
     cache = DynamicCache()
-    input_ids = input_ids.to(body.get_input_embeddings().weight.device)
+    device = body.get_input_embeddings().weight.device
+    input_ids = input_ids.to("cpu" if device.type == "meta" else device)  # accelerate moves inputs of offloaded layers
     try:
         with torch.no_grad(), evaluating(model):
             body(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), past_key_values=cache, use_cache=True)

@@ -24,6 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import UnsupportedModel
+from prefix_attn.hf.adapters import attach, detach, is_wrapper, pop_task_ids
 from prefix_attn.hf.attention import KEYWORD, NAME, Batch, prefix_attention_forward
 from prefix_attn.hf.configs import OwnConfigs
 from prefix_attn.hf.continuous import GenerateBatch, InitContinuousBatching
@@ -43,7 +44,8 @@ def patch(model: PreTrainedModel, bank: PrefixBank, verify: bool = False) -> Pre
     """Let ``model(...)`` and ``model.generate(...)`` take ``task_ids``; reversible by `unpatch`, idempotent.
 
     Args:
-        model: a transformers model that uses the attention interface; changed in place.
+        model: a transformers model that uses the attention interface; changed in place. Or a PEFT model around one,
+            with LoRA or other adapters of its weights: give it, not the model inside, if you call it.
         bank: prefixes made for this model; a model already patched gets this bank instead.
         verify: before returning, compare each task's logits for a few tokens with those of the family's eager
             attention over a copy of the prefix.
@@ -55,6 +57,14 @@ def patch(model: PreTrainedModel, bank: PrefixBank, verify: bool = False) -> Pre
         UnsupportedModel: the result would not be exact for this family, or verification found a difference.
         IncompatiblePrefix: the bank was made for another model.
     """
+    if is_wrapper(model):
+        attach(model)
+        try:
+            patch(model.get_base_model(), bank, verify)
+        except BaseException:
+            detach(model)
+            raise
+        return model
     _refuse(model)
     bank.check_model(model)
     before = getattr(model, _ATTRIBUTE, None)
@@ -83,6 +93,10 @@ def _apply(model: Any, bank: PrefixBank) -> _Patch | Seq2SeqPatch:
 
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     """Undo `patch`; a model that is not patched is left as it is. Returns the model."""
+    if is_wrapper(model):
+        detach(model)
+        unpatch(model.get_base_model())
+        return model
     state = model.__dict__.pop(_ATTRIBUTE, None)
     if state is not None:
         state.remove(model)
@@ -136,7 +150,7 @@ class DecoderHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if KEYWORD in kwargs:
             return args, kwargs  # continuous batching has prepared everything
-        task_ids = kwargs.pop("task_ids", None)
+        task_ids = pop_task_ids(kwargs)
         if task_ids is PROBE:
             raise Wired
         if task_ids is None:
@@ -161,8 +175,7 @@ class DecoderHook:
 def _refuse(model: Any) -> None:
     """Raise `UnsupportedModel`, naming the family and the reason, for a model the patch cannot be exact for."""
     if not isinstance(model, PreTrainedModel):
-        hint = "; patch the base model inside it (model.get_base_model())" if hasattr(model, "get_base_model") else ""
-        raise UnsupportedModel(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}{hint}")
+        raise UnsupportedModel(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
     config: Any = model.config.get_text_config()
     family = f"{type(model).__name__} ({config.model_type})"
     if model.config.is_encoder_decoder:

@@ -24,6 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.geometry import CROSS, DECODER, ENCODER
 from prefix_attn.errors import ShapeError, UnsupportedModel
+from prefix_attn.hf.adapters import pop_task_ids
 from prefix_attn.hf.attention import KEYWORD
 from prefix_attn.hf.configs import OwnConfigs
 from prefix_attn.hf.context import check_fits, new_tokens
@@ -144,7 +145,7 @@ class StackHook:
     def __call__(
         self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        task_ids = kwargs.pop("task_ids", None)
+        task_ids = pop_task_ids(kwargs)
         if task_ids is PROBE:
             raise Wired(self.part)
         if self.part == DECODER:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 import prefix_attn as pa
 from tests.hf.families import random_prefix, tiny_model
@@ -31,6 +32,20 @@ def padded_inputs(length: int = 8, paddings: tuple[int, ...] = (0, 3, 1, 5), see
         ids[row, :padding] = 0
         mask[row, :padding] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+def replica(model: Any, bank: pa.PrefixBank, task: str | None) -> dict[str, Any]:
+    """What to call a patched model with, instead of ``task_ids``, so that a plain cache holds the task's prefix.
+
+    For one row of 8 tokens without padding: the slow way whose meaning nobody doubts.
+    """
+    cache, m = DynamicCache(config=model.config), 0 if task is None else bank.prefix_len(task)
+    for i in range(bank.num_layers if m else 0):
+        layer = bank.layer(i)
+        start, _ = layer.spans[int(bank.task_ids([task]))]
+        cache.update(layer.k[None, :, start : start + m], layer.v[None, :, start : start + m], i)
+    mask = torch.ones(1, m + 8, dtype=torch.long)
+    return {"past_key_values": cache, "attention_mask": mask, "position_ids": torch.arange(m, m + 8)[None]}
 
 
 @pytest.fixture(params=["llama", "gemma3_text", "gpt2", "gpt_oss"])

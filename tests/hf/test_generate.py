@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import prefix_attn as pa
-from tests.hf.conftest import TASKS, make_bank, padded_inputs
+from tests.hf.conftest import TASKS, make_bank, padded_inputs, replica
 from tests.hf.families import tiny_model
 from tests.hf.peft_oracle import PeftOracle
 from tests.tolerance import assert_close
@@ -121,8 +121,6 @@ def test_truncation_drops_each_rows_oldest_tokens(patched: Any) -> None:
 
 def test_gradients_equal_those_of_a_replicated_prefix(patched: Any) -> None:
     """Fine-tuning under a fixed prefix, with and without gradient checkpointing."""
-    from transformers import DynamicCache
-
     bank, tasks = patched._prefix_attn.bank, ["five", "nine"]
     tokens = padded_inputs(paddings=(0,))["input_ids"]
 
@@ -143,18 +141,7 @@ def test_gradients_equal_those_of_a_replicated_prefix(patched: Any) -> None:
     patched.eval()
     getattr(patched, "activation_checkpointing_disable", patched.gradient_checkpointing_disable)()
 
-    losses = []
-    for task in tasks:
-        cache, m = DynamicCache(config=patched.config), bank.prefix_len(task)
-        start, _ = bank.layer(0).spans[int(bank.task_ids([task]))]
-        for i in range(bank.num_layers):
-            k, v = (x[None, :, start : start + m] for x in (bank.layer(i).k, bank.layer(i).v))
-            cache.update(k, v, i)
-        out = patched(
-            input_ids=tokens, labels=tokens, past_key_values=cache, position_ids=torch.arange(m, m + 8)[None],
-            attention_mask=torch.ones(1, m + 8, dtype=torch.long),
-        )  # fmt: skip
-        losses.append(out.loss / 2)
+    losses = [patched(tokens, labels=tokens, **replica(patched, bank, task)).loss / 2 for task in tasks]
     for expected, *got in zip(gradients(*losses), plain, with_checkpoints, strict=True):
         for gradient in got:
             if expected is None:
