@@ -108,6 +108,7 @@ def pairs_of(rows: Iterable[Row]) -> tuple[list[Pair], float]:
         Pair.of(row, times[GROUPED, point])
         for (provider, point), row in times.items()
         if provider == INLINE and (GROUPED, point) in times and point.tasks < point.batch
+        if point.skew == "even" and not point.ragged
     ]
     # A floor is the longest of bytes, FLOPs and a launch: where bytes rule, it gives the bandwidth.
     return pairs, max((row.bytes / row.floor_us for row in rows if row.floor_us > 0), default=0.0)

@@ -1,10 +1,11 @@
-"""``make gpu``: tests, parity and timings on a machine with a GPU, in one command that ends within its budget.
+"""``make gpu``: tests and timings on a machine with a GPU, in one command that ends within its budget.
 
-    python -m benchmarks.gpu --budget 510 --stages tests,parity,decode,prefill,mixed,generate
+    python -m benchmarks.gpu --budget 510 --stages tests,determinism,memcheck,parity,decode,prefill,mixed,generate
 
 Stages run in that order, each within its share of what is left; what does not fit is named as left out. Rows go to
 ``benchmarks/results/<device>/<date>-<commit>.jsonl`` as they are measured, and a summary beside them is made from all
-rows of the file, so that a run can be continued with ``--stages``.
+rows of the file, so that a run can be continued with ``--stages``. Where FlashInfer is installed, its kernels are
+compiled beside the tests; what is not compiled when timing begins is left out.
 
 Exit code: 0; 1 when a test fails or is cut short, a result is wrong, or a kernel of ours does not run; 2 without a GPU.
 """
@@ -12,10 +13,15 @@ Exit code: 0; 1 when a test fails or is cut short, a result is wrong, or a kerne
 from __future__ import annotations
 
 import gc
+import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,27 +34,41 @@ from . import record
 from .compare import DeviceLost
 from .run import Outcome, make_bench, run_attention, run_generate
 
-TESTS = [
-    "tests/test_backends.py::TestTriton",
-    "tests/kernels/test_contract.py",
-    "tests/kernels/test_edges.py",
-    "tests/gpu/test_large_offsets.py",
-    # about imports, not about the device: PyTorch itself may import Triton where there is a GPU
-    "--deselect=tests/kernels/test_contract.py::test_registration_needs_no_triton",
-]
-PARITY = ["tests/gpu/test_patch_on_device.py"]
+#: Arguments of pytest for each stage that is one.
+TESTS = {
+    "tests": [
+        "tests/test_backends.py::TestTriton",
+        "tests/test_backends.py::TestTritonGrouped",
+        "tests/kernels/test_contract.py",
+        "tests/kernels/test_edges.py",
+        "tests/gpu/test_large_offsets.py",
+        # about imports, not about the device: PyTorch itself may import Triton where there is a GPU
+        "--deselect=tests/kernels/test_contract.py::test_registration_needs_no_triton",
+    ],
+    "determinism": ["tests/gpu/test_determinism.py"],
+    "memcheck": ["tests/kernels/test_edges.py", "-k", "own_keys_around or prefix_around or gathered_rows"],
+    # models on the device, and whatever else runs only there
+    "parity": [
+        "tests/gpu",
+        "--ignore=tests/gpu/test_determinism.py",
+        "--ignore=tests/gpu/test_large_offsets.py",
+    ],
+}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage needs at least, and its weight when timing stages share what is left; tests take what they need."""
+    """What a stage needs at least and may take at most, and its weight when timing stages share what is left."""
 
     least_seconds: float
     weight: float = 0.0
+    most_seconds: float = math.inf
 
 
 STAGES = {
     "tests": Stage(least_seconds=60),
+    "determinism": Stage(least_seconds=20, most_seconds=60),
+    "memcheck": Stage(least_seconds=20, most_seconds=60),
     "parity": Stage(least_seconds=40),
     "decode": Stage(least_seconds=45, weight=3),
     "prefill": Stage(least_seconds=20, weight=1),
@@ -77,21 +97,51 @@ class Budget:
             share = self.left * weight / (weight + sum(s.weight for s in after))
         else:
             share = self.left - sum(s.least_seconds for s in after)
-        return share if share >= STAGES[stage].least_seconds else None
+        return min(share, STAGES[stage].most_seconds) if share >= STAGES[stage].least_seconds else None
 
 
-def run_tests(targets: list[str], seconds: float) -> bool:
-    """Pytest in a process of its own, in parallel where it can; False when a test fails or time runs out."""
+def run_tests(targets: list[str], seconds: float, under: Sequence[str] = ()) -> bool:
+    """Pytest in a process of its own, in parallel where it can; False when a test fails or time runs out.
+
+    ``under`` is a command that runs another and looks at it; then one process has to do.
+    """
     workers = min(8, (os.cpu_count() or 1) // 2)
-    parallel = ["-n", str(workers)] if find_spec("xdist") and workers > 1 else []
+    parallel = ["-n", str(workers)] if find_spec("xdist") and workers > 1 and not under else []
     # Warnings are errors where the tests are developed, not with whatever versions a machine has.
-    command = [sys.executable, "-m", "pytest", "-q", "-W", "default", *parallel, *targets]
+    command = [*under, sys.executable, "-m", "pytest", "-q", "-W", "default", *parallel, *targets]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if under:  # a cache of memory would hide reads beyond a tensor's end
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    process = subprocess.Popen(command, cwd=record.ROOT, env=environment, start_new_session=True)
     try:
-        return subprocess.run(command, cwd=record.ROOT, env=environment, timeout=seconds).returncode == 0
+        return process.wait(seconds) == 0
     except subprocess.TimeoutExpired:
         print(f"cut short after {seconds:.0f} s: these tests have not passed", flush=True)
         return False
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Stop a process of ours and what it has started, if it still runs."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def sanitizer() -> list[str] | None:
+    """NVIDIA's memory checker as a command, or None if it is not on this machine."""
+    found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    return [found, "--tool", "memcheck", "--error-exitcode", "1"] if found else None
+
+
+def compile_flashinfer() -> subprocess.Popen[bytes] | None:
+    """Begin to compile FlashInfer's kernels (benchmarks/peers/flashinfer.py); None where it is not installed."""
+    if find_spec("flashinfer") is None:
+        return None
+    command = [sys.executable, "-m", "benchmarks.peers.flashinfer"]
+    return subprocess.Popen(command, cwd=record.ROOT, start_new_session=True)
 
 
 def chosen(stages: str) -> list[str]:
@@ -120,6 +170,7 @@ def main(
     print(environment, flush=True)
     outcome = Outcome(out / environment.slug / f"{environment.file_name}.jsonl")
 
+    compilation = compile_flashinfer() if not set(limits.stages) <= TESTS.keys() else None
     gc.freeze()  # a capture of a graph may collect garbage: what is imported by now need not be looked through
     fine, notes, bench = True, list[str](), None
     for stage in limits.stages:
@@ -130,10 +181,17 @@ def main(
         start = time.monotonic()
         print(f"== {stage}: at most {share:.0f} s", flush=True)
         try:
-            if stage in ("tests", "parity"):
-                passed = run_tests(TESTS if stage == "tests" else PARITY, share)
+            if stage in TESTS:
+                under = sanitizer() if stage == "memcheck" else []
+                if under is None:
+                    notes.append("memcheck left out: compute-sanitizer is not on this machine")
+                    continue
+                passed = run_tests(TESTS[stage], share, under)
                 notes.append(f"{stage} {'passed' if passed else 'FAILED'}")
             else:
+                if compilation is not None and compilation.poll() is None:
+                    notes.append("FlashInfer's kernels were not all compiled in time")
+                    end(compilation)
                 had_failed, outcome.left_out = outcome.failed, []
                 if stage == "generate":
                     run_generate(outcome, device, environment, quick=False, seconds=share)
@@ -149,6 +207,8 @@ def main(
         fine = fine and passed
         print(f"== {stage} took {time.monotonic() - start:.1f} s", flush=True)
 
+    if compilation is not None:
+        end(compilation)
     page = outcome.write_summary(environment, notes)
     if page is not None:
         print(page, flush=True)

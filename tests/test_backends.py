@@ -35,7 +35,8 @@ class BackendSuite:
 
     @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
     def test_equals_the_formula(self, case: Case) -> None:
-        for dtype in self.dtypes if case in (DECODE, PREFILL) else self.dtypes[:1]:
+        everywhere = case in (DECODE, PREFILL) or (DEVICE == "cuda" and self.name == "triton")
+        for dtype in self.dtypes if everywhere else self.dtypes[:1]:
             inputs = make(case, dtype, DEVICE)
             out, lse = self.run(inputs)
             assert out.dtype == dtype

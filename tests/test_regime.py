@@ -23,7 +23,7 @@ def call(batch: int, tasks: int, m: int, q_len: int = 1, planned: bool = True, *
 
     ids, lens = (torch.empty(n, dtype=torch.int32, device="meta") for n in (batch, tasks))
     prefix = PrefixKV(empty(8, tasks * m), empty(8, tasks * m), lens, lens, options.pop("max_len", m))
-    defaults: dict[str, Any] = dict.fromkeys(("kv_start", "kv_len", "window", "softcap", "sinks"))
+    defaults: dict[str, Any] = dict.fromkeys(("kv_start", "kv_len", "window", "softcap", "sinks", "relative_bias"))
     defaults |= {"causal": True, "scale": 0.1, "return_lse": False, "batch_invariant": False}
     return AttentionCall(
         q=empty(batch, 32, q_len), k=empty(batch, 8, 64), v=empty(batch, 8, 64), prefix=prefix, task_ids=ids,

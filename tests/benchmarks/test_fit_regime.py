@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from benchmarks import fit_regime, record
@@ -16,8 +15,7 @@ from benchmarks.fit_regime import GROUPED, INLINE, Constants, Pair, pairs_of
 from benchmarks.peers import Point
 from benchmarks.record import Row
 from prefix_attn import regime
-from prefix_attn.plan import BatchPlan
-from prefix_attn.types import AttentionCall, PrefixKV
+from tests.test_regime import call
 
 POINTS = [
     Point("decode", batch, tasks, m, n)
@@ -78,23 +76,9 @@ def test_points_that_say_nothing() -> None:
 @pytest.mark.parametrize("point", POINTS, ids=str)
 def test_the_terms_are_those_of_the_package(point: Point) -> None:
     """With regime.py's own constants, the pair chooses as regime.py does."""
-
-    def meta(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
-
-    def integers(n: int) -> torch.Tensor:
-        return torch.zeros(n, dtype=torch.int32)
-
-    bank = meta(8, point.tasks * point.m, 128)
-    prefix = PrefixKV(bank, bank, integers(point.tasks), integers(point.tasks), max_len=point.m)
-    own, ids = meta(point.batch, 8, point.n, 128), integers(point.batch)
-    call = AttentionCall(
-        q=meta(point.batch, 32, 1, 128), k=own, v=own, prefix=prefix, task_ids=ids, kv_start=None, kv_len=None,
-        causal=True, scale=1.0, window=None, softcap=None, sinks=None, return_lse=False, batch_invariant=False,
-        plan=BatchPlan(ids, prefix.lens),
-    )  # fmt: skip
+    chosen = regime.choose(call(point.batch, point.tasks, point.m))
     pair = Pair.of(row(INLINE, point, 1.0), row(GROUPED, point, 2.0))
-    assert (pair.slowdown(Constants.now()) == 2.0) == (regime.choose(call).name == "grouped")
+    assert (pair.slowdown(Constants.now()) == 2.0) == (chosen.name == "grouped")
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -145,8 +145,9 @@ def test_points_are_those_of_the_protocol() -> None:
 
 def test_budget_leaves_room_for_later_stages() -> None:
     budget = Budget(510, list(STAGES))
-    tests, decode, generate = (budget.share(name) for name in ("tests", "decode", "generate"))
-    assert tests == pytest.approx(510 - 40 - 45 - 20 - 20 - 40, abs=1)
+    tests, memcheck, decode, generate = (budget.share(name) for name in ("tests", "memcheck", "decode", "generate"))
+    assert tests == pytest.approx(510 - 20 - 20 - 40 - 45 - 20 - 20 - 40, abs=1)
+    assert memcheck == 60
     assert decode == pytest.approx(510 * 3 / 6.5, abs=1)
     assert generate == pytest.approx(510, abs=1)
     late = Budget(510, list(STAGES), started=time.monotonic() - 440)
@@ -159,7 +160,7 @@ def test_budget_leaves_room_for_later_stages() -> None:
 def test_stages() -> None:
     assert chosen("prefill, tests") == ["tests", "prefill"]
     for bad in ("", "decode,warmup"):
-        with pytest.raises(Exception, match="expected some of tests, parity, decode, prefill, mixed, generate"):
+        with pytest.raises(Exception, match="expected some of tests, determinism, memcheck, parity, decode"):
             chosen(bad)
 
 
@@ -172,6 +173,36 @@ def test_failing_and_slow_tests_are_failures(tmp_path: Path, capsys: pytest.Capt
     assert not run_tests([f"{file}::test_bad"], seconds=60)
     assert not run_tests([f"{file}::test_slow"], seconds=2)
     assert "cut short after 2 s" in capsys.readouterr().out
+
+
+def test_tests_run_under_a_checker_and_leave_nothing_behind(tmp_path: Path) -> None:
+    checker, said = tmp_path / "checker", tmp_path / "said"
+    checker.write_text(
+        f'#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $@" > {said}\nsleep 60 &\necho $! >> {said}\nwait\n'
+    )
+    checker.chmod(0o755)
+    assert not run_tests(["tests/none.py"], seconds=2, under=[str(checker), "--tool", "memcheck"])
+    arguments, child = said.read_text().splitlines()
+    assert arguments.startswith("1 --tool memcheck ")
+    assert arguments.endswith("-m pytest -q -W default tests/none.py")
+    assert not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]
+
+
+def test_every_file_of_tests_exists() -> None:
+    arguments = [argument for stage in gpu.TESTS.values() for argument in stage]
+    paths = [argument.split("=")[-1].split("::")[0] for argument in arguments if "tests/" in argument]
+    assert len(paths) > 8
+    for path in paths:
+        assert (record.ROOT / path).exists(), path
+
+
+def test_the_kernels_of_flashinfer_are_compiled_beside_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu.compile_flashinfer() is None or gpu.find_spec("flashinfer")
+    started: list[Any] = []
+    monkeypatch.setattr(gpu, "find_spec", lambda name: name == "flashinfer")
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **_: started.append(command[1:]))
+    gpu.compile_flashinfer()
+    assert started == [["-m", "benchmarks.peers.flashinfer"]]
 
 
 def test_points_are_left_out_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +248,9 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.record.Environment, "read", lambda device, commit: ENVIRONMENT)
     monkeypatch.setattr("benchmarks.run.measure_roofs", lambda device, dtypes: None)
     monkeypatch.setattr(gpu, "run_generate", lambda *args, **options: None)
-    monkeypatch.setattr(gpu, "run_tests", lambda targets, seconds: True)
+    monkeypatch.setattr(gpu, "run_tests", lambda targets, seconds, under: True)
+    monkeypatch.setattr(gpu, "sanitizer", lambda: None)
+    monkeypatch.setattr(gpu, "compile_flashinfer", lambda: None)
     monkeypatch.setattr(Bench, "rows", lambda self, point, seconds, seed: [])
 
 
@@ -227,6 +260,8 @@ def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 0
     stages = (
         "tests passed",
+        "determinism passed",
+        "memcheck left out: compute-sanitizer is not on this machine",
         "parity passed",
         *(f"{name} measured" for name in ("decode", "prefill", "mixed", "generate")),
     )
@@ -236,10 +271,11 @@ def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 0
     assert "tests left out: only 50 s remained; prefill measured" in result.output
 
-    monkeypatch.setattr(gpu, "run_tests", lambda targets, seconds: targets is gpu.PARITY)
+    monkeypatch.setattr(gpu, "run_tests", lambda targets, seconds, under: targets is gpu.TESTS["parity"])
+    monkeypatch.setattr(gpu, "sanitizer", lambda: ["checker"])
     result = command("--out", str(tmp_path))
     assert result.exit_code == 1
-    assert "tests FAILED; parity passed; decode measured" in result.output
+    assert "tests FAILED; determinism FAILED; memcheck FAILED; parity passed; decode measured" in result.output
 
     def lost(self: Bench, point: Point, seconds: float, seed: int) -> list[Any]:
         raise DeviceLost("after AcceleratorError: illegal memory access")
