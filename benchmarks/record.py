@@ -12,11 +12,14 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from .peers.problem import Point
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 #: The checkout, also where this file was reached through the package's link; in an installed wheel, the package.
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,7 +173,7 @@ def generation_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}-generate.jsonl")
 
 
-def append(path: Path, rows: Iterable[Row | GenerationRow]) -> None:
+def append(path: Path, rows: Iterable[DataclassInstance]) -> None:
     """Add rows to a file of JSON lines; each is written whole or, if the run is cut, not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:

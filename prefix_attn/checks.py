@@ -87,30 +87,35 @@ def check_values(call: AttentionCall) -> None:
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix: PrefixKV) -> None:
-    if q.ndim != 4 or k.ndim != 4:
+    # A decode step comes here once a layer: each property of a tensor is read once.
+    q_shape, k_shape, prefix_shape = q.shape, k.shape, prefix.k.shape
+    if len(q_shape) != 4 or len(k_shape) != 4:
         raise ShapeError(
             "q, k: expected [batch, q_heads, q_len, head_dim] and [batch, kv_heads, kv_len, head_dim], "
-            f"got {list(q.shape)} and {list(k.shape)}"
+            f"got {list(q_shape)} and {list(k_shape)}"
         )
-    if k.shape != v.shape:
-        raise ShapeError(f"k, v: expected equal shapes, got {list(k.shape)} and {list(v.shape)}")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ShapeError(f"q, k: expected the same batch and head_dim, got {list(q.shape)} and {list(k.shape)}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ShapeError(f"q, k: expected q_heads to be a multiple of kv_heads, got {q.shape[1]} and {k.shape[1]}")
-    if (prefix.kv_heads, prefix.head_dim) != (k.shape[1], k.shape[3]):
+    if k_shape != v.shape:
+        raise ShapeError(f"k, v: expected equal shapes, got {list(k_shape)} and {list(v.shape)}")
+    batch, q_heads, _, head_dim = q_shape
+    kv_heads = k_shape[1]
+    if batch != k_shape[0] or head_dim != k_shape[3]:
+        raise ShapeError(f"q, k: expected the same batch and head_dim, got {list(q_shape)} and {list(k_shape)}")
+    if kv_heads == 0 or q_heads % kv_heads:
+        raise ShapeError(f"q, k: expected q_heads to be a multiple of kv_heads, got {q_heads} and {kv_heads}")
+    if prefix_shape[0] != kv_heads or prefix_shape[2] != head_dim:
         raise ShapeError(
-            f"prefix, k: expected the same kv_heads and head_dim, got {prefix.kv_heads} and "
-            f"{prefix.head_dim} in prefix, {k.shape[1]} and {k.shape[3]} in k"
+            f"prefix, k: expected the same kv_heads and head_dim, got {prefix_shape[0]} and "
+            f"{prefix_shape[2]} in prefix, {kv_heads} and {head_dim} in k"
         )
-    if not 1 <= q.shape[3] <= MAX_HEAD_DIM:
-        raise ShapeError(f"q: expected head_dim from 1 to {MAX_HEAD_DIM}, got {q.shape[3]}")
-    if q.dtype not in FLOATS:
-        raise DTypeError(f"q: expected a dtype among {FLOATS}, got {q.dtype}")
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ShapeError(f"q: expected head_dim from 1 to {MAX_HEAD_DIM}, got {head_dim}")
+    dtype, device = q.dtype, q.device
+    if dtype not in FLOATS:
+        raise DTypeError(f"q: expected a dtype among {FLOATS}, got {dtype}")
     for name, x in (("k", k), ("v", v), ("prefix.k", prefix.k), ("prefix.v", prefix.v)):
-        if x.dtype != q.dtype or x.device != q.device:
+        if x.dtype != dtype or x.device != device:
             raise DTypeError(
-                f"{name}: expected {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}; "
+                f"{name}: expected {dtype} on {device} like q, got {x.dtype} on {x.device}; "
                 "convert it (a bank follows its model: PrefixBank.for_model)"
             )
 
@@ -134,4 +139,4 @@ def _row_integers(name: str, x: Tensor | Sequence[int], batch: int, device: torc
         raise ShapeError(f"{name}: expected one integer per row, [batch] = [{batch}], got {list(x.shape)}")
     if x.dtype not in INTEGERS:
         raise DTypeError(f"{name}: expected an integer dtype, got {x.dtype}")
-    return x.to(device=device, dtype=torch.int32)
+    return x if x.dtype == torch.int32 and x.device == device else x.to(device=device, dtype=torch.int32)

@@ -98,9 +98,12 @@ class PrefixKV:
         return list(zip(self.starts.tolist(), self.lens.tolist(), strict=True))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class AttentionCall:
-    """One checked call of `prefix_attention`; what every backend receives. Shapes as documented there."""
+    """One checked call of `prefix_attention`; what every backend receives. Shapes as documented there.
+
+    Never changed. (Not frozen either: each layer call makes two, and freezing takes four times as long as making one.)
+    """
 
     q: Tensor
     k: Tensor

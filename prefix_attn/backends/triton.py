@@ -35,8 +35,8 @@ def refusal(call: AttentionCall) -> str | None:
         return "the kernels do not know relative_bias yet; use backend='torch'"
     if call.needs_grad:
         return "it has no backward kernels yet, and a tensor requires grad; use backend='torch', or torch.no_grad()"
-    keys = (call.k, call.v, call.prefix.k, call.prefix.v)
-    if (stride := max(s for x in keys for s in x.stride()[-2:])) > MAX_STRIDE:
+    keys = (call.k.stride(), call.v.stride(), call.prefix.k.stride(), call.prefix.v.stride())
+    if (stride := max(max(s[-2:]) for s in keys)) > MAX_STRIDE:
         return f"keys have a stride of {stride} elements, the kernels take {MAX_STRIDE}; call .contiguous() on k and v"
     if call.q.device.type == "cpu" and not interpreting():
         return (

@@ -1,0 +1,141 @@
+"""What one decode call costs the host before the device has anything to do, part by part.
+
+    python -m benchmarks.launch
+
+    total = checks of shapes and dtypes + choice of backend and regime + PyTorch's operator + launcher
+
+beside a plain launch: Triton called with the same kernel and arguments that are ready. Without a GPU the launch is
+replaced by one that does nothing, the row says so, and there is no plain launch to compare with.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+from unittest.mock import patch
+
+import torch
+import typer
+from rich import print
+
+from . import record
+from .peers.problem import Point, Problem
+
+#: Calls timed together: so few that some repeats run undisturbed, and that the device's queue never fills.
+CALLS = 20
+
+
+@dataclass(frozen=True)
+class LaunchRow:
+    """Microseconds of host time a call, each the fastest of many repeats: what delays the others is not ours."""
+
+    point: Point
+    status: str
+    total_us: float
+    checks_us: float
+    dispatch_us: float
+    operator_us: float
+    launcher_us: float
+    plain_launch_us: float | None
+    environment: record.Environment
+
+
+class Recorder:
+    """Stands for a kernel: remembers its last launch, and launches nothing."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(**arguments: Any) -> None:
+            self.grid, self.arguments = grid, arguments
+
+        return launch
+
+
+def host_us(call: Callable[[], Any], repeats: int) -> float:
+    """Microseconds of host time a call in the fastest repeat; the device is idle before each."""
+    samples = []
+    for _ in range(repeats):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        samples.append(1e6 * (time.perf_counter() - start) / CALLS)
+    return min(samples)
+
+
+@torch.no_grad()
+def measure(device: torch.device, repeats: int, environment: record.Environment) -> LaunchRow:
+    """Time a call of inline decode over 8 tasks; without a GPU on few rows, since memory for many takes the host time."""
+    import prefix_attn as pa
+    from prefix_attn import dispatch, ops
+    from prefix_attn.backends import triton as backend
+    from prefix_attn.checks import checked_call
+    from prefix_attn.kernels import decode
+
+    on_gpu = device.type == "cuda"
+    point = Point("decode", batch=64 if on_gpu else 8, tasks=8, m=128, n=512 if on_gpu else 16)
+    problem = Problem.random(point, device, seed=0)
+    arguments: tuple[Any, ...] = (problem.q, problem.k, problem.v, problem.prefix, problem.task_ids)
+    recorder = Recorder()
+    kernel = decode.decode_kernel
+
+    def parts() -> dict[str, float]:
+        call = checked_call(*arguments)
+        assert dispatch.regime("triton", call).name == "inline"  # type: ignore[union-attr]
+        timed: dict[str, Callable[[], Any]] = {
+            "total": lambda: pa.prefix_attention(*arguments, backend="triton"),
+            "checks": lambda: checked_call(*arguments),
+            "dispatch": lambda: (dispatch.choose(call, "triton"), dispatch.regime("triton", call)),
+            "attention": lambda: ops.attention(call, "triton"),
+            "regime": lambda: dispatch.regime("triton", call),
+            "launcher": lambda: backend.forward(call),
+        }
+        return {name: host_us(function, repeats) for name, function in timed.items()}
+
+    with ExitStack() as stack:
+        if not on_gpu:
+            stack.enter_context(patch.object(decode, "decode_kernel", recorder))
+            stack.enter_context(patch.object(ops, "check_values", lambda call: None))  # read on a CPU alone
+        us = parts()
+    plain = None
+    if on_gpu:
+        with patch.object(decode, "decode_kernel", recorder):
+            backend.forward(checked_call(*arguments))
+        plain = host_us(lambda: kernel[recorder.grid](**recorder.arguments), repeats)
+    return LaunchRow(
+        point, "ok" if on_gpu else "ok: no GPU, the launch does nothing and values are not checked",
+        total_us=us["total"], checks_us=us["checks"], dispatch_us=us["dispatch"],
+        operator_us=us["attention"] - us["regime"] - us["launcher"], launcher_us=us["launcher"], plain_launch_us=plain,
+        environment=environment,
+    )  # fmt: skip
+
+
+def main(
+    repeats: Annotated[int, typer.Option(min=1, help="of 20 calls each, of which the fastest counts")] = 200,
+    out: Annotated[Path, typer.Option(help="folder for results")] = record.ROOT / "benchmarks" / "results",
+) -> None:
+    """Time the host's part of one decode call, print it, and append a JSON line to <out>/<device>/launch.jsonl."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+        torch.set_num_threads(1)
+    environment = record.Environment.read(device)
+    row = measure(device, repeats, environment)
+    plain = "not measured: no GPU" if row.plain_launch_us is None else f"{row.plain_launch_us:.1f} us"
+    print(f"{row.point} on {environment.device}: {row.status}")
+    print(
+        f"total {row.total_us:.1f} us = checks {row.checks_us:.1f} + dispatch {row.dispatch_us:.1f} + "
+        f"operator {row.operator_us:.1f} + launcher {row.launcher_us:.1f}; a plain launch: {plain}"
+    )
+    path = out / (environment.slug if device.type == "cuda" else "cpu") / "launch.jsonl"
+    record.append(path, [row])
+    print(f"appended to {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
