@@ -70,7 +70,7 @@ def host_us(call: Callable[[], Any], repeats: int) -> float:
 
 @torch.no_grad()
 def measure(device: torch.device, repeats: int, environment: record.Environment) -> LaunchRow:
-    """Time a call of inline decode over 8 tasks; without a GPU on few rows, since memory for many takes the host time."""
+    """Time a call of inline decode over 8 tasks; without a GPU on few rows, whose memory costs little time."""
     import prefix_attn as pa
     from prefix_attn import dispatch, ops
     from prefix_attn.backends import triton as backend

@@ -17,19 +17,14 @@ One that refuses whatever needs a gradient goes without ``backward`` and ``saves
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from types import ModuleType
 
+from prefix_attn.backends import reference, torch_sdpa, triton
 from prefix_attn.errors import BackendUnavailable
 from prefix_attn.regime import Regime
 from prefix_attn.types import AttentionCall
 
-#: Name -> module. Modules are imported when first asked for, so that none is needed to import the package.
-BACKENDS = {
-    "triton": "prefix_attn.backends.triton",
-    "torch": "prefix_attn.backends.torch_sdpa",
-    "reference": "prefix_attn.backends.reference",
-}
+BACKENDS: dict[str, ModuleType] = {"triton": triton, "torch": torch_sdpa, "reference": reference}
 
 #: What "auto" tries on a GPU: the fused kernels, then PyTorch, which runs everything. (Elsewhere Triton could only
 #: interpret its kernels, which is for tests.)
@@ -46,16 +41,13 @@ class Choice:
 
 def refusal(name: str, call: AttentionCall) -> str | None:
     """Why backend ``name`` cannot run ``call`` here; None if it can."""
-    try:
-        why_not: str | None = module(name).refusal(call)
-    except ImportError as e:
-        return f"it could not be imported ({e})"
+    why_not: str | None = BACKENDS[name].refusal(call)
     return why_not
 
 
 def regime(name: str, call: AttentionCall) -> Regime | None:
     """The way backend ``name`` would run ``call``; None if it has only one."""
-    choose_regime = getattr(module(name), "choose_regime", None)
+    choose_regime = getattr(BACKENDS[name], "choose_regime", None)
     return None if choose_regime is None else choose_regime(call)
 
 
@@ -81,13 +73,3 @@ def choose(call: AttentionCall, backend: str = "auto") -> Choice:
             f"backend={backend!r} cannot run this call: {why_not}. Use backend='auto' to let the package choose"
         )
     return Choice(backend, "named by the caller")
-
-
-_loaded: dict[str, ModuleType] = {}  # looked up here, a backend can be traced by torch.compile; an import cannot
-
-
-def module(name: str) -> ModuleType:
-    """The module of a backend, imported when first asked for."""
-    if name not in _loaded:
-        _loaded[name] = import_module(BACKENDS[name])
-    return _loaded[name]

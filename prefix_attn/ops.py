@@ -53,7 +53,7 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
         )
     planned, tasks, members = tiles or (None, None, None)
     prefix, needs_grad = call.prefix, call.needs_grad
-    return_lse = call.return_lse or (needs_grad and dispatch.module(backend).saves_lse(call))
+    return_lse = call.return_lse or (needs_grad and dispatch.BACKENDS[backend].saves_lse(call))
     arguments = (
         call.q, call.k, call.v, prefix.k, prefix.v, call.sinks, call.relative_bias, prefix.starts, prefix.lens,
         call.task_ids, call.kv_start, call.kv_len, planned, tasks, members, call.causal, call.scale, call.window,
@@ -76,7 +76,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     if call.q.numel() == 0:
         return _empty_outputs(call)
     check_values(call)
-    out, lse = dispatch.module(backend).forward(call)
+    out, lse = dispatch.BACKENDS[backend].forward(call)
     if not call.return_lse:
         return _in_layout_of(call.q, out), _nothing(call)
     assert lse is not None, "a backend returns lse where it is asked for"
@@ -92,7 +92,7 @@ def _backward(
     if call.q.numel() == 0:
         return tuple(torch.zeros_like(x) if need else _nothing(call) for x, need in zip(inputs, needed, strict=True))
     saved = lse if call.return_lse else None
-    grads = dispatch.module(backend).backward(call, out, saved, grad_out, grad_lse, PerInput(*needed))
+    grads = dispatch.BACKENDS[backend].backward(call, out, saved, grad_out, grad_lse, PerInput(*needed))
     return tuple(
         _in_layout_of(x, grad) if need and grad is not None else _nothing(call)
         for x, grad, need in zip(inputs, grads, needed, strict=True)
