@@ -42,12 +42,14 @@ class Environment:
     dirty: bool
     date: str  # UTC
     threads: int = 0  # PyTorch's, on a CPU
+    run: str = ""  # when it began, UTC: rows of one run belong together
 
     @classmethod
     def read(cls, device: torch.device, commit: str | None = None) -> Environment:
         """Ask the device, the packages and git; ``commit`` is for a checkout without git."""
         on_gpu = device.type == "cuda"
         found, dirty = git_state()
+        now = datetime.now(UTC)
         return cls(
             device=torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
             driver=nvidia_smi(device, "driver_version") if on_gpu else "none",
@@ -59,8 +61,9 @@ class Environment:
             python_version=platform.python_version(),
             commit=commit or found,
             dirty=dirty and commit is None,
-            date=datetime.now(UTC).date().isoformat(),
+            date=now.date().isoformat(),
             threads=0 if on_gpu else torch.get_num_threads(),
+            run=now.isoformat(timespec="seconds"),
         )
 
     @property
@@ -164,6 +167,11 @@ class GenerationRow:
         return (self.model, self.dtype, self.rows, self.tasks, self.prefix_tokens, self.prompt_tokens, self.new_tokens,
                 self.cache)  # fmt: skip
 
+    def __str__(self) -> str:
+        """The point in a few words."""
+        cache = "" if self.cache == "dynamic" else f" {self.cache}"
+        return f"{self.model} B={self.rows} T={self.tasks} m={self.prefix_tokens}{cache}"
+
 
 AnyRow = TypeVar("AnyRow", Row, GenerationRow)
 
@@ -184,17 +192,20 @@ def append(path: Path, rows: Iterable[DataclassInstance]) -> None:
 
 
 def read(path: Path, kind: type[AnyRow]) -> list[AnyRow]:
-    """The rows of a file, the latest of each provider and point; empty if there is no file."""
+    """The rows of a file; of a point that several runs measured, those of the last one. Empty if there is no file."""
     if not path.is_file():
         return []
-    latest: dict[object, AnyRow] = {}
+    latest: dict[object, dict[str, AnyRow]] = {}
     ours, theirs = {f.name for f in fields(kind)}, {f.name for f in fields(Environment)}
     for line in path.read_text().splitlines():
         flat = json.loads(line)
         environment = Environment(**{name: flat[name] for name in theirs}) if theirs <= flat.keys() else None
         row = kind(**{name: flat[name] for name in flat.keys() & ours}, environment=environment)
-        latest[row.provider, row.point] = row
-    return list(latest.values())
+        rows = latest.setdefault(row.point, {})
+        if any(before.environment != environment for before in rows.values()):
+            rows.clear()  # ratios are of one run
+        rows[row.provider] = row
+    return [row for rows in latest.values() for row in rows.values()]
 
 
 def cpu_name() -> str:

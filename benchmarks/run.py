@@ -31,7 +31,7 @@ class Outcome:
     """What a run found.
 
     Attributes:
-        path: where the rows of attention are, JSON lines; those of generation are beside it.
+        path: where the rows of attention are, JSON lines; those of generation are beside it. None: nothing is stored.
         rows: of this run, in order, by suite.
         generated: rows of "generate".
         left_out: what was not measured, and why.
@@ -39,7 +39,7 @@ class Outcome:
         roofs: what the device sustains.
     """
 
-    path: Path
+    path: Path | None
     rows: dict[str, list[record.Row]] = field(default_factory=dict)
     generated: list[record.GenerationRow] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -54,8 +54,8 @@ class Outcome:
 
     def write_summary(self, environment: record.Environment, notes: Sequence[str]) -> str | None:
         """A page beside the rows, of all rows the file has; None if it has none."""
-        rows = record.read(self.path, record.Row)
-        if not rows:
+        rows = record.read(self.path, record.Row) if self.path is not None else []
+        if self.path is None or not rows:
             return None
         page = summary.markdown(rows, environment, notes)
         summary.write(self.path.with_suffix(".md"), page)
@@ -76,14 +76,14 @@ class Clock:
         return (self.deadline - time.monotonic()) * self.weights[suite] / later
 
 
-def run(suites: Sequence[str], device: torch.device, quick: bool, budget: float | None, output: Path,
+def run(suites: Sequence[str], device: torch.device, quick: bool, budget: float | None, output: Path | None,
         peers: Sequence[Peer] | None = None) -> Outcome:  # fmt: skip
-    """Measure and store; ``peers`` are all that there are for the device unless given."""
+    """Measure, and store where there is a folder for it; ``peers`` are all that the device has unless given."""
     clock = Clock(suites, quick, budget)
     if device.type != "cuda":
         pin_threads()
     environment = record.Environment.read(device)
-    outcome = Outcome(output / environment.slug / f"{environment.file_name}.jsonl")
+    outcome = Outcome(output and output / environment.slug / f"{environment.file_name}.jsonl")
     bench = None
     for suite in suites:
         if suite == "generate":
@@ -123,7 +123,7 @@ def run_generate(
         return
     from .generate import run_generations
 
-    keep = store(record.generation_path(outcome.path), outcome.generated)
+    keep = store(outcome.path and record.generation_path(outcome.path), outcome.generated)
     points = generations(device.type == "cuda", quick)
     outcome.left_out += run_generations(points, device, environment, seconds, keep)
 
@@ -148,13 +148,14 @@ def only_against(name: str, device: torch.device) -> list[Peer]:
     return [*(peer for peer in peers if peer.name in (OURS, AGAIN)), *theirs] if theirs else []
 
 
-def store(path: Path, rows: list[record.AnyRow]) -> Callable[[Iterable[record.AnyRow]], None]:
-    """A function that appends rows to the file and to the list."""
+def store(path: Path | None, rows: list[record.AnyRow]) -> Callable[[Iterable[record.AnyRow]], None]:
+    """A function that appends rows to the list, and to the file if there is one."""
 
     def keep(new: Iterable[record.AnyRow]) -> None:
         new = list(new)
-        record.append(path, new)
         rows.extend(new)
+        if path is not None:
+            record.append(path, new)
 
     return keep
 

@@ -26,9 +26,9 @@ def everything(outcome: Outcome) -> Iterator[RenderableType]:
         yield Text(f"absent: {'; '.join(outcome.absent)}")
     if outcome.roofs is not None:
         yield Text(str(outcome.roofs))
-    for path, found in ((outcome.path, outcome.rows), (generation_path(outcome.path), outcome.generated)):
-        if found:
-            yield Text(f"rows: {path}", no_wrap=True, overflow="ignore")
+    if outcome.path is not None:
+        paths = [outcome.path] * bool(outcome.rows) + [generation_path(outcome.path)] * bool(outcome.generated)
+        yield Text(f"rows: {', '.join(map(str, paths))}", no_wrap=True, overflow="ignore")
 
 
 def ratios(outcome: Outcome) -> Iterator[RenderableType]:
@@ -43,7 +43,7 @@ def ratios(outcome: Outcome) -> Iterator[RenderableType]:
                 yield Text(f"{c.worst:6.2f}x  {suite}, worst, at {c.worst_at}")
     for ours, theirs in _pairs(outcome.generated):
         ratio = _over(ours.decode_tokens_per_s, theirs.decode_tokens_per_s)
-        yield Text(f"{ratio:>6}x  generate {_label(ours)}, decode, against {theirs.provider}")
+        yield Text(f"{ratio:>6}x  generate {ours!s}, decode, against {theirs.provider}")
     yield from _remarks(outcome)
 
 
@@ -68,7 +68,7 @@ def _remarks(outcome: Outcome) -> Iterator[Text]:
 
 def _generated(rows: Sequence[GenerationRow]) -> Table:
     """End to end: speeds of both, their ratio, and the memory of each."""
-    table = _table("generate: prefix_attn (p), PEFT run group by group (q), and how many times better p is")
+    table = simple_table("generate: prefix_attn (p), PEFT run group by group (q), and how many times better p is")
     headings = ("", "decode tok/s: p", "q", "", "first token, s: p", "q", "", "prefix MiB: p", "q", "peak MiB: p", "q")
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="right" if i else "left")
@@ -76,16 +76,11 @@ def _generated(rows: Sequence[GenerationRow]) -> Table:
         speed = ours.decode_tokens_per_s, theirs.decode_tokens_per_s
         first = ours.first_token_s, theirs.first_token_s
         table.add_row(
-            _label(ours), *("-" if x is None else f"{x:.0f}" for x in speed), _over(*speed),
+            str(ours), *("-" if x is None else f"{x:.0f}" for x in speed), _over(*speed),
             *("-" if x is None else f"{x:.2f}" for x in first), _over(*reversed(first)),
             *(_mib(row.prefix_bytes) for row in (ours, theirs)), *(_mib(row.peak_bytes) for row in (ours, theirs)),
         )  # fmt: skip
     return table
-
-
-def _label(row: GenerationRow) -> str:
-    cache = "" if row.cache == "dynamic" else f" {row.cache}"
-    return f"{row.model} B={row.rows} T={row.tasks} m={row.prefix_tokens}{cache}"
 
 
 def _pairs(rows: Sequence[GenerationRow]) -> list[tuple[GenerationRow, GenerationRow]]:
@@ -117,13 +112,13 @@ def _suite(suite: str, rows: Sequence[Row]) -> Iterator[RenderableType]:
         if row.provider == OURS:
             kinds.setdefault(f"{row.q_heads}/{row.kv_heads}/{row.head_dim} {row.dtype}", []).append(row)
     for kind, ours in kinds.items():
-        table = _table(f"{suite}, {kind}: time of the others over ours; above 1, ours is faster")
+        table = simple_table(f"{suite}, {kind}: time of the others over ours; above 1, ours is faster")
         for heading in ("B", "T", "m", "n", "", "ours, us", "spread", "floor", *map(str, range(1, len(peers) + 1))):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in ours:
             table.add_row(*_cells(row, points.get(str(row.point), {}), peers))
         yield table
-    means = _table(f"{suite}: geometric mean and worst case of the ratios")
+    means = simple_table(f"{suite}: geometric mean and worst case of the ratios")
     for heading in ("", "against", "points", "mean", "worst", "worst at"):
         means.add_column(heading, justify="left" if heading in ("against", "worst at") else "right")
     for i, name in enumerate(["best peer", *names]):
@@ -145,7 +140,8 @@ def _cells(row: Row, times: Mapping[str, float], peers: Sequence[str]) -> list[s
     return cells + [_ratio(times[name] / row.median_us, name) if name in times else "-" for name in peers]
 
 
-def _table(title: str) -> Table:
+def simple_table(title: str) -> Table:
+    """A table without columns, in the style of all."""
     return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 

@@ -48,7 +48,10 @@ def all_peers(backend: str = "triton") -> list[Peer]:
         SdpaReplica(SDPBackend.FLASH_ATTENTION),
         SdpaReplica(SDPBackend.CUDNN_ATTENTION),
         SdpaReplica(SDPBackend.EFFICIENT_ATTENTION),
+        SdpaConcatenated(),
         HuggingFace(),
+        HuggingFace("eager"),
+        Peft(),
     ]
 
 

@@ -26,7 +26,6 @@ class SdpaConcatenated(Peer):
     replicates = True  # each step makes one
 
     def prepare(self, problem: Problem) -> Callable[[], Tensor]:
-        append = problem.append_newest(problem.k, problem.v)
         tasks = torch.arange(problem.point.tasks, device=problem.q.device)
         bank_k, bank_v, _ = (x.contiguous() for x in gather_prefix(problem.prefix, tasks))  # [T, kv_heads, m, D] x 2
         q, mask, gqa = packed(problem, problem.replica[0])
@@ -37,7 +36,6 @@ class SdpaConcatenated(Peer):
             return bank.expand(len(ids), -1, -1, -1) if len(bank) == 1 else bank[ids]
 
         def call() -> Tensor:
-            append()
             k, v = (torch.cat([of_each_row(bank), own], dim=2) for bank, own in pairs)
             return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
 

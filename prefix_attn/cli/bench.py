@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from prefix_attn.cli import console
 from prefix_attn.cli.options import DeviceOption
@@ -14,14 +15,16 @@ from prefix_attn.cli.options import DeviceOption
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Time this project's attention beside others on your machine, after checking that every result is right.",
-    epilog="Begin with `prefix-attn bench all --quick`: two minutes, on a GPU if there is one, else on the CPU.",
+    help="Time this project's attention beside others on your machine, after checking that every result is right."
+    "\n\nBegin with `prefix-attn bench all --quick`: two minutes, on a GPU if there is one, else on the CPU.",
 )
 
 Quick = Annotated[bool, typer.Option("--quick", help="A few points of each suite; two minutes for all.")]
 Budget = Annotated[float | None, typer.Option(min=1, metavar="SECONDS", help="Stop by then; names what is left out.")]
-Against = Annotated[str | None, typer.Option(metavar="PEER", help="Time only this peer (part of its name), print "
-                                                                  "only ratios.")]  # fmt: skip
+Against = Annotated[
+    str | None,
+    typer.Option(metavar="PEER", help="Time only this peer (part of its name), print only ratios, store nothing."),
+]
 Output = Annotated[Path, typer.Option(help="Folder for results; a file is added to, never overwritten.")]
 
 SUITES = {
@@ -65,6 +68,43 @@ for name in SUITES:
     app.command(name)(_command(name))
 
 
+@app.command()
+def compare(
+    old: Annotated[Path, typer.Argument(help="A results file, JSON lines.")],
+    new: Annotated[Path, typer.Argument(help="Another, with some of the same points.")],
+) -> None:
+    """How many times faster each point became from one results file to another.
+
+        prefix-attn bench compare benchmarks/results/DEVICE/OLD.jsonl benchmarks/results/DEVICE/NEW.jsonl
+
+    Shows the geometric mean and the worst case too, and those of the peers: as much as they changed, the machine did.
+    """
+    from prefix_attn.benchmarks.changes import Results, changes
+
+    for part in changes(Results.read(old), Results.read(new)):
+        console.out.print(part)
+
+
+@app.command()
+def plot(
+    results: Annotated[
+        list[Path] | None, typer.Argument(help="Results files; by default the latest of each device.")
+    ] = None,
+    figures: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("benchmarks/figures"),
+) -> None:
+    """Draw figures from results files, and from nothing else.
+
+        prefix-attn bench plot
+        prefix-attn bench plot benchmarks/results/DEVICE/FILE.jsonl --figures /tmp
+
+    Needs matplotlib: `pip install 'prefix-attn[bench]'`.
+    """
+    from prefix_attn.benchmarks.plot import draw, latest
+
+    for path in draw(results or latest(Path("benchmarks/results")), figures):
+        console.out.print(Text(str(path)), soft_wrap=True)
+
+
 def run(
     suites: list[str], quick: bool, budget: float | None, against: str | None, device_name: str, output: Path
 ) -> None:
@@ -73,6 +113,7 @@ def run(
 
         from prefix_attn.benchmarks import run as benchmarks
         from prefix_attn.benchmarks import tables
+        from prefix_attn.benchmarks.peers import Peft
         from prefix_attn.cli.models import default_device
 
     device = torch.device(default_device() if device_name == "auto" else device_name)
@@ -82,7 +123,10 @@ def run(
         if not peers:
             names = ", ".join(repr(peer.name) for peer in benchmarks.peers_for(device) if not peer.ours)
             raise typer.BadParameter(f"--against: expected (part of) one of {names}, got {against!r}")
-    outcome = benchmarks.run(suites, device, quick, budget, output, peers)
+        if not any(isinstance(peer, Peft) for peer in peers) and "generate" in suites:
+            suites = [suite for suite in suites if suite != "generate"]
+            console.warn("generate is left out: PEFT is the only peer it has")
+    outcome = benchmarks.run(suites, device, quick, budget, None if against is not None else output, peers)
     show = tables.ratios if against is not None else tables.everything
     for part in show(outcome):
         console.out.print(part)

@@ -1,0 +1,129 @@
+"""What is made of results files: figures that show every loss, and the changes from one file to another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.patches import Rectangle
+from rich.console import Console
+
+from benchmarks import plot
+from benchmarks.changes import Results, changes
+from benchmarks.peers import NO_PREFIX, OURS, Point
+from benchmarks.record import Environment, GenerationRow, Row, append, generation_path, read
+from prefix_attn.errors import PrefixAttnError
+
+ENVIRONMENT = replace(Environment.read(torch.device("cpu"), "abc"), device="Test CPU", date="2026-01-02", run="first")
+
+
+def row(provider: str, point: Point, us: float | None, environment: Environment = ENVIRONMENT) -> Row:
+    return Row(
+        provider=provider, version="1", **vars(point), status="ok" if us else "refused", failed=False, bytes=10**6,
+        flops=10**6, floor_us=1.0, median_us=us, roof_bytes_per_s=1e10, roof_cache_bytes_per_s=1e11,
+        roof_flops_per_s=1e11, environment=environment,
+    )  # fmt: skip
+
+
+def generation(provider: str, rows: int, tasks: int, speed: float) -> GenerationRow:
+    return GenerationRow(
+        provider=provider, version="1", model="GPT-2", dtype="float32", rows=rows, tasks=tasks, prefix_tokens=100,
+        prompt_tokens=16, new_tokens=9, cache="dynamic", status="ok", failed=False, decode_tokens_per_s=speed,
+        prefix_bytes=tasks * 10**6, peak_bytes=rows * 10**6, environment=ENVIRONMENT,
+    )  # fmt: skip
+
+
+#: Ours takes 100 us; the fastest other as given: at 50 it is faster.
+FASTEST = {(1, 20): 50.0, (1, 128): 200.0, (4, 20): 99.0, (4, 128): 500.0}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "results" / "test-cpu" / "2026-01-02-abc.jsonl"
+    for (batch, m), us in FASTEST.items():
+        point = Point("decode", batch, 1, m, 64)
+        append(path, [row(OURS, point, 100.0), row(NO_PREFIX, point, 1.0), row("slow", point, 1000.0)])
+        append(path, [row("fast", point, us), row("absent", point, None)])
+    append(path, [row(OURS, Point("decode", 4, tasks, 128, 64), 100.0) for tasks in (2, 4)])
+    append(path, [row("fast", Point("decode", 4, tasks, 128, 64), 300.0) for tasks in (2, 4)])
+    pairs = [(who, rows, tasks) for rows, tasks in ((4, 4), (8, 4), (8, 2)) for who in (OURS, "peft, grouped by task")]
+    append(generation_path(path), [generation(*pair, speed=100.0) for pair in pairs])
+    return path
+
+
+def test_all_figures_are_drawn_from_the_newest_files(file: Path, tmp_path: Path) -> None:
+    append(file.with_name("2025-12-31-old.jsonl"), [row(OURS, Point("decode", 1, 1, 1, 1), 1.0)])
+    files = plot.latest(tmp_path / "results")
+    assert files == [file, generation_path(file)]
+    written = plot.draw(files, tmp_path / "figures")
+    assert {path.name for path in written} == {f"test-cpu-{name}.png" for name in plot.FIGURES}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_ratios_are_to_the_fastest_other_and_losses_are_framed(file: Path) -> None:
+    (device,) = plot.devices([file])
+    assert {(p.batch, p.m): r for p, r in device.ratios.items() if p.tasks == 1} == {
+        place: us / 100 for place, us in FASTEST.items()
+    }
+    figure = plot.heat_map(device)
+    assert figure is not None
+    frames = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
+    assert len(frames) == sum(us < 100 for us in FASTEST.values())
+    cells = {text.get_text() for text in figure.axes[0].texts}
+    assert {"0.50", "0.99", "2.00", "5.00", "3.00"} <= cells
+
+
+def test_without_data_nothing_is_drawn(tmp_path: Path) -> None:
+    with pytest.raises(PrefixAttnError, match="expected DEVICE/DATE-COMMIT"):
+        plot.latest(tmp_path)
+    empty = tmp_path / "2026-01-01-abc.jsonl"
+    append(empty, [row(OURS, Point("decode", 1, 1, 20, 64), None)])
+    with pytest.raises(PrefixAttnError, match="hold no time"):
+        plot.draw([empty], tmp_path)
+    with pytest.raises(PrefixAttnError, match="no such file"):
+        plot.draw([tmp_path / "none.jsonl"], tmp_path)
+
+
+def test_a_later_run_of_a_point_replaces_all_of_the_earlier_one(file: Path) -> None:
+    point = Point("decode", 1, 1, 20, 64)
+    append(file, [row(OURS, point, 70.0, replace(ENVIRONMENT, run="second"))])
+    assert [(r.provider, r.median_us) for r in read(file, Row) if r.point == point] == [(OURS, 70.0)]
+
+
+def text_of(old: Path, new: Path) -> str:
+    console = Console(width=120)
+    with console.capture() as capture:
+        for part in changes(Results.read(old), Results.read(new)):
+            console.print(part)
+    return capture.get()
+
+
+def test_changes(file: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new.jsonl"
+    later = replace(ENVIRONMENT, commit="def", threads=99)
+    for (batch, m), us in FASTEST.items():
+        point = Point("decode", batch, 1, m, 64)
+        append(new, [row(OURS, point, 50.0 if m == 20 else 200.0, later), row("fast", point, us, later)])
+    shown = text_of(file, new)
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["decode", "B=1", "T=1", "m=20", "n=64", "2.00"] in [line[-6:] for line in lines]
+    assert ["decode", "B=4", "T=1", "m=128", "n=64", "0.50"] in [line[-6:] for line in lines]
+    assert ["prefix_attn", "4", "1.00", "0.50"] in [line[:4] for line in lines]
+    assert ["fast", "4", "1.00", "1.00"] in [line[:4] for line in lines]
+    assert "commit: abc -> def" in shown
+    assert f"threads: {ENVIRONMENT.threads} -> 99" in shown
+    assert "GPT-2 B=4 T=4 m=100" in text_of(generation_path(file), generation_path(file))
+
+
+def test_changes_refuses_what_it_cannot_compare(file: Path, tmp_path: Path) -> None:
+    other, nonsense = tmp_path / "other.jsonl", tmp_path / "nonsense.jsonl"
+    append(other, [row(OURS, Point("decode", 99, 1, 20, 64), 1.0)])
+    nonsense.write_text('{"a": 1}\n')
+    for old, new, message in (
+        (file, tmp_path / "none", "no such file"), (file, nonsense, "written by `prefix-attn bench`"),
+        (file, other, "no provider has a time at the same point"), (file, generation_path(file), "same point"),
+    ):  # fmt: skip
+        with pytest.raises(PrefixAttnError, match=message):
+            text_of(old, new)
