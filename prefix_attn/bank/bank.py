@@ -45,7 +45,7 @@ class PrefixBank:
     def __init__(self, base: Base, capacity: Mapping[str, int] | None = None) -> None:
         self._base = base
         self._parts = {
-            part: Part(geometry, base.dtype, base.device, (capacity or {}).get(part, 0))
+            part: Part(geometry, base.dtype, base.device, base.shard, (capacity or {}).get(part, 0))
             for part, geometry in base.geometries.items()
         }
         self._tasks: list[_Task | None] = []  # by id; None was removed
@@ -138,6 +138,7 @@ class PrefixBank:
             ContextOverflow: the text leaves no position for a request.
         """
         self._check_new(name)
+        self._base.shard.check_whole("add_text")
         self.check_model(model)
         key_values = text_kv(tokenizer, text, model, self._base, add_special_tokens)
         return self._insert(name, key_values, Provenance("text"), "text")
@@ -283,6 +284,7 @@ class PrefixBank:
 
         Files of the same names are replaced; others stay. Ids are not saved: they count anew from 0.
         """
+        self._base.shard.check_whole("save_pretrained")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = files.file_names(self.names)
@@ -329,7 +331,9 @@ class PrefixBank:
             if len(self._parts) == 1
             else "; ".join(f"{name}: {part.geometry}" for name, part in self._parts.items())
         )
-        head = f"PrefixBank({count}, {layers}, {kind} on {self.device}, "
+        shard = self._base.shard
+        held = f"rank {shard.rank} of {shard.size}, " if shard.size > 1 else ""
+        head = f"PrefixBank({count}, {layers}, {kind} on {self.device}, {held}"
         width = max((len(name) for name in self._ids), default=0)
         sizes = usage.tasks.items()
         rows = [f"  {name:{width}}  {self._tokens(name)} tokens  {readable(size)}" for name, size in sizes]

@@ -12,6 +12,7 @@ from prefix_attn.bank.fingerprint import Fingerprint
 from prefix_attn.bank.forward import cached_kv, text_config, unwrap
 from prefix_attn.bank.geometry import CROSS, DECODER, ENCODER, Geometry, context_limit
 from prefix_attn.bank.seq2seq import decoder_kv, decoder_positions, encoder_geometry
+from prefix_attn.bank.shard import Shard
 from prefix_attn.errors import ContextOverflow, IncompatiblePrefix, UnsupportedModel
 
 
@@ -26,6 +27,7 @@ class Base:
         fingerprint: digests of config and weights.
         model_type: transformers' name of the architecture.
         name: where the model was loaded from (a hub id or a path); empty if unknown.
+        shard: which heads this process holds of a tensor-parallel model; geometries are the whole model's.
     """
 
     geometries: Mapping[str, Geometry]
@@ -35,6 +37,7 @@ class Base:
     fingerprint: Fingerprint
     model_type: str
     name: str
+    shard: Shard
 
     @classmethod
     def of(cls, model: Any) -> Base:
@@ -54,6 +57,8 @@ class Base:
         else:
             key_values, limit = cached_kv(model, torch.zeros(1, 1, dtype=torch.int64)), context_limit(config)
             geometries = {DECODER: Geometry.of(key_values)}
+        shard = Shard.of(model, config, geometries[DECODER])
+        geometries = {part: shard.whole(geometry) for part, geometry in geometries.items()}
         places = {(x.dtype, x.device) for pair in key_values for x in pair}
         if len(places) != 1:
             found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in places))
@@ -67,6 +72,7 @@ class Base:
             fingerprint=Fingerprint.of(model, config, geometries),
             model_type=config.model_type,
             name=model.config.name_or_path or "",
+            shard=shard,
         )
 
     @property
@@ -89,6 +95,7 @@ class Base:
             ("geometry", mine, theirs),
             ("dtype", self.dtype, other.dtype),
             ("device", self.device, other.device),
+            ("shard", self.shard, other.shard),
         )
         for what, expected, got in pairs:
             if expected != got:

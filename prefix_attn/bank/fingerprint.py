@@ -107,7 +107,9 @@ def _fetched(module: Any, key: str, p: Tensor) -> Tensor:
 
 
 def _tensors(name: str, p: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The plain tensors a tensor consists of; itself, unless it wraps others."""
+    """The plain tensors a tensor consists of; itself, unless it wraps others. Shards are gathered."""
+    if hasattr(p, "full_tensor"):  # a DTensor
+        p = p.full_tensor()
     if not is_traceable_wrapper_subclass(p):
         yield name, p
         return

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn.bank.geometry import DECODER, Geometry, LayerKV
+from prefix_attn.bank.shard import Shard
 from prefix_attn.bank.storage import Span, Storage
 from prefix_attn.errors import IncompatiblePrefix
 from prefix_attn.types import PrefixKV
@@ -54,17 +55,24 @@ def prepared_parts(
 class Part:
     """The packed, ragged prefixes of all tasks in one part; the bank's `add` and `remove` keep the parts in step."""
 
-    def __init__(self, geometry: Geometry, dtype: torch.dtype, device: torch.device, capacity: int = 0) -> None:
-        self.geometry = geometry
+    def __init__(
+        self, geometry: Geometry, dtype: torch.dtype, device: torch.device, shard: Shard, capacity: int = 0
+    ) -> None:
+        self.geometry = shard.local(geometry)
         self._device = device
-        self._storage = Storage(geometry, dtype, device, capacity)
+        self._shard = shard
+        self._storage = Storage(self.geometry, dtype, device, capacity)
         self._spans: list[Span | None] = []  # by id; None was removed
         self._layers: list[PrefixKV] = []
         self._tabulate()
 
     def append(self, key_values: Sequence[LayerKV]) -> None:
-        """Store the prefix of the next id: k, v ``[kv_heads, m, head_dim]`` of every layer, in the bank's dtype."""
-        self._spans.append(self._storage.put(key_values, key_values[0][0].shape[1]))
+        """Store the prefix of the next id: k, v ``[kv_heads, m, head_dim]`` of every layer, in the bank's dtype.
+
+        Of a tensor-parallel model these are all heads, and this process's are stored.
+        """
+        mine = [(self._shard.heads(k), self._shard.heads(v)) for k, v in key_values]
+        self._spans.append(self._storage.put(mine, mine[0][0].shape[1]))
         self._tabulate()
 
     def undo_append(self) -> None:
