@@ -1,8 +1,9 @@
 """What the compiler makes of every kernel, without a GPU: registers, spills, shared memory, instructions.
 
 Each kernel is compiled for sm_80, sm_90, sm_100 and gfx942 with the configs that `kernels.config` picks, and the result
-goes to ``benchmarks/results/compile_report.{json,md}``. ``--check`` fails when a default config spills at a head
-dimension up to 128, loses its tensor-core instructions or its pipelined loads, or overflows shared memory.
+goes to ``benchmarks/results/compile_report.{json,md}``, with the time that an H200 should need. ``--check`` fails when a
+default config spills at a head dimension up to 128, loses its tensor-core instructions or its pipelined loads, or
+overflows shared memory.
 
     python -m benchmarks.compile_report --check
 """
@@ -25,6 +26,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.predict import PROBLEMS, predict
 from prefix_attn.plan import TILE_ROWS, WIDE_TILE_ROWS
 from prefix_attn.regime import WIDE_TILE_HEAD_DIM
 
@@ -73,7 +75,10 @@ class Job:
 
 @dataclass
 class Row:
-    """What came out of one compilation; ``registers`` are VGPRs on AMD, ``spills`` bytes of stack per thread."""
+    """What came out of one compilation; ``registers`` are VGPRs on AMD, ``spills`` bytes of stack per thread.
+
+    predicted_us, bound: of the kernel's reference problem on an H200 (benchmarks/predict.py).
+    """
 
     job: Job
     config: dict[str, int]
@@ -81,6 +86,8 @@ class Row:
     spills: int = 0
     shared: int = 0
     blocks: int = 0
+    predicted_us: float | None = None
+    bound: str = ""
     instructions: dict[str, int] = field(default_factory=dict)
     error: str = ""
 
@@ -162,6 +169,9 @@ def compile_job(job: Job, config: dict[str, int] | None = None) -> Row:
     row.shared = compiled.metadata.shared
     row.registers, row.spills = amd_usage(text) if amd else cuda_usage(compiled.asm["cubin"])
     row.blocks = resident_blocks(row)
+    work = predict(job.kernel, job.head_dim, job.dtype, job.group, job.rows, config)
+    if work is not None:
+        row.predicted_us, row.bound = work.time(float32=job.dtype == "float32")
     return row
 
 
@@ -264,8 +274,9 @@ def complaints(row: Row) -> list[str]:
         return found
     if not any(ins.get(x) for x in ("mma", "wgmma", "tcgen05")):
         found.append("no tensor-core instructions")
-    if job.target == "sm_90" and row.config["block_m"] >= 64 and not ins.get("wgmma"):
-        found.append("no wgmma for a tile of 64 rows or more")
+    wide = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(job.target)
+    if wide and row.config["block_m"] >= 64 and not ins.get(wide):
+        found.append(f"no {wide} for a tile of 64 rows or more")
     if job.target.startswith("sm_") and (not ins.get("cp.async") or ins.get("cp.async narrow")):
         found.append("keys are not loaded by 16-byte cp.async")
     if ins.get("scalar load"):
@@ -282,19 +293,27 @@ def markdown(rows: Iterable[Row], version: str) -> str:
         "per thread; blocks are programs resident on one NVIDIA multiprocessor; shared memory is in KiB; instruction "
         "counts are static.",
         "",
+        "The time is predicted, not measured: what an H200 needs for the bytes and FLOPs of one problem with the row's "
+        "tiles, and what bounds it (`benchmarks/predict.py`); on other targets' rows too, to compare their tiles. The "
+        "problems, in the row's head dimension and dtype: "
+        + ", ".join(f"{kernel} {point}" for kernel, point in PROBLEMS.items())
+        + ".",
+        "",
         "| kernel | target | D | dtype | options | tile | warps | stages | registers | spills | shared | blocks | "
-        "instructions | complaint |",
-        "|---|---|--:|---|---|---|--:|--:|--:|--:|--:|--:|---|---|",
+        "instructions | H200, us | bound by | complaint |",
+        "|---|---|--:|---|---|---|--:|--:|--:|--:|--:|--:|---|--:|---|---|",
     ]
     for row in rows:
         job, config = row.job, row.config
         options = [f"rows {job.rows}"] * (job.rows > 4) + [f"G {job.group}"] * (job.group != 4) + list(job.options)
         tile = f"{config['block_m']}x{config['block_n']}" if "block_m" in config else ""
         counts = ", ".join(f"{name} {n}" for name, n in row.instructions.items())
+        predicted = "" if row.predicted_us is None else f"{row.predicted_us:.1f}"
         lines.append(
             f"| {job.kernel} | {job.target} | {job.head_dim} | {job.dtype} | {', '.join(options)} | {tile} | "
             f"{config['num_warps']} | {config.get('num_stages', '')} | {row.registers} | {row.spills} | "
-            f"{row.shared / 1024:.1f} | {row.blocks or ''} | {counts} | {'; '.join(complaints(row))} |"
+            f"{row.shared / 1024:.1f} | {row.blocks or ''} | {counts} | {predicted} | {row.bound} | "
+            f"{'; '.join(complaints(row))} |"
         )
     return "\n".join(lines) + "\n"
 
