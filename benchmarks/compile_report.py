@@ -1,8 +1,8 @@
 """What the compiler makes of every kernel, without a GPU: registers, spills, shared memory, instructions.
 
 Each kernel is compiled for sm_80, sm_90, sm_100 and gfx942 with the configs that `kernels.config` picks, and the result
-goes to ``benchmarks/results/compile_report.{json,md}``, with the time that an H200 should need. ``--check`` fails when a
-default config spills at a head dimension up to 128, loses its tensor-core instructions or its pipelined loads, or
+goes to ``benchmarks/results/compile_report.{json,md}``, with the time that an H200 should need. ``--check`` fails when
+a default config spills at a head dimension up to 128, loses its tensor-core instructions or its pipelined loads, or
 overflows shared memory.
 
     python -m benchmarks.compile_report --check

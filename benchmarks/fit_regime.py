@@ -101,14 +101,17 @@ class Constants:
 
 
 def pairs_of(rows: Iterable[Row]) -> tuple[list[Pair], float]:
-    """Points where rows share and both ways were timed, and the run's copy bandwidth in bytes per microsecond."""
+    """Points that tell the ways apart, and the run's copy bandwidth in bytes per microsecond.
+
+    That is: rows share, both ways were timed, and the prefix is not hidden behind own keys.
+    """
     rows = list(rows)
     times = {(row.provider, row.point): row for row in rows if row.median_us is not None}
     pairs = [
         Pair.of(row, times[GROUPED, point])
         for (provider, point), row in times.items()
         if provider == INLINE and (GROUPED, point) in times and point.tasks < point.batch
-        if point.skew == "even" and not point.ragged
+        if point.skew == "even" and not point.ragged and not regime.hidden(point.m, point.n)
     ]
     # A floor is the longest of bytes, FLOPs and a launch: where bytes rule, it gives the bandwidth.
     return pairs, max((row.bytes / row.floor_us for row in rows if row.floor_us > 0), default=0.0)

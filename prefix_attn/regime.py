@@ -9,8 +9,10 @@ memory traffic, the currency of decode:
     partials = 2 * 4 * D * q_heads * q_len * batch * (1 + ceil(m / CHUNK))          written, then read
     price    = partials + LAUNCH_BYTES * (1 [+ PLAN_LAUNCHES])
 
-Grouped if saved > price. A bank of at least as many tasks as the batch has rows says nothing about sharing (all rows
-may have one task, or each its own); then grouped only if price <= BET * re-read, so that a lost bet goes unnoticed.
+Grouped if saved > price, unless the prefix is short and `hidden`: inline decode spreads its tiles among the own ones,
+so that the cache yields them while memory is busy. A bank of at least as many tasks as the batch has rows says nothing
+about sharing (all rows may have one task, or each its own); then grouped only if price <= BET * re-read, so that a lost
+bet goes unnoticed.
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ PLAN_LAUNCHES = 40
 
 #: Keys of a prefix chunk where the prefix is long.
 CHUNK = 2048
+
+#: Prefixes up to this many tokens are hidden behind enough own keys; longer ones are not left to that estimate.
+SHORT_PREFIX = 256
 
 #: The widest head in 16 bits whose wide tiles fit the registers.
 WIDE_TILE_HEAD_DIM = 128
@@ -66,6 +71,10 @@ def choose(call: AttentionCall) -> Regime:
     if batch < 2 or longest == 0:
         return Regime("inline", "one row has nobody to share with" if batch < 2 else "no prefix is longer than 0")
     m = longest if call.window is None else min(longest, call.window)
+    if hidden(m, call.kv_capacity):
+        return Regime(
+            "inline", f"prefixes up to {m} tokens come from the cache while {call.kv_capacity} own keys are read"
+        )
     reread = batch * m * 2 * call.kv_heads * call.head_dim * call.q.element_size()
     partials = 8 * call.head_dim * call.q_heads * call.q_len * batch * (1 + -(-m // CHUNK))
     price = partials + LAUNCH_BYTES * (1 if call.plan is not None else 1 + PLAN_LAUNCHES)
@@ -80,6 +89,11 @@ def choose(call: AttentionCall) -> Regime:
     if grouped:
         return Regime("grouped", f"{what}: {reason}", tile_rows(call, m))
     return Regime("inline", f"{what}: {reason}")
+
+
+def hidden(m: int, own_keys: int) -> bool:
+    """Whether rows read prefixes of m tokens at no cost: ``(own keys + m) / L2_SPEED <= own keys``, and m is short."""
+    return m <= SHORT_PREFIX and (own_keys + m) / L2_SPEED <= own_keys
 
 
 def tile_rows(call: AttentionCall, m: int) -> int:

@@ -60,6 +60,13 @@ def test_batch_invariant_stays_inline() -> None:
     assert choose(call(64, 1, 8192, batch_invariant=True)).name == "inline"
 
 
+@pytest.mark.parametrize(("m", "own", "name"), [(200, 512, "inline"), (200, 384, "grouped"), (1024, 4096, "grouped")])
+def test_a_short_prefix_hides_behind_own_keys(m: int, own: int, name: str) -> None:
+    plain = call(64, 1, m)
+    own_keys = torch.empty(64, 8, own, 128, dtype=torch.bfloat16, device="meta")
+    assert choose(replace(plain, k=own_keys, v=own_keys)).name == name
+
+
 def test_a_window_bounds_what_can_be_saved() -> None:
     assert choose(call(64, 8, 8192, window=32)).name == "inline"
 

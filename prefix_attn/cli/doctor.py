@@ -1,4 +1,4 @@
-"""``prefix-attn doctor``: what is installed here, and which backends can run."""
+"""``prefix-attn doctor``: what is installed here, which backends can run, and how decode would."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     from prefix_attn.types import AttentionCall
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "flash-attn")
+#: Decode steps of which the doctor says how they would run: rows, tasks, tokens of a prefix; and the rows' own keys.
+STEPS = ((1, 1, 128), (16, 1, 128), (64, 8, 128), (64, 8, 1024), (64, 1, 8192), (256, 8, 8192))
+OWN_KEYS = 512
 #: As in pyproject.toml; a test keeps them equal.
 TRANSFORMERS = ">=5.17,<5.24"
 
 
 def doctor() -> None:
-    """Say what is installed, which devices there are, and which backends can run on them, or why not.
+    """Say what is installed, which devices there are, which backends can run on them, or why not, and how decode would.
 
     For instance:
 
@@ -33,7 +36,7 @@ def doctor() -> None:
 
     Its output belongs into a bug report.
     """
-    for rows in (versions(), devices(), backends()):
+    for rows in (versions(), devices(), backends(), decode_steps()):
         console.out.print(rows)
         console.out.print()
 
@@ -144,3 +147,28 @@ def probe(device: str, dtype: torch.dtype) -> AttentionCall:
 
     prefix = PrefixKV.pack([(zeros(2, 16, 64), zeros(2, 16, 64))])
     return checked_call(zeros(2, 4, 1, 64), zeros(2, 2, 8, 64), zeros(2, 2, 8, 64), prefix, [0, -1])
+
+
+def decode_steps() -> Table:
+    """How decode steps of one layer of Llama-3-8B would run on this machine's device, and what they must cost."""
+    import torch
+
+    import prefix_attn as pa
+    from prefix_attn.plan import BatchPlan
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    title = f"Decode on {device}: a layer of Llama-3-8B in bfloat16, {OWN_KEYS} own keys a row"
+    rows = table(title, "rows", "tasks", "prefix", "runs", "why", "MB", "GFLOP", "floor", "gain")
+    rows.caption = "floor: nothing can be faster; gain: over a prefix copied into every row, both at their floor"
+    zero = torch.zeros((), device=device, dtype=torch.bfloat16)  # only shapes and lengths matter
+    for batch, tasks, m in STEPS:
+        lens = torch.full((tasks,), m, dtype=torch.int32, device=device)
+        ids = torch.arange(batch, dtype=torch.int32, device=device) % tasks
+        packed, own = zero.expand(8, tasks * m, 128), zero.expand(batch, 8, OWN_KEYS, 128)
+        prefix = pa.PrefixKV(packed, packed, lens.cumsum(0, dtype=torch.int32) - lens, lens, m)
+        found = pa.explain(zero.expand(batch, 32, 1, 128), own, own, prefix, ids, plan=BatchPlan(ids, lens))
+        runs, why = (found.regime.name, found.regime.reason) if found.regime else (found.backend, found.reason)
+        floor = "unknown" if found.floor_us is None else f"{found.floor_us:.1f} us"
+        megabytes, gflop = f"{found.cost.bytes / 1e6:.1f}", f"{found.cost.flops / 1e9:.2f}"
+        rows.add_row(*map(str, (batch, tasks, m)), runs, Text(why), megabytes, gflop, floor, f"{found.saving:.1f}x")
+    return rows

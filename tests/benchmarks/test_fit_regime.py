@@ -20,7 +20,7 @@ from tests.test_regime import call
 POINTS = [
     Point("decode", batch, tasks, m, n)
     for batch, tasks in ((16, 1), (16, 8), (64, 1), (64, 8), (256, 8))
-    for m, n in ((32, 64), (128, 512), (1024, 64), (8192, 512))
+    for m, n in ((64, 64), (128, 64), (1024, 64), (8192, 512))
 ]
 BANDWIDTH = 4e6  # bytes per microsecond
 TRUE = Constants(l2_speed=2.5, launch_bytes=6e6, plan_launches=30.0)
