@@ -296,7 +296,7 @@ def markdown(rows: Iterable[Row], version: str) -> str:
         "The time is predicted, not measured: what an H200 needs for the bytes and FLOPs of one problem with the row's "
         "tiles, and what bounds it (`benchmarks/predict.py`); on other targets' rows too, to compare their tiles. The "
         "problems, in the row's head dimension and dtype: "
-        + ", ".join(f"{kernel} {point}" for kernel, point in PROBLEMS.items())
+        + ", ".join(f"{kernel} {str(point).partition(' ')[2]}" for kernel, point in PROBLEMS.items())
         + ".",
         "",
         "| kernel | target | D | dtype | options | tile | warps | stages | registers | spills | shared | blocks | "

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.peers.problem import Point
 from prefix_attn.cost import ROOFS
-from prefix_attn.kernels.config import decode_rows
+from prefix_attn.kernels.config import decode_rows, padded_head_dim
 from prefix_attn.regime import L2_SPEED
 
 H200 = ROOFS["NVIDIA H200"]
@@ -73,7 +73,7 @@ def predict(kernel: str, head_dim: int, dtype: str, group: int, rows: int, confi
 
     block_n = config["block_n"]
     prefix, own = (-(-x // block_n) * block_n for x in (p.m, p.n))  # keys in whole tiles
-    pair = 4 * head_dim * p.kv_heads  # FLOPs of a query row and a key, on all kv heads
+    pair = 4 * padded_head_dim(head_dim) * p.kv_heads  # FLOPs of a query row and a key, on all kv heads
     if kernel == "grouped":
         tiles = p.tasks * -(-(p.batch // p.tasks) * rows // config["block_m"])
         cache = key * p.kv_heads * (tiles * p.m + p.batch * p.n) + queries
