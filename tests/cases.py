@@ -49,6 +49,12 @@ class Inputs:
     def args(self) -> tuple[Any, ...]:
         return self.q, self.k, self.v, self.prefix, self.task_ids
 
+    def rows(self, rows: list[int]) -> Inputs:
+        """A batch of some of the rows."""
+        bounds = {name: x[rows] for name in ("kv_start", "kv_len") if (x := self.options[name]) is not None}
+        q, k, v, task_ids = (x[rows] for x in (self.q, self.k, self.v, self.task_ids))
+        return Inputs(q, k, v, self.prefix, task_ids, self.options | bounds)
+
     def requiring_grad(self, dtype: torch.dtype = torch.float32) -> tuple[Inputs, dict[str, Tensor]]:
         """The same inputs in ``dtype`` as leaves of autograd, and the leaves: what is given of `DIFFERENTIABLE`."""
         leaves = {

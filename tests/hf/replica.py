@@ -37,8 +37,7 @@ def replicated(model: Any, parts: Parts) -> Iterator[Any]:
     """The unpatched model with a prefix: lists over layers for "decoder", "encoder" and "cross", each optional."""
     AttentionInterface.register("replica", replica_attention)
     AttentionMaskInterface.register("replica", eager_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation("replica")
+    _select(model, "replica")
     layers = dict.fromkeys(("decoder", "encoder", "cross"), 0)
     biases: dict[str, Any] = {}
     for name, module in model.named_modules():
@@ -48,11 +47,9 @@ def replicated(model: Any, parts: Parts) -> Iterator[Any]:
             continue
         if getattr(module, "has_relative_attention_bias", False):
             biases[part] = module
-        dim = 8
-        empty = (torch.zeros(4, 0, dim),) * 2
+        empty = (torch.zeros(4, 0, 8),) * 2
         module.replica_prefix = parts[part][layers[part]] if part in parts else empty
-        module.__dict__["replica_bias"] = biases.get(part)
-        module.replica_causal = part == "decoder"
+        module.__dict__["replica_bias"] = biases.get(part)  # a module, but no child of this one
         layers[part] += 1
     m = parts["decoder"][0][0].shape[1] if "decoder" in parts else 0
     table = getattr(model.get_decoder(), "embed_positions", None)
@@ -63,4 +60,10 @@ def replicated(model: Any, parts: Parts) -> Iterator[Any]:
     yield model
     if table is not None:
         hook.remove()
-    model.set_attn_implementation(before)
+    _select(model, "sdpa")
+
+
+def _select(model: Any, implementation: str) -> None:
+    """In transformers 5.17 set_attn_implementation does not reach T5's stacks."""
+    for stack in (model, model.get_encoder(), model.get_decoder()):
+        stack.config._attn_implementation = implementation
