@@ -96,18 +96,20 @@ class Generate(Method):
 INPUTS = ("inputs", "inputs_embeds", "input_ids", "input_features")
 
 
-def _refuse_what_would_be_wrong(options: dict[str, Any], configs: Sequence[Any]) -> None:
-    def setting(name: str) -> Any:
-        return options.get(name, next((x for c in configs if (x := getattr(c, name, None)) is not None), None))
+def setting(name: str, options: dict[str, Any], configs: Sequence[Any]) -> Any:
+    """An option of ``generate``: its keyword, else what the first config that says so says."""
+    return options.get(name, next((x for c in configs if (x := getattr(c, name, None)) is not None), None))
 
-    if setting("output_attentions"):
+
+def _refuse_what_would_be_wrong(options: dict[str, Any], configs: Sequence[Any]) -> None:
+    if setting("output_attentions", options, configs):
         raise UnsupportedModel("output_attentions: attention weights are never built; drop it, or unpatch the model")
-    if setting("token_healing"):
+    if setting("token_healing", options, configs):
         raise UnsupportedModel(
             "token_healing: transformers heals the prompts in calls of their own, without their tasks; heal them first "
             "(model.heal_tokens), or do without"
         )
-    if setting("cache_implementation") == "paged":
+    if setting("cache_implementation", options, configs) == "paged":
         raise UnsupportedModel(
             "cache_implementation: transformers drops padding masks with 'paged'; call "
             "model.generate_batch(prompts, task_ids=...) with a list of tokens per prompt"

@@ -28,7 +28,7 @@ from prefix_attn.hf.adapters import pop_task_ids
 from prefix_attn.hf.attention import KEYWORD
 from prefix_attn.hf.configs import OwnConfigs
 from prefix_attn.hf.context import check_fits, new_tokens
-from prefix_attn.hf.generate import INPUTS, Generate, PrepareInputs, checked_for_batch
+from prefix_attn.hf.generate import INPUTS, Generate, PrepareInputs, checked_for_batch, setting
 from prefix_attn.hf.masks import scope
 from prefix_attn.hf.part_attention import NAME, PLACE, PartBatch, Place, part_attention_forward, part_mask
 from prefix_attn.hf.positions import shifted_positions
@@ -198,6 +198,28 @@ class Seq2SeqGenerate(Generate):
             prompt = ids[:, None]  # stands for the one token that the decoder starts with
         new = new_tokens(prompt, options, configs)
         check_fits(self.bank, ids, prompt, options.get("decoder_attention_mask"), new)
+        if self.model.main_input_name == "input_features":
+            _refuse_several_passes(self.model, inputs, options, configs)
+
+
+def _refuse_several_passes(model: Any, sound: Tensor, options: dict[str, Any], configs: Sequence[Any]) -> None:
+    """Raise `UnsupportedModel` where Whisper's own ``generate`` would run on some of the rows, or on copies of them.
+
+    It then neither copies nor selects the rows' tasks.
+    """
+    encoder = model.get_encoder()
+    frames = encoder.config.max_source_positions * encoder.conv1.stride[0] * encoder.conv2.stride[0]
+    if sound.shape[-1] > frames:
+        raise UnsupportedModel(
+            f"input_features: expected at most {frames} frames with task_ids, got {sound.shape[-1]}; long-form "
+            "transcription drops rows on its way: cut the sound into windows"
+        )
+    if setting("return_timestamps", options, configs):
+        raise UnsupportedModel("return_timestamps: Whisper then runs again on some of the rows; drop it")
+    if isinstance(setting("temperature", options, configs), list | tuple):
+        raise UnsupportedModel("temperature: Whisper runs again on the rows that need the next one; give one number")
+    if (setting("num_return_sequences", options, configs) or 1) > 1:
+        raise UnsupportedModel("num_return_sequences: Whisper copies the rows, but not their tasks; pass copies")
 
 
 def refuse_seq2seq(model: Any) -> None:

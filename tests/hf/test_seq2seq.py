@@ -222,3 +222,69 @@ def test_refusals(patched: Any) -> None:
         with torch.no_grad(), pytest.raises(pa.ContextOverflow, match="row 3"):
             patched(**inputs, decoder_input_ids=decoder_tokens(length=58),
                     task_ids=[None, None, None, "decoder", None, None])  # fmt: skip
+
+
+def test_whisper_is_refused_where_it_would_run_on_some_of_the_rows() -> None:
+    model = tiny_seq2seq("whisper")
+    pa.patch(model, make_bank(model))
+    sound = make_inputs(model)["input_features"]
+    refused: list[tuple[Tensor, dict[str, Any], str]] = [
+        (torch.cat([sound, sound], dim=2), {}, "at most 24 frames"), (sound, {"return_timestamps": True}, "timestamps"),
+        (sound, {"temperature": (0.0, 0.4)}, "one number"), (sound, {"num_return_sequences": 2}, "not their tasks"),
+    ]  # fmt: skip
+    for features, options, words in refused:
+        with pytest.raises(pa.UnsupportedModel, match=words):
+            model.generate(features, task_ids=ROWS, **options)
+
+
+def test_beams_and_an_encoder_run_apart(patched: Any) -> None:
+    """A row's beams all read its prefixes in every part; the encoder's output may be made before."""
+    inputs, options = make_inputs(patched), {"max_new_tokens": 5, "num_beams": 3, "do_sample": False}
+    together = patched.generate(**inputs, **options, task_ids=ROWS)
+    for row, task in enumerate(ROWS):
+        alone = patched.generate(**one_row(inputs, row), **options, task_ids=[task])
+        assert torch.equal(together[row, : alone.shape[1]], alone[0])
+    with torch.no_grad():
+        states = patched.get_encoder()(**inputs, task_ids=ROWS)
+        mask = {name: x for name, x in inputs.items() if name == "attention_mask"}
+        logits = [patched(**given, decoder_input_ids=decoder_tokens(), task_ids=ROWS).logits
+                  for given in (inputs, mask | {"encoder_outputs": states})]  # fmt: skip
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_gradients_equal_a_replicas(family: str) -> None:
+    """Training the model's weights under fixed prefixes."""
+    model = tiny_seq2seq(family, dropout_rate=0.0, attention_dropout=0.0)
+    bank = make_bank(model)
+    inputs, tokens = make_inputs(model), decoder_tokens()
+
+    def gradients(**options: Any) -> dict[str, Tensor]:
+        model.zero_grad()
+        model(
+            **one_row(inputs, 0), decoder_input_ids=tokens[:1], use_cache=False, **options
+        ).logits.square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    with replicated(model, random_parts(bank, TASKS["all"], 0)):
+        expected = gradients()
+    pa.patch(model, bank)
+    for name, grad in gradients(task_ids=["all"]).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-4 * float(expected[name].abs().max()))
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_half_precision(family: str) -> None:
+    model = tiny_seq2seq(family).to(torch.bfloat16)
+    pa.patch(model, make_bank(model), verify=True)
+    inputs, tokens = make_inputs(model), decoder_tokens()
+    with torch.no_grad():
+        half = model(**inputs, decoder_input_ids=tokens, task_ids=ROWS).logits
+        assert half.dtype == torch.bfloat16
+        model = tiny_seq2seq(family)
+        pa.patch(model, make_bank(model))
+        full = model(**inputs, decoder_input_ids=tokens, task_ids=ROWS).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = model(**inputs, decoder_input_ids=tokens, task_ids=ROWS).logits
+    for logits in (half, mixed):
+        assert (logits - full).abs().max() < 0.1 * full.abs().max()
