@@ -28,7 +28,7 @@ class Ours(Peer):
         self.batch_invariant = batch_invariant
 
     def prepare(self, problem: Problem) -> Callable[[], Tensor]:
-        plan = None
+        plan, self.plan_us = None, None
         if self.backend == "triton" and problem.point.op == "decode":
             plan = BatchPlan(problem.task_ids, problem.prefix.lens)
             self.work_out(plan, problem)

@@ -107,6 +107,8 @@ def test_a_capture_does_not_plan_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prefix_attn.plan.recording", lambda tensor: True)
     monkeypatch.setattr("prefix_attn.plan.row_tiles", lambda *_: pytest.fail("planned in the capture"))
     assert Reference.of(problem).check(call(), problem)[1] is None
+    peer.prepare(ragged(PREFILL, [37, 20], [1, 0]))
+    assert peer.plan_us is None
 
 
 def test_decode_peers_leave_prefill_out() -> None:
