@@ -59,7 +59,8 @@ def run_generations(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of transformers, about PEFT
-                rows = Comparison(model, point, environment).rows(left / (len(points) - i))
+                share = left * work(point) / sum(map(work, points[i:]))
+                rows = Comparison(model, point, environment).rows(share)
         except torch.OutOfMemoryError:
             left_out.append(f"left out for want of memory: {point}")
             continue
@@ -71,6 +72,11 @@ def run_generations(
             if row.failed:
                 tqdm.write(f"{row.provider} at {point}: {row.status}")
     return left_out
+
+
+def work(point: Generation) -> int:
+    """What a point's time goes by: PEFT takes as many steps for every task."""
+    return point.tasks * point.new
 
 
 def gpt2_sized(positions: int, device: torch.device) -> Any:
@@ -188,8 +194,8 @@ class Comparison:
             wrong = self._disagreement()
             if wrong is not None:
                 return [replace(row, status=f"wrong: {wrong}", failed=True) for row in rows.values()]
-        elapsed = time.monotonic() - start  # two of each: what one round will take is at most that
-        repeats = max(1, min(MOST_REPEATS, int((seconds - elapsed) / max(elapsed / 2, 1e-3))))
+        elapsed = time.monotonic() - start  # all tokens once and a few once: about what a round takes
+        repeats = max(1, min(MOST_REPEATS, int((seconds - elapsed) / max(elapsed, 1e-3))))
         times = self._times(usable, repeats)
         return [self._timed(row, *times[name]) if name in times else row for name, row in rows.items()]
 

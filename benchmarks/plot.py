@@ -6,10 +6,11 @@ is below 1 lies on red ground.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
@@ -23,6 +24,9 @@ from .record import GenerationRow, Row, read
 
 LOSS, WIN, OTHER = "#c0392b", "#2c6fbb", "#8a8a8a"
 MIB = 2**20
+
+#: Batch, tasks, own keys, skew and raggedness: a line of a heat map.
+Line = tuple[int, int, int, str, bool]
 
 #: Names of head shapes, for titles.
 HEADS = {(12, 12, 64): "GPT-2", (32, 8, 128): "Llama-3", (32, 32, 128): "Llama-2", (16, 8, 256): "Gemma-2"}
@@ -158,6 +162,8 @@ def roofline(device: Device) -> Figure | None:
                          color, alpha=0.75, lw=0, label=name)  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte that must be moved", ylabel="GFLOP/s reached")
         axes.set_title(f"{dtype}, all suites", fontsize=10)
+        steps = [digit * 10.0**power for power in range(-3, 6) for digit in (1, 2, 5)]
+        ticks(axes, "x", [step for step in steps if x[0] <= step <= x[1]])
         axes.grid(alpha=0.25)
     legend(figure, grid[0])
     return figure
@@ -195,35 +201,37 @@ def heat_map(device: Device) -> Figure | None:
     kinds = sorted({(p.op, p.q_heads, p.kv_heads, p.head_dim, p.dtype) for p in ratios})
     if not kinds:
         return None
-    lines = {kind: _cells(p for p in ratios if _kind(p) == kind) for kind in kinds}
-    tallest = max(len({row for row, _ in cells}) for cells in lines.values())
+    cells = {kind: {_place(p): r for p, r in ratios.items() if _kind(p) == kind} for kind in kinds}
+    lines = {op: sorted({line for kind in kinds if kind[0] == op for line, _ in cells[kind]}) for op, *_ in kinds}
     titles = [f"{op}, {_heads(q, kv, d)} {dtype}" for op, q, kv, d, dtype in kinds]
-    figure, grid = panels(device.name, titles, "time of the fastest other provider over ours, each cell a point",
-                             each=(4.6, 1.2 + 0.27 * tallest), per_row=4)  # fmt: skip
-    norm, image = TwoSlopeNorm(1.0, 0.0, 4.0), None
+    size = 4.6, 1.2 + 0.27 * max(map(len, lines.values()))
+    what = "time of the fastest other provider over ours, each cell a point"
+    figure, grid = panels(device.name, titles, what, size, per_row=3)
     for axes, kind in zip(grid, kinds, strict=True):
-        cells = {place: p for p in ratios if _kind(p) == kind for place in (_place(p),)}
-        labels, columns = sorted({row for row, _ in cells}), sorted({m for _, m in cells})
-        values = [[ratios[cells[row, m]] if (row, m) in cells else float("nan") for m in columns] for row in labels]
-        image = axes.imshow([[min(v, 4.0) for v in line] for line in values], cmap="RdBu", norm=norm, aspect="auto")
-        for i, line in enumerate(values):
-            for j, value in enumerate(line):
-                if value != value:
-                    continue
-                lost, dark = value < 1, value < 0.35 or value > 3
-                axes.text(
-                    j, i, f"{value:.2f}" if value < 10 else f"{value:.0f}", ha="center", va="center", fontsize=7.5,
-                    color="white" if dark else "black", fontweight="bold" if lost else "normal",
-                )  # fmt: skip
-                if lost:
-                    axes.add_patch(Rectangle((j - 0.47, i - 0.45), 0.94, 0.9, fill=False, edgecolor="black", lw=1.8))
-        axes.set_xticks(range(len(columns)), [str(m) for m in columns], fontsize=8)
-        axes.set_yticks(range(len(labels)), [_row_label(row) for row in labels], fontsize=7.5)
-        axes.set_xlabel("prefix tokens")
-    if image is not None:
-        bar = figure.colorbar(image, ax=grid, shrink=0.6, extend="max", pad=0.01)
-        bar.set_label("framed, below 1: another is faster")
+        image = _paint(axes, cells[kind], lines[kind[0]])
+    bar = figure.colorbar(image, ax=grid, shrink=0.6, extend="max", pad=0.01)
+    bar.set_label("framed, below 1: another is faster")
     return figure
+
+
+def _paint(axes: Any, ratios: Mapping[tuple[Line, int], float], lines: Sequence[Line]) -> Any:
+    """One panel of the heat map: a line for each kind of batch, a column for each prefix length; the image."""
+    columns = sorted({m for _, m in ratios})
+    values = [[ratios.get((line, m), float("nan")) for m in columns] for line in lines]
+    norm = TwoSlopeNorm(1.0, 0.0, 4.0)
+    image = axes.imshow([[min(v, 4.0) for v in line] for line in values], cmap="RdBu", norm=norm, aspect="auto")
+    for (line, m), ratio in ratios.items():
+        x, y, lost = columns.index(m), lines.index(line), ratio < 1
+        axes.text(
+            x, y, f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}", ha="center", va="center", fontsize=7.5,
+            color="white" if ratio < 0.35 or ratio > 3 else "black", fontweight="bold" if lost else "normal",
+        )  # fmt: skip
+        if lost:
+            axes.add_patch(Rectangle((x - 0.47, y - 0.45), 0.94, 0.9, fill=False, edgecolor="black", lw=1.8))
+    axes.set_xticks(range(len(columns)), [str(m) for m in columns], fontsize=8)
+    axes.set_yticks(range(len(lines)), [_line_label(line) for line in lines], fontsize=7.5)
+    axes.set_xlabel("prefix tokens")
+    return image
 
 
 #: Name in the file -> figure.
@@ -296,19 +304,12 @@ def _heads(q_heads: int, kv_heads: int, head_dim: int) -> str:
     return f"{name} {q_heads}/{kv_heads}/{head_dim}".strip()
 
 
-Line = tuple[int, int, int, str, bool]
-
-
 def _place(point: Point) -> tuple[Line, int]:
     """Where a point stands in its heat map: its line, and its prefix length."""
     return (point.batch, point.tasks, point.n, point.skew, point.ragged), point.m
 
 
-def _cells(points: Iterable[Point]) -> set[tuple[Line, int]]:
-    return {_place(point) for point in points}
-
-
-def _row_label(line: Line) -> str:
+def _line_label(line: Line) -> str:
     batch, tasks, n, skew, ragged = line
     return f"B={batch} T={tasks} n={n}" + f" {skew}" * (skew != "even") + " ragged" * ragged
 

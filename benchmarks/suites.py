@@ -63,7 +63,7 @@ def generations(on_gpu: bool, quick: bool) -> list[Generation]:
         return [Generation("GPT-2", 8, 4, 100, new=5)]
     main = [Generation("GPT-2", 32, 8, m) for m in (20, 100, 1024)]
     batches = [Generation("GPT-2", rows, 4, 100, new=5) for rows in (4, 8, 16)]
-    tasks = [Generation("GPT-2", 16, tasks, 100, new=5) for tasks in (1, 16)]
+    tasks = [Generation("GPT-2", 16, tasks, 100, new=5) for tasks in (1, 8)]
     return [*main, *batches, *tasks]
 
 
