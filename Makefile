@@ -1,10 +1,10 @@
-# make demo | test | bench | gpu | fix     everything runs in .venv, which is made on first use
+# make demo | test | bench | figures | gpu | fix     everything runs in .venv, which is made on first use
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0  # pinned for development: a bare "torch" may pull gigabytes of CUDA libraries
 
-.PHONY: demo test lint types bench gpu fix clean
+.PHONY: demo test lint types bench figures gpu fix clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +29,9 @@ types: $(VENV)/ready
 
 bench: $(VENV)/ready  ## a few points of every benchmark, in two minutes; `prefix-attn bench --help` for more
 	$(BIN)/prefix-attn bench all --quick
+
+figures: $(VENV)/ready  ## from the newest results of each device, into benchmarks/figures
+	$(BIN)/prefix-attn bench plot
 
 gpu:  ## on a machine with an NVIDIA GPU: tests, parity and timings with the torch and Triton it has
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu

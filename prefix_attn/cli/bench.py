@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from prefix_attn.cli import console
 from prefix_attn.cli.options import DeviceOption
+from prefix_attn.errors import PrefixAttnError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -99,6 +101,8 @@ def plot(
 
     Needs matplotlib: `pip install 'prefix-attn[bench]'`.
     """
+    if find_spec("matplotlib") is None:
+        raise PrefixAttnError("bench plot: needs matplotlib, which is not installed: pip install 'prefix-attn[bench]'")
     from prefix_attn.benchmarks.plot import draw, latest
 
     for path in draw(results or latest(Path("benchmarks/results")), figures):
@@ -117,6 +121,8 @@ def run(
         from prefix_attn.cli.models import default_device
 
     device = torch.device(default_device() if device_name == "auto" else device_name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PrefixAttnError(f"--device: cannot use {device_name!r}: PyTorch finds no GPU; see `prefix-attn doctor`")
     peers = None
     if against is not None:
         peers = benchmarks.only_against(against, device)
