@@ -25,6 +25,7 @@ from prefix_attn.bank.parts import KeyValues, Part, prepared_parts
 from prefix_attn.bank.peft import CONFIG as PEFT_CONFIG
 from prefix_attn.bank.peft import read_adapter
 from prefix_attn.bank.text import text_kv
+from prefix_attn.bank.window import SlidingWindow
 from prefix_attn.errors import IncompatiblePrefix, UnknownTask
 from prefix_attn.plan import BatchPlan
 from prefix_attn.types import PrefixKV, align
@@ -265,6 +266,19 @@ class PrefixBank:
         return self._base.context_limit
 
     @property
+    def sliding_window(self) -> SlidingWindow | None:
+        """Which layers slide, and what they hide of a prefix; None where none does."""
+        return self._base.window
+
+    def room(self, name: str) -> int | None:
+        """Positions left for a request's own tokens, new ones included: the model's less the task's prefix.
+
+        None where nothing limits them. (The last new token needs none.) UnknownTask where there is no such task.
+        """
+        limit = self.context_limit
+        return None if limit is None else limit - self.prefix_len(name)
+
+    @property
     def memory_usage(self) -> MemoryUsage:
         """Exact bytes per task, in total, and allocated; print it."""
         parts = [(part.geometry.token_bytes(self._base.dtype), part.lengths) for part in self._parts.values()]
@@ -337,7 +351,8 @@ class PrefixBank:
         width = max((len(name) for name in self._ids), default=0)
         sizes = usage.tasks.items()
         rows = [f"  {name:{width}}  {self._tokens(name)} tokens  {readable(size)}" for name, size in sizes]
-        return "\n".join([head + f"{readable(usage.total)} of {readable(usage.allocated)})", *rows])
+        hides = [f"  {self.sliding_window.describe(self.num_layers)}"] if self.sliding_window else []
+        return "\n".join([head + f"{readable(usage.total)} of {readable(usage.allocated)})", *rows, *hides])
 
     def _tokens(self, name: str) -> str:
         """A task's tokens, part by part where there are several."""

@@ -13,6 +13,7 @@ from prefix_attn.bank.forward import cached_kv, text_config, unwrap
 from prefix_attn.bank.geometry import CROSS, DECODER, ENCODER, Geometry, context_limit
 from prefix_attn.bank.seq2seq import decoder_kv, decoder_positions, encoder_geometry
 from prefix_attn.bank.shard import Shard
+from prefix_attn.bank.window import SlidingWindow
 from prefix_attn.errors import ContextOverflow, IncompatiblePrefix, UnsupportedModel
 
 
@@ -27,6 +28,7 @@ class Base:
         fingerprint: digests of config and weights.
         model_type: transformers' name of the architecture.
         name: where the model was loaded from (a hub id or a path); empty if unknown.
+        window: of the layers that slide, if any.
         shard: which heads this process holds of a tensor-parallel model; geometries are the whole model's.
     """
 
@@ -38,6 +40,7 @@ class Base:
     model_type: str
     name: str
     shard: Shard
+    window: SlidingWindow | None
 
     @classmethod
     def of(cls, model: Any) -> Base:
@@ -73,6 +76,7 @@ class Base:
             model_type=config.model_type,
             name=model.config.name_or_path or "",
             shard=shard,
+            window=SlidingWindow.of(config),
         )
 
     @property

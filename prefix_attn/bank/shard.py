@@ -35,7 +35,7 @@ class Shard:
                 f"{size} processes, got {local} in one; use fewer processes"
             )
         mesh = model._device_mesh
-        return cls(mesh["tp"].get_local_rank() if "tp" in mesh.mesh_dim_names else mesh.get_local_rank(), size)
+        return cls(mesh["tp"].get_local_rank() if "tp" in (mesh.mesh_dim_names or ()) else mesh.get_local_rank(), size)
 
     def whole(self, local: Geometry) -> Geometry:
         """The model's geometry, from that of this process."""

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 import prefix_attn as pa
 from tests.hf.conftest import TASKS, make_bank, padded_inputs, replica
-from tests.hf.families import tiny_model
+from tests.hf.families import random_prefix, tiny_model
 from tests.hf.peft_oracle import PeftOracle
 from tests.tolerance import assert_close
 
@@ -117,6 +118,62 @@ def test_truncation_drops_each_rows_oldest_tokens(patched: Any) -> None:
     )
     with pytest.raises(pa.ContextOverflow, match="row 1"):
         patched.generate(**inputs, max_new_tokens=120, task_ids=TASKS, truncation=True)
+
+
+def test_room_is_what_is_left_of_the_context() -> None:
+    """128 positions: 119 own tokens behind a prefix of 9 are enough, one more is too many."""
+    model = tiny_model("llama")
+    bank = make_bank(model)
+    pa.patch(model, bank)
+    room = bank.room("nine")
+    assert room == 119
+    with torch.no_grad():
+        model(padded_inputs(length=room)["input_ids"], task_ids=["nine"] * 4)
+        with pytest.raises(pa.ContextOverflow):
+            model(padded_inputs(length=room + 1)["input_ids"], task_ids=["nine"] * 4)
+
+
+@pytest.mark.parametrize(("family", "layers"), [("mistral", (0, 1)), ("gemma3_text", (0,))])
+def test_the_bank_says_which_layers_slide(family: str, layers: tuple[int, ...]) -> None:
+    bank = make_bank(tiny_model(family))
+    assert bank.sliding_window is not None
+    assert (bank.sliding_window.tokens, bank.sliding_window.layers) == (12, layers)
+    assert f"{len(layers)} of 2 layers see 12 tokens" in repr(bank)
+    plain = make_bank(tiny_model("llama"))
+    assert plain.sliding_window is None
+    assert "sliding" not in repr(plain)
+
+
+def test_a_window_hides_what_the_bank_says() -> None:
+    """A window of 12 behind a prefix of 9: own tokens up to 2 see its first slot, tokens up to 10 its last."""
+    model = tiny_model("mistral", num_hidden_layers=1)
+    bank = pa.PrefixBank.for_model(model)
+    ((k, v),) = random_prefix(model, 9, seed=0)
+    first, last = v.clone(), v.clone()
+    first[:, 0], last[:, 8] = 9.0, 9.0
+    for name, values in (("plain", v), ("first", first), ("last", last)):
+        bank.add(name, [(k, values)])
+    pa.patch(model, bank)
+    tokens = padded_inputs(length=14, paddings=(0,))["input_ids"].expand(3, -1)
+    with torch.no_grad():
+        plain, other_first, other_last = model(tokens, task_ids=["plain", "first", "last"]).logits
+    for other, sees in ((other_first, range(12 - 9)), (other_last, range(12 - 1))):
+        assert [i for i in range(14) if not torch.equal(other[i], plain[i])] == list(sees)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_compiled_generate(family: str) -> None:
+    """transformers' own compilation of decode, as a GPU gets it by default; other tasks need no other graph."""
+    model = tiny_model(family)
+    pa.patch(model, make_bank(model))
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    compiled = {"cache_implementation": "static", "compile_config": config}
+    for tasks in (TASKS, ["nine", None, "five", "five"]):
+        expected = model.generate(**padded_inputs(), **GREEDY, task_ids=tasks)
+        with torch._dynamo.config.patch(error_on_recompile=tasks is not TASKS):
+            assert torch.equal(model.generate(**padded_inputs(), **GREEDY, **compiled, task_ids=tasks), expected)
+    torch.compiler.reset()
 
 
 def test_gradients_equal_those_of_a_replicated_prefix(patched: Any) -> None:

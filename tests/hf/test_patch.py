@@ -104,6 +104,26 @@ def test_save_pretrained_saves_the_plain_model(llama: Any, tmp_path: Path) -> No
     assert torch.equal(again(**padded_inputs()).logits, llama(**padded_inputs()).logits)
 
 
+def test_two_patched_models_at_once(llama: Any) -> None:
+    """Calls that take turns, of models with other masks, positions and banks, one of them without tasks in between."""
+    other = tiny_model("gemma3_text")
+    bank = pa.PrefixBank.for_model(other)
+    bank.add("five", random_prefix(other, 7, seed=4))
+    pa.patch(other, bank)
+    calls = [
+        (llama, {"task_ids": TASKS}),
+        (other, {"task_ids": ["five", None, "five", None]}),
+        (llama, {}),
+        (other, {}),
+    ]
+    alone = [model.generate(**padded_inputs(), **GREEDY, **options) for model, options in calls]
+    for i in (1, 0, 3, 2, 0, 1):
+        model, options = calls[i]
+        assert torch.equal(model.generate(**padded_inputs(), **GREEDY, **options), alone[i])
+    pa.unpatch(llama)
+    assert torch.equal(other.generate(**padded_inputs(), **GREEDY, **calls[1][1]), alone[1])
+
+
 def test_two_threads_with_different_tasks(llama: Any) -> None:
     inputs = padded_inputs()
     wanted = {task: llama.generate(**inputs, **GREEDY, **({} if task is None else {"task_ids": [task] * 4}))

@@ -1,0 +1,37 @@
+"""What sliding-window layers hide of a prefix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from prefix_attn.bank.geometry import setting
+
+
+@dataclass(frozen=True)
+class SlidingWindow:
+    """Layers that see the last ``tokens`` tokens, the query's own included.
+
+    Behind a prefix of m tokens, own token i (from 0) of a row sees slot j while ``m + i - j < tokens``: all of the
+    prefix up to i = tokens - m - 1, nothing of it from i = tokens - 1 on.
+    """
+
+    tokens: int
+    layers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: Any) -> SlidingWindow | None:
+        """That of a (text) config; None where every layer sees everything."""
+        tokens = setting(config, "sliding_window")
+        if not isinstance(tokens, int):
+            return None
+        kinds = setting(config, "layer_types") or ["sliding_attention"] * config.num_hidden_layers
+        layers = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+        return cls(tokens, layers) if layers else None
+
+    def describe(self, layers: int) -> str:
+        """One line for a model of ``layers`` layers."""
+        return (
+            f"sliding window: {len(self.layers)} of {layers} layers see {self.tokens} tokens; there a row sees all of "
+            f"its m prefix tokens up to its token {self.tokens} - m, and none behind its token {self.tokens - 1}"
+        )
