@@ -26,14 +26,23 @@ BART_LIKE = {
 SEQ2SEQ: dict[str, dict[str, Any]] = {
     "t5": T5_LIKE,
     "mt5": T5_LIKE | {"num_decoder_layers": 2},
+    "umt5": T5_LIKE | {"num_decoder_layers": 2},
     "bart": BART_LIKE,
     "mbart": BART_LIKE | {"scale_embedding": True},
     "pegasus": BART_LIKE,
+    "marian": BART_LIKE,
+    "blenderbot": BART_LIKE,
+    "blenderbot-small": BART_LIKE,
+    "plbart": BART_LIKE,
     "whisper": BART_LIKE | {
         "num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 64, "suppress_tokens": None,
         "begin_suppress_tokens": None,
     },
 }  # fmt: skip
+
+
+#: One of each kind.
+SOME = ("t5", "bart", "pegasus", "whisper")
 
 
 def tiny_seq2seq(family: str, **overrides: Any) -> Any:
@@ -43,7 +52,9 @@ def tiny_seq2seq(family: str, **overrides: Any) -> Any:
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(family, **(SEQ2SEQ[family] | overrides))
     auto = transformers.AutoModelForSpeechSeq2Seq if family == "whisper" else transformers.AutoModelForSeq2SeqLM
-    model = auto.from_config(config, dtype=torch.float32).eval()
+    # in transformers 5.17 umt5's sdpa forgets in prefill that the decoder is causal
+    attention = {"attn_implementation": "eager"} if family == "umt5" else {}
+    model = auto.from_config(config, dtype=torch.float32, **attention).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "embed_positions" not in name:

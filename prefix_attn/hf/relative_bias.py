@@ -9,6 +9,7 @@ Source: arXiv:1910.10683, section 2.1.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -40,8 +41,11 @@ def check_buckets(attention: Any) -> None:
 
 
 def _buckets(attention: Any, distances: Tensor) -> Tensor:
-    buckets: Tensor = attention._relative_position_bucket(
-        distances, bidirectional=not attention.is_decoder,
-        num_buckets=attention.relative_attention_num_buckets, max_distance=attention.relative_attention_max_distance,
-    )  # fmt: skip
+    options = {
+        "bidirectional": not attention.is_decoder, "num_buckets": attention.relative_attention_num_buckets,
+        "max_distance": attention.relative_attention_max_distance,
+    }  # fmt: skip
+    function = attention._relative_position_bucket
+    takes = inspect.signature(function).parameters  # UMT5's knows the options itself
+    buckets: Tensor = function(distances, **{name: x for name, x in options.items() if name in takes})
     return buckets

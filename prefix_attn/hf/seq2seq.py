@@ -36,7 +36,9 @@ from prefix_attn.hf.relative_bias import check_buckets
 from prefix_attn.hf.wiring import PROBE, Wired
 
 #: Families whose positions and biases are known, and tested.
-FAMILIES = ("t5", "mt5", "bart", "mbart", "pegasus", "whisper")
+FAMILIES = (
+    "t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "blenderbot", "blenderbot-small", "plbart", "whisper",
+)  # fmt: skip
 
 #: What the families call their attention layers, in the encoder and in the decoder.
 ATTENTIONS = {
