@@ -73,7 +73,7 @@ def prefix_attention(
 
     Raises:
         ShapeError, DTypeError: two arguments disagree; the message names both.
-        UnknownTask: a task id is out of range. (Ids on an accelerator are not read back: such a row is NaN.)
+        UnknownTask: a task id is out of range. (The kernels do not read back ids on an accelerator: such a row is NaN.)
         BackendUnavailable: the named backend cannot run this call; the message says why.
 
     Source: prefix tuning, arXiv:2101.00190; shared-prefix decomposition, arXiv:2402.05099; online softmax,

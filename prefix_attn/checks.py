@@ -1,7 +1,7 @@
 """The one place where arguments of `prefix_attention` are checked: shapes and dtypes here, values in the operator.
 
-Values are checked where they can be read without a wait, on the CPU; there `torch.compile` does not see it. Those on an
-accelerator would stall its queue: the kernels answer a bad one with NaN.
+There `torch.compile` does not see that they are read. Values on an accelerator are read only where the backend waits
+for them anyway; kernels that do not wait answer a bad one with NaN.
 """
 
 from __future__ import annotations
@@ -69,12 +69,7 @@ def checked_call(
 
 
 def check_values(call: AttentionCall) -> None:
-    """Raise for a task id that is neither -1 nor a live task, and for a key bound outside the keys.
-
-    Nothing is read from an accelerator.
-    """
-    if call.task_ids.device.type != "cpu":
-        return
+    """Raise for a task id that is neither -1 nor a live task, and for a key bound outside the keys; waits for them."""
     spans = call.prefix.spans
     for row, t in enumerate(call.task_ids.tolist()):
         if t != -1 and not (0 <= t < len(spans) and spans[t][1] >= 0):

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from prefix_attn.types import AttentionCall, Gradients, PerInput, PrefixKV
 
+#: The longest prefix of the batch decides how much is gathered.
+READS_IDS = True
+
 
 def refusal(call: AttentionCall) -> str | None:
     """The reference runs everything, on every device."""

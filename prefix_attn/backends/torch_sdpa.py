@@ -32,6 +32,9 @@ from prefix_attn.types import AttentionCall, Gradients, PerInput
 
 Spans = tuple[tuple[int, int], ...]
 
+#: On a CPU to group rows by task; elsewhere as the reference does.
+READS_IDS = True
+
 #: In prefill, prefixes of fewer tokens are copied: a second call and the merge cost more (measured in the same file).
 COPIED_BELOW = 64
 

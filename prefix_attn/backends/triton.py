@@ -14,6 +14,9 @@ from prefix_attn.types import AttentionCall
 
 choose_regime = regime.choose
 
+#: Nothing is read back; a row with a bad id or key bound becomes NaN.
+READS_IDS = False
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 MIN_CAPABILITY = (8, 0)

@@ -21,12 +21,12 @@ from prefix_attn.bank.geometry import DECODER, Geometry
 from prefix_attn.bank.ids import checked_ids
 from prefix_attn.bank.memory import MemoryUsage, readable
 from prefix_attn.bank.names import check_name
-from prefix_attn.bank.parts import KeyValues, Part, prepared_parts
+from prefix_attn.bank.parts import KeyValues, Part, Reserve, prepared_parts
 from prefix_attn.bank.peft import CONFIG as PEFT_CONFIG
 from prefix_attn.bank.peft import read_adapter
 from prefix_attn.bank.text import text_kv
 from prefix_attn.bank.window import SlidingWindow
-from prefix_attn.errors import IncompatiblePrefix, UnknownTask
+from prefix_attn.errors import IncompatiblePrefix, ShapeError, UnknownTask
 from prefix_attn.plan import BatchPlan
 from prefix_attn.types import PrefixKV, align
 
@@ -43,26 +43,37 @@ class PrefixBank:
     bank's life; the id of a removed task is never given again. Whatever fails leaves the bank as it was.
     """
 
-    def __init__(self, base: Base, capacity: Mapping[str, int] | None = None) -> None:
+    def __init__(self, base: Base, capacity: Mapping[str, int] | None = None, reserve: Reserve | None = None) -> None:
         self._base = base
         self._parts = {
-            part: Part(geometry, base.dtype, base.device, base.shard, (capacity or {}).get(part, 0))
+            part: Part(geometry, base.dtype, base.device, base.shard, (capacity or {}).get(part, 0), reserve)
             for part, geometry in base.geometries.items()
         }
         self._tasks: list[_Task | None] = []  # by id; None was removed
         self._ids: dict[str, int] = {}
 
     @classmethod
-    def for_model(cls, model: Any) -> PrefixBank:
+    def for_model(cls, model: Any, reserve: tuple[int, int] | None = None) -> PrefixBank:
         """An empty bank in the dtype and on the device of a transformers model.
 
         The model may be plain, patched or PEFT-wrapped; it (of an encoder-decoder model the decoder) runs on one token,
         and its parameters are sampled.
 
+        Args:
+            model: the base.
+            reserve: ``(tasks, tokens)``: take memory for that many ids (those of removed tasks count) and tokens (a
+                prefix takes a multiple of 16) now, and never more. All tensors then keep their place and are changed
+                in place, so that a captured CUDA graph sees tasks that are added and removed after its capture, and a
+                compiled function is not compiled again. `add` refuses what does not fit. Without, a bank grows, and a
+                graph captured before a change must not be replayed after it.
+
         Raises:
             UnsupportedModel: the model does not keep plain keys and values in every layer.
+            ShapeError: a negative reserve.
         """
-        return cls(Base.of(model))
+        if reserve is not None and min(reserve) < 0:
+            raise ShapeError(f"reserve: expected (tasks, tokens), neither negative, got {reserve}")
+        return cls(Base.of(model), reserve=None if reserve is None else Reserve(*reserve))
 
     def add(self, name: str, key_values: KeyValues) -> int:
         """Add a task.
@@ -81,6 +92,7 @@ class PrefixBank:
             IncompatiblePrefix: a bad name, or parts, layers, shapes or values (not finite) that do not fit; names the
                 layer.
             ContextOverflow: the decoder's m leaves no position for a request.
+            ShapeError: it does not fit what the bank reserved.
         """
         return self._insert(name, key_values, Provenance("tensors"), "key_values")
 

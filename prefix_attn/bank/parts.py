@@ -11,6 +11,7 @@ lens[t] - 1`` of each, and all layers share ``starts`` and ``lens``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ from torch import Tensor
 from prefix_attn.bank.geometry import DECODER, Geometry, LayerKV
 from prefix_attn.bank.shard import Shard
 from prefix_attn.bank.storage import Span, Storage
-from prefix_attn.errors import IncompatiblePrefix
-from prefix_attn.types import PrefixKV
+from prefix_attn.errors import IncompatiblePrefix, ShapeError
+from prefix_attn.types import PrefixKV, align
 
 #: A prefix: for each part a list over its layers, or, as a plain list, that of the decoder alone.
 KeyValues = Sequence[LayerKV] | Mapping[str, Sequence[LayerKV]]
@@ -52,25 +53,46 @@ def prepared_parts(
     return parts
 
 
+class Reserve(NamedTuple):
+    """Room that is all a bank ever takes: ids ever given, and tokens, of which each prefix takes a multiple of 16."""
+
+    tasks: int
+    tokens: int
+
+
 class Part:
-    """The packed, ragged prefixes of all tasks in one part; the bank's `add` and `remove` keep the parts in step."""
+    """The packed, ragged prefixes of all tasks in one part; the bank's `add` and `remove` keep the parts in step.
+
+    With a reserve every tensor stays where it is and shows every change.
+    """
 
     def __init__(
-        self, geometry: Geometry, dtype: torch.dtype, device: torch.device, shard: Shard, capacity: int = 0
-    ) -> None:
+        self, geometry: Geometry, dtype: torch.dtype, device: torch.device, shard: Shard, capacity: int = 0,
+        reserve: Reserve | None = None,
+    ) -> None:  # fmt: skip
         self.geometry = shard.local(geometry)
-        self._device = device
-        self._shard = shard
-        self._storage = Storage(self.geometry, dtype, device, capacity)
+        self._device, self._shard, self._reserve = device, shard, reserve
+        if reserve is not None:
+            capacity = align(reserve.tokens)
+        self._storage = Storage(self.geometry, dtype, device, capacity, fixed=reserve is not None)
         self._spans: list[Span | None] = []  # by id; None was removed
         self._layers: list[PrefixKV] = []
+        self._lens, self._starts = self._tables()
         self._tabulate()
 
     def append(self, key_values: Sequence[LayerKV]) -> None:
         """Store the prefix of the next id: k, v ``[kv_heads, m, head_dim]`` of every layer, in the bank's dtype.
 
         Of a tensor-parallel model these are all heads, and this process's are stored.
+
+        Raises:
+            ShapeError: the reserve is used up.
         """
+        if self._reserve is not None and len(self._spans) == self._reserve.tasks:
+            raise ShapeError(
+                f"reserve: expected at most {self._reserve.tasks} tasks, removed ones included, got one more; make a "
+                "bank that reserves more"
+            )
         mine = [(self._shard.heads(k), self._shard.heads(v)) for k, v in key_values]
         self._spans.append(self._storage.put(mine, mine[0][0].shape[1]))
         self._tabulate()
@@ -97,24 +119,42 @@ class Part:
         return self._storage.read(span)
 
     def layer(self, i: int) -> PrefixKV:
-        """Layer i's prefixes, sharing memory: a snapshot, so ask again after a change."""
+        """Layer i's prefixes, sharing memory: a snapshot, so ask again after a change; with a reserve, never stale."""
         if not self._layers:
-            longest = max(self.lengths, default=0)
-            self._layers = [PrefixKV(k, v, self._starts, self._lens, longest) for k, v in self._storage.lend()]
+            self._layers = self._lend(max(self.lengths, default=0))
         return self._layers[i]
 
+    def _lend(self, longest: int | None) -> list[PrefixKV]:
+        return [PrefixKV(k, v, self._starts, self._lens, longest) for k, v in self._storage.lend()]
+
     def _tabulate(self) -> None:
-        """Make the span tables anew; those of a `PrefixKV` that was handed out stay as they are."""
+        """Write the span tables anew: to new tensors, so that a `PrefixKV` that was handed out stays what it is, or,
+        with a reserve, in place."""
         self.lengths = [-1 if span is None else span.length for span in self._spans]
-        starts = [0 if span is None else span.start for span in self._spans]
+        lens, starts = self._tables()
+        if self._reserve is None:
+            self._lens, self._starts, self._layers = lens, starts, []
+            return
+        self._lens.copy_(lens)
+        self._starts.copy_(starts)
+        self._layers = self._lend(None)  # without the longest prefix, on which what is captured must not depend
+
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        """Lengths and starts by id; ids that are reserved but not given are like removed ones."""
+        free = 0 if self._reserve is None else self._reserve.tasks - len(self._spans)
+        spans = [*self._spans, *[None] * free]
+        lens = [-1 if span is None else span.length for span in spans]
+        starts = [0 if span is None else span.start for span in spans]
         with torch.inference_mode(False):
-            self._lens = torch.tensor(self.lengths, dtype=torch.int32, device=self._device)
-            self._starts = torch.tensor(starts, dtype=torch.int32, device=self._device)
-        self._layers = []
+            lens_table, starts_table = (torch.tensor(x, dtype=torch.int32, device=self._device) for x in (lens, starts))
+        return lens_table, starts_table
 
     @property
     def lens(self) -> Tensor:
-        """int32 ``[tasks]`` on the device, by id; -1 for a removed task. Never written: each change makes a new one."""
+        """int32 ``[tasks]`` on the device, by id; -1 for a removed task.
+
+        Each change makes a new one; with a reserve it is written in place, and has an entry for every id there can be.
+        """
         return self._lens
 
     @property

@@ -2,6 +2,8 @@
 
 A span never moves inside its memory, and memory that was lent out is never written where a borrower may look: the space
 of a removed span waits (is pinned) until the live spans are copied to new memory, which nobody has borrowed yet.
+
+Fixed memory is the opposite: it is never replaced, and written where borrowers look, for they want to see every change.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn.bank.geometry import Geometry, LayerKV
+from prefix_attn.errors import ShapeError
 from prefix_attn.types import align
 
 
@@ -31,8 +34,10 @@ class Span(NamedTuple):
 class Storage:
     """Keys and values of every layer; zero where nothing was written."""
 
-    def __init__(self, geometry: Geometry, dtype: torch.dtype, device: torch.device, capacity: int) -> None:
-        self._geometry, self._dtype, self._device = geometry, dtype, device
+    def __init__(
+        self, geometry: Geometry, dtype: torch.dtype, device: torch.device, capacity: int, fixed: bool
+    ) -> None:
+        self._geometry, self._dtype, self._device, self._fixed = geometry, dtype, device, fixed
         self._spans: list[Span] = []
         self._new_memory(capacity)
 
@@ -52,9 +57,18 @@ class Storage:
         return sum(x.nbytes for x in (*self._k, *self._v))
 
     def put(self, key_values: Sequence[LayerKV], tokens: int) -> Span:
-        """Copy k, v ``[kv_heads, tokens, head_dim]`` of every layer to a free span; grow where there is none."""
+        """Copy k, v ``[kv_heads, tokens, head_dim]`` of every layer to a free span; grow where there is none.
+
+        Raises:
+            ShapeError: fixed memory has no gap that is long enough.
+        """
         start = _first_gap([*self._spans, *self._pinned], tokens)
         if start + align(tokens) > self._capacity:
+            if self._fixed:
+                raise ShapeError(
+                    f"reserve: expected a free stretch of {align(tokens)} tokens for a prefix of {tokens}, got none "
+                    f"among the {self._capacity} reserved; remove a task, or make a bank that reserves more"
+                )
             start = _first_gap(self._spans, tokens)
             end = start + align(tokens)
             self._new_memory(self._capacity if end <= self._capacity else max(end, align(self._capacity * 3 // 2)))
@@ -66,7 +80,7 @@ class Storage:
     def free(self, span: Span) -> None:
         """Give a span back."""
         self._spans.remove(span)
-        if self._lent:
+        if self._lent and not self._fixed:
             self._pinned.append(span)
 
     def read(self, span: Span) -> list[LayerKV]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import ContextOverflow, UnsupportedModel
+from prefix_attn.plan import recording
 
 #: Families that count positions by the attention mask when none are given; all others count cache slots.
 COUNTED_BY_MASK = ("opt",)
@@ -16,7 +17,7 @@ COUNTED_BY_MASK = ("opt",)
 
 def prefix_lengths(bank: PrefixBank, task_ids: Tensor) -> Tensor:
     """Prefix tokens of each row, int ``[batch]`` on the device; 0 for a row without task."""
-    if not len(bank.lengths):
+    if not len(bank.lens):
         return torch.zeros_like(task_ids)
     return torch.where(task_ids >= 0, bank.lens[task_ids.clamp(min=0).long()], 0)
 
@@ -63,7 +64,7 @@ def _default_positions(q_len: int, past: Any, inputs: Tensor, attention_mask: An
 
 def _check_context(bank: PrefixBank, positions: Tensor, m: Tensor, past: Any, q_len: int) -> None:
     limit = bank.context_limit
-    if limit is None or torch.compiler.is_compiling():
+    if limit is None or recording(positions):
         return
     if isinstance(past, int) and past + q_len + max(bank.lengths, default=0) <= limit:
         return  # fits whatever the tasks are: known without reading the device
