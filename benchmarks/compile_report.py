@@ -46,9 +46,27 @@ INSTRUCTIONS = {
     "scalar load": r"ld\.global[^;v]*\.b16 |global_load_ushort|global_load_short|buffer_load_ushort",
 }
 
+#: Kernels of the backward pass that make products.
+BACKWARD = ("backward_dq", "backward_own", "backward_bank")
+
 #: Arguments that are int32 arrays.
 INTEGER_TABLES = {
-    f"{x}_ptr" for x in ("task_ids", "starts", "lens", "kv_start", "kv_len", "planned", "tasks", "members")
+    f"{x}_ptr"
+    for x in (
+        "task_ids",
+        "starts",
+        "lens",
+        "kv_start",
+        "kv_len",
+        "planned",
+        "tasks",
+        "members",
+        "order",
+        "first",
+        "readers",
+        "tile_task",
+        "tile_slot",
+    )
 }
 
 #: 32-bit registers and bytes of shared memory of one multiprocessor, and the program's fixed share of the latter.
@@ -102,6 +120,7 @@ def jobs(quick: bool) -> list[Job]:
             found.append(Job("grouped", target, head_dim, "bfloat16", rows=4))
             if head_dim <= WIDE_TILE_HEAD_DIM:
                 found.append(Job("grouped", target, head_dim, "bfloat16", rows=4, tile_rows=WIDE_TILE_ROWS))
+            found += [Job(kernel, target, head_dim, "bfloat16") for kernel in BACKWARD]
         if quick:
             continue
         found += [
@@ -123,6 +142,8 @@ def jobs(quick: bool) -> list[Job]:
             ),
             Job("grouped", target, 128, "bfloat16", rows=4, options=("window", "softcap", "kv_start", "kv_len")),
             Job("merge", target, 128, "bfloat16"),
+            *(Job(kernel, target, 128, "float32") for kernel in BACKWARD),
+            *(Job(kernel, target, 128, "bfloat16", options=("window", "softcap", "kv_len")) for kernel in BACKWARD),
         ]
     if not quick:
         found += [
@@ -177,8 +198,8 @@ def compile_job(job: Job, config: dict[str, int] | None = None) -> Row:
 
 def specialisation(job: Job, config: dict[str, int] | None) -> tuple[Any, dict[str, int], dict[str, Any]]:
     """The jitted kernel, its tile config, and the values of its compile-time arguments."""
+    from prefix_attn.kernels import backward_dkv, backward_dq, decode, grouped, merge, prefill
     from prefix_attn.kernels import config as configs
-    from prefix_attn.kernels import decode, grouped, merge, prefill
 
     block_d = configs.padded_head_dim(job.head_dim)
     align = min(16, job.head_dim & -job.head_dim)
@@ -189,12 +210,18 @@ def specialisation(job: Job, config: dict[str, int] | None) -> tuple[Any, dict[s
         return merge.merge_kernel, {"num_warps": merge.merge_warps(8, block_d)}, constants
     itemsize = TYPES[job.dtype][1]
     block_m = {"decode": configs.decode_rows(job.rows), "grouped": job.tile_rows}.get(job.kernel, 0)
-    config = config or asdict(configs.heuristic(job.kernel, job.head_dim, itemsize, job.target, block_m))
+    kind = "backward_dkv" if job.kernel in ("backward_own", "backward_bank") else job.kernel
+    config = config or asdict(configs.heuristic(kind, job.head_dim, itemsize, job.target, block_m))
     names = {"window": "window", "softcap": "softcap_inner"}
     constants |= {names.get(name, f"{name}_ptr"): None for name in absent}
     constants |= {f"stride_{x}_dim": 1 for x in ("q", "k", "v", "prefix_k", "prefix_v", "out")}
     constants |= {"GROUP": job.group, "ALIGN": align, "CAUSAL": job.kernel == "prefill" or job.rows > job.group}
     constants |= {"BLOCK_M": config["block_m"], "BLOCK_N": config["block_n"]}
+    if job.kernel in BACKWARD:
+        kernel = getattr(backward_dq if job.kernel == "backward_dq" else backward_dkv, f"{job.kernel}_kernel")
+        constants |= {f"stride_{x}_dim": 1 for x in ("do", "dq", "dk", "dv")}
+        present = {parameter.name for parameter in kernel.params} - {"lse_ptr"}
+        return kernel, config, {name: x for name, x in constants.items() if name in present}
     if job.kernel == "prefill":
         return prefill.prefill_kernel, config, constants
     constants["MIN_TILES"] = decode.MIN_TILES
@@ -210,14 +237,14 @@ def specialisation(job: Job, config: dict[str, int] | None) -> tuple[Any, dict[s
 
 def argument_type(name: str, job: Job) -> str:
     """Triton's name for the type of a run-time argument."""
-    if name in ("scale_log2", "softcap_inner"):
+    if name in ("scale", "scale_log2", "softcap_inner"):
         return "fp32"
     if not name.endswith("_ptr"):
         return "i32"
     if name in INTEGER_TABLES:
         return "*i32"
     partial = name == "out_ptr" and ("split" in job.options or job.kernel == "grouped")
-    if partial or name in ("sinks_ptr", "lse_ptr", "partial_ptr", "partial_lse_ptr"):
+    if partial or name in ("sinks_ptr", "lse_ptr", "delta_ptr", "partial_ptr", "partial_lse_ptr"):
         return "*fp32"
     return f"*{TYPES[job.dtype][0]}"
 
@@ -275,9 +302,12 @@ def complaints(row: Row) -> list[str]:
     if not any(ins.get(x) for x in ("mma", "wgmma", "tcgen05")):
         found.append("no tensor-core instructions")
     wide = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(job.target)
-    if wide and row.config["block_m"] >= 64 and not ins.get(wide):
+    keys_stay = job.kernel in ("backward_own", "backward_bank")
+    if wide and row.config["block_n" if keys_stay else "block_m"] >= 64 and not ins.get(wide):
         found.append(f"no {wide} for a tile of 64 rows or more")
-    if job.target.startswith("sm_") and (not ins.get("cp.async") or ins.get("cp.async narrow")):
+    # Beside queries, the gradients of keys stream lse, delta and the rows of a task, four bytes each.
+    narrow = 6 * row.config["num_stages"] if keys_stay else 0
+    if job.target.startswith("sm_") and (not ins.get("cp.async") or ins.get("cp.async narrow", 0) > narrow):
         found.append("keys are not loaded by 16-byte cp.async")
     if ins.get("scalar load"):
         found.append("scalar loads")

@@ -103,9 +103,10 @@ class Target:
         space = SPACE[self.kind]
         rows = [rows or self.block_m for rows in space["block_m"]]
         shapes = product(rows, space["block_n"], space["num_warps"], space["num_stages"])
+        limit = configs.shared_limit(target)
         fitting = [
             tile for tile in (TileConfig(*shape) for shape in shapes)
-            if configs.shared_bytes(tile, self.head_dim, self.itemsize, target) <= configs.shared_limit(target)
+            if configs.shared_bytes(self.kind, tile, self.head_dim, self.itemsize, target) <= limit
         ]  # fmt: skip
         return list(dict.fromkeys([self.heuristic(target), *fitting]))
 

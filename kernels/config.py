@@ -28,7 +28,7 @@ LARGE_TILES = ("sm_90", "sm_100", "sm_103")
 
 @dataclass(frozen=True)
 class TileConfig:
-    """BLOCK_M query rows by BLOCK_N keys; warps per program; tiles in flight."""
+    """BLOCK_M query rows by BLOCK_N keys; warps per program; tiles in flight (of queries in backward_dkv)."""
 
     block_m: int
     block_n: int
@@ -66,10 +66,11 @@ def heuristic(kind: str, head_dim: int, itemsize: int, target: str, block_m: int
     """A config that neither spills nor overflows shared memory on ``target``; see the compile report."""
     config = _shape(kind, padded_head_dim(head_dim), itemsize, target, block_m)
     limit = shared_limit(target)
-    while config.num_stages > 1 and shared_bytes(config, head_dim, itemsize, target) > limit:
+    while config.num_stages > 1 and shared_bytes(kind, config, head_dim, itemsize, target) > limit:
         config = replace(config, num_stages=config.num_stages - 1)
-    while config.block_n > 16 and shared_bytes(config, head_dim, itemsize, target) > limit:
-        config = replace(config, block_n=config.block_n // 2)
+    streamed = "block_m" if kind == "backward_dkv" else "block_n"
+    while getattr(config, streamed) > 16 and shared_bytes(kind, config, head_dim, itemsize, target) > limit:
+        config = replace(config, **{streamed: getattr(config, streamed) // 2})
     return config
 
 
@@ -78,14 +79,18 @@ def shared_limit(target: str) -> int:
     return SHARED_MEMORY.get(target, 65_536 if target.startswith("gfx") else 101_376)
 
 
-def shared_bytes(config: TileConfig, head_dim: int, itemsize: int, target: str) -> int:
-    """An upper estimate of a program's shared memory: K and V in flight, and q.
+def shared_bytes(kind: str, config: TileConfig, head_dim: int, itemsize: int, target: str) -> int:
+    """An upper estimate of a program's shared memory: two tiles a stage in flight (K and V, or q and dout), and what
+    stays (q; q and dout; K and V).
 
-    On AMD GPUs q stays in registers, and so does the stage that is being loaded.
+    On AMD GPUs what stays is in registers, and so is the stage that is being loaded.
     """
     amd = target.startswith("gfx")
     stages = max(1, config.num_stages - 1) if amd else config.num_stages
-    rows = 2 * stages * config.block_n + (0 if amd else config.block_m)
+    streamed, staying = config.block_n, config.block_m
+    if kind == "backward_dkv":
+        streamed, staying = staying, streamed
+    rows = 2 * stages * streamed + (0 if amd else staying * (2 if kind.startswith("backward") else 1))
     return rows * padded_head_dim(head_dim) * itemsize + 1024
 
 
@@ -93,6 +98,8 @@ def _shape(kind: str, block_d: int, itemsize: int, target: str, block_m: int) ->
     amd, large = target.startswith("gfx"), target in LARGE_TILES
     if kind == "grouped":
         return _grouped_shape(block_d, itemsize, amd, large, block_m)
+    if kind in ("backward_dq", "backward_dkv"):
+        return _backward_shape(kind, block_d, itemsize, amd, large)
     if itemsize == 4:  # full float32 products run on the ordinary cores, where tiles only cost registers
         if kind == "decode":
             return TileConfig(min(block_m, 32), 32 if block_d <= 128 else 16, 8, 2)
@@ -125,6 +132,29 @@ def _grouped_shape(block_d: int, itemsize: int, amd: bool, large: bool, block_m:
         return TileConfig(block_m, 32, 4, 2)
     # Without wgmma, four warps would spill.
     return TileConfig(block_m, 64, 4, 3) if large else TileConfig(block_m, 32, 8, 3)
+
+
+def _backward_shape(kind: str, block_d: int, itemsize: int, amd: bool, large: bool) -> TileConfig:
+    """dq keeps query rows and one accumulator; dkv keeps keys and two, hence smaller tiles."""
+    if kind == "backward_dq":
+        if itemsize == 4:
+            return TileConfig(32, 16, 8, 1)
+        if amd:
+            return TileConfig(128, 32, 4, 1) if block_d <= 128 else TileConfig(64, 32, 4, 1)
+        if block_d <= 64:
+            return TileConfig(128, 64, 8, 3)
+        if block_d == 128:
+            return TileConfig(128, 64 if large else 32, 8, 2)
+        return TileConfig(128 if large else 64, 32, 8, 2)
+    if itemsize == 4:
+        return TileConfig(16, 32, 8, 1) if amd else TileConfig(32, 16, 8, 1)
+    if block_d > 128:
+        return TileConfig(32, 32, 4 if amd else 8, 1 if amd else 2)
+    if amd:
+        return TileConfig(32, 64, 4, 1)
+    if block_d <= 64:
+        return TileConfig(32, 64, 4, 3)
+    return TileConfig(32, 128 if large else 64, 8, 2)
 
 
 @cache

@@ -86,8 +86,9 @@ class Operands:
             "stride_kv_len": 0 if self.kv_len is None else self.kv_len.stride(0),
             "kv_heads": self.kv_heads, "q_len": self.q_len, "kv_capacity": self.k.shape[2],
             "num_tasks": self.lens.shape[0],
-            # A window that hides nothing would still be compared with, and may not fit 32 bits.
-            "window": self.window, "GROUP": self.group, "HEAD_DIM": self.head_dim,
+            # A wider window hides nothing more, and its sums with positions would not fit 32 bits.
+            "window": None if self.window is None else min(self.window, 2**30),
+            "GROUP": self.group, "HEAD_DIM": self.head_dim,
             # The one query of a row sees all its keys up to its end.
             "CAUSAL": self.causal and self.q_len > 1,
         }  # fmt: skip
@@ -118,3 +119,11 @@ def score_scales(scale: float, softcap: float | None) -> tuple[float, float | No
     if softcap is not None:
         return softcap * LOG2_E, scale / softcap
     return max(abs(scale) * LOG2_E, 1e-30), None
+
+
+def backward_scales(scale: float, softcap: float | None) -> dict[str, float | None]:
+    """``scale_log2`` and ``softcap_inner`` as in `score_scales`, but of any sign; and ``scale``, for the derivative."""
+    softcap_inner = None if softcap is None else scale / softcap
+    return {
+        "scale": scale, "scale_log2": (scale if softcap is None else softcap) * LOG2_E, "softcap_inner": softcap_inner,
+    }  # fmt: skip

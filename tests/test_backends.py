@@ -28,10 +28,10 @@ class BackendSuite:
 
     name: str
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    differentiable = True
 
     def run(self, inputs: Inputs, **options: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        return pa.prefix_attention(*inputs.args, **inputs.options, return_lse=True, backend=self.name, **options)
+        options = {"return_lse": True} | options
+        return pa.prefix_attention(*inputs.args, **inputs.options, backend=self.name, **options)
 
     @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
     def test_equals_the_formula(self, case: Case) -> None:
@@ -87,11 +87,6 @@ class BackendSuite:
         ids=lambda c: c.name)  # fmt: skip
     @pytest.mark.parametrize("with_lse", [False, True])
     def test_gradients(self, case: Case, with_lse: bool) -> None:
-        if not self.differentiable:
-            with pytest.raises(pa.BackendUnavailable, match="backward"):
-                self.run(make(case, device=DEVICE).requiring_grad()[0])
-            return
-
         def gradients(dtype: torch.dtype, backend: bool, seed: int) -> dict[str, torch.Tensor]:
             inputs, leaves = make(case, device=DEVICE, seed=seed).requiring_grad(dtype)
             if not backend:
@@ -99,7 +94,7 @@ class BackendSuite:
             elif with_lse:
                 out, lse = self.run(inputs)
             else:
-                out = pa.prefix_attention(*inputs.args, **inputs.options, backend=self.name)
+                out = self.run(inputs, return_lse=False)
             loss = (out * torch.linspace(-1, 1, out.shape[-1], dtype=dtype, device=DEVICE)).sum()
             if with_lse:
                 loss = loss + lse.masked_fill(lse.isinf(), 0.0).square().sum()
@@ -142,7 +137,6 @@ class TestTorch(BackendSuite):
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: there are no kernels to run")
 class TestTriton(BackendSuite):
     name = "triton"
-    differentiable = False
 
     def run(self, inputs: Inputs, **options: bool) -> tuple[torch.Tensor, torch.Tensor]:
         if inputs.options["relative_bias"] is not None:
@@ -150,6 +144,12 @@ class TestTriton(BackendSuite):
                 super().run(inputs, **options)
             pytest.skip("the kernels do not know relative_bias")
         return super().run(inputs, **options)
+
+    @pytest.mark.parametrize("case", [c for c in CASES if c.name in ("decode", "sinks_prefill")], ids=lambda c: c.name)
+    @pytest.mark.parametrize("with_lse", [False, True])
+    def test_gradients(self, case: Case, with_lse: bool) -> None:
+        """Fewer cases than elsewhere; tests/kernels/test_backward.py has the others."""
+        super().test_gradients(case, with_lse)
 
 
 class TestTritonGrouped(TestTriton):

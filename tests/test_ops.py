@@ -22,11 +22,12 @@ from tests.tolerance import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: there are no kernels")
+BACKENDS = ["torch", "reference", pytest.param("triton", marks=needs_triton)]
 
 #: The fewest arguments, and all of them.
-PLAIN = Case("plain", task_ids=(2, -1), kv_len=20)
-FULL = Case("full", task_ids=(2, -1), kv_len=20, q_len=5, starts=(0, 2), ends=(20, 19), window=9, softcap=5.0,
-            sinks=True, strided=True, reach=6)  # fmt: skip
+PLAIN = Case("plain", task_ids=(2, -1), q_heads=2, kv_heads=1, kv_len=20)
+FULL = Case("full", task_ids=(2, -1), q_heads=2, kv_heads=1, kv_len=20, q_len=5, starts=(0, 2), ends=(20, 19),
+            window=9, softcap=5.0, sinks=True, strided=True, reach=6)  # fmt: skip
 
 
 def arguments(operator: Any, call: AttentionCall, backend: str, **others: Any) -> tuple[Any, ...]:
@@ -47,12 +48,12 @@ def forward_call(case: Case, requires_grad: bool, **options: Any) -> AttentionCa
 
 
 @pytest.mark.parametrize(("case", "return_lse"), [(PLAIN, False), (FULL, True)], ids=["plain", "full"])
-@pytest.mark.parametrize("backend", ["torch", "reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str, case: Case, return_lse: bool) -> None:
     forward = torch.ops.prefix_attn.attention.default
     if backend == "triton":
         case = replace(case, reach=None)
-    call = forward_call(case, requires_grad=backend != "triton", return_lse=return_lse)
+    call = forward_call(case, requires_grad=True, return_lse=return_lse)
     torch.library.opcheck(forward, arguments(forward, call, backend))
     if backend == "triton":
         tiles = row_tiles(call.task_ids, call.prefix.lens, call.q_len * call.group)
@@ -60,9 +61,11 @@ def test_opcheck(backend: str, case: Case, return_lse: bool) -> None:
 
 
 @pytest.mark.parametrize("case", [PLAIN, FULL], ids=lambda c: c.name)
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_backward(backend: str, case: Case) -> None:
     operator = torch.ops.prefix_attn.attention_backward.default
+    if backend == "triton":
+        case = replace(case, reach=None)
     call = forward_call(case, requires_grad=False, return_lse=True)
     out, lse = ops.attention(call, backend)
     everything, bank = [True] * 5 + [case.sinks, case.reach is not None], [False] * 3 + [True] * 2 + [False] * 2
@@ -136,7 +139,7 @@ def test_values_are_checked_in_a_compiled_call() -> None:
                 compiled(torch.tensor([0, wrong, 1, -1], dtype=torch.int32))
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_training_step_compiles(backend: str) -> None:
     """Forward and backward as one graph each, with the eager gradients."""
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from prefix_attn import regime
-from prefix_attn.types import AttentionCall
+from prefix_attn.types import AttentionCall, Gradients, PerInput
+
+if TYPE_CHECKING:
+    from prefix_attn.kernels.launch import Operands
 
 choose_regime = regime.choose
 
@@ -36,8 +41,6 @@ def refusal(call: AttentionCall) -> str | None:
         return f"the kernels take head_dim {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, not {call.head_dim}"
     if call.relative_bias is not None:
         return "the kernels do not know relative_bias yet; use backend='torch'"
-    if call.needs_grad:
-        return "it has no backward kernels yet, and a tensor requires grad; use backend='torch', or torch.no_grad()"
     keys = (call.k.stride(), call.v.stride(), call.prefix.k.stride(), call.prefix.v.stride())
     if (stride := max(max(s[-2:]) for s in keys)) > MAX_STRIDE:
         return f"keys have a stride of {stride} elements, the kernels take {MAX_STRIDE}; call .contiguous() on k and v"
@@ -61,27 +64,59 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Out in q's layout, and lse (float32) if ``call.return_lse``; grouped decode if the call has tiles."""
     from prefix_attn.kernels.decode import decode_attention
     from prefix_attn.kernels.grouped import grouped_attention
-    from prefix_attn.kernels.launch import Operands
     from prefix_attn.kernels.prefill import prefill_attention
 
-    q, prefix = call.q, call.prefix
+    q, operands = call.q, _operands(call)
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if call.return_lse else None
-    operands = Operands(
-        q=q, k=call.k, v=call.v, prefix_k=prefix.k, prefix_v=prefix.v, starts=prefix.starts, lens=prefix.lens,
-        task_ids=call.task_ids, kv_start=call.kv_start, kv_len=call.kv_len, sinks=call.sinks, causal=call.causal,
-        scale=call.scale, window=call.window, softcap=call.softcap,
-    )  # fmt: skip
-    # Triton launches on the current device, which need not be q's.
-    elsewhere = q.is_cuda and q.device.index != torch.cuda.current_device()
-    with torch.cuda.device(q.device) if elsewhere else nullcontext():
+    with _device_of(q):
         if call.tiles is not None:
-            grouped_attention(operands, *call.tiles, out, lse, max_len=prefix.expected_max_len)
+            grouped_attention(operands, *call.tiles, out, lse, max_len=call.prefix.expected_max_len)
         elif regime.use_decode(call.q_len, call.group):
             decode_attention(operands, out, lse, batch_invariant=call.batch_invariant)
         else:
             prefill_attention(operands, out, lse)
     return out, lse
+
+
+def saves_lse(call: AttentionCall) -> bool:
+    """Its backward computes the scores again, and their softmax from lse."""
+    return True
+
+
+def backward(
+    call: AttentionCall, out: Tensor, lse: Tensor | None, grad_out: Tensor, grad_lse: Tensor | None,
+    needed: PerInput[bool],
+) -> Gradients:  # fmt: skip
+    """Gradients in the dtypes of the inputs; the same bits for the same inputs."""
+    from prefix_attn.kernels.backward import attention_backward
+
+    if lse is None:  # somebody called the operator itself, without asking for it
+        lse = forward(replace(call, return_lse=True))[1]
+        assert lse is not None, "forward returns lse where it is asked for"
+    with _device_of(call.q):
+        q, k, v, prefix_k, prefix_v, sinks = attention_backward(
+            _operands(call), out, lse, grad_out, grad_lse, needed[:6]
+        )
+    return PerInput(q, k, v, prefix_k, prefix_v, sinks, relative_bias=None)  # which is refused
+
+
+def _operands(call: AttentionCall) -> Operands:
+    """The call as the launchers take it."""
+    from prefix_attn.kernels.launch import Operands
+
+    prefix = call.prefix
+    return Operands(
+        q=call.q, k=call.k, v=call.v, prefix_k=prefix.k, prefix_v=prefix.v, starts=prefix.starts, lens=prefix.lens,
+        task_ids=call.task_ids, kv_start=call.kv_start, kv_len=call.kv_len, sinks=call.sinks, causal=call.causal,
+        scale=call.scale, window=call.window, softcap=call.softcap,
+    )  # fmt: skip
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of x."""
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    return torch.cuda.device(x.device) if elsewhere else nullcontext()
 
 
 def interpreting() -> bool:

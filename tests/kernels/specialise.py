@@ -13,7 +13,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from prefix_attn.kernels import config, decode, grouped, merge, prefill
+from prefix_attn.kernels import backward, backward_dkv, backward_dq, config, decode, grouped, merge, prefill
 from prefix_attn.kernels.launch import Operands
 from prefix_attn.plan import row_tiles
 
@@ -71,6 +71,10 @@ def main() -> None:
     merge.merge_kernel = Compiled(merge.merge_kernel)
     prefill.prefill_kernel = Compiled(prefill.prefill_kernel)
     grouped.grouped_kernel = Compiled(grouped.grouped_kernel)
+    backward.delta_kernel = Compiled(backward.delta_kernel)
+    backward_dq.backward_dq_kernel = Compiled(backward_dq.backward_dq_kernel)
+    backward_dkv.backward_own_kernel = Compiled(backward_dkv.backward_own_kernel)
+    backward_dkv.backward_bank_kernel = Compiled(backward_dkv.backward_bank_kernel)
     for kv_len, batch in ((100, 1), (128, 3), (1, 16), (4097, 2), (16, 1)):
         call = operands(batch, kv_len, 1)
         decode.decode_attention(call, torch.empty_like(call.q), None, chunks=1)
@@ -78,6 +82,8 @@ def main() -> None:
         decode.decode_attention(call, torch.empty_like(call.q), None, chunks=3 + kv_len % 2)
         call = operands(batch, kv_len, 17 + kv_len)
         prefill.prefill_attention(call, torch.empty_like(call.q), torch.empty(1))
+        lse = torch.empty(call.q.shape[:3])
+        backward.attention_backward(call, call.q, lse, call.q, None, [True] * 5 + [False])
         call, tiles = operands(batch, kv_len, 1), row_tiles(integers(batch), integers(3) + kv_len, 4)
         grouped.grouped_attention(
             call, *tiles, torch.empty_like(call.q), None, max_len=kv_len, chunks=(2, 1 + kv_len % 2)

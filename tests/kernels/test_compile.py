@@ -23,6 +23,10 @@ from prefix_attn.kernels.config import (
     tuned_configs,
 )
 
+#: Kinds of kernels, and the query rows of a decode tile.
+KINDS = (("decode", 16), ("decode", 64), ("grouped", 64), ("grouped", 128), ("prefill", 0), ("backward_dq", 0),
+         ("backward_dkv", 0))  # fmt: skip
+
 
 def run_module(*command: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -38,22 +42,26 @@ def test_default_configs_are_fit() -> None:
 
 def test_a_new_length_batch_or_window_compiles_nothing_and_loads_stay_wide() -> None:
     """One variant each of: plain decode, decode with a window in chunks, grouped decode, the merge of both, prefill,
-    decode at head_dim 72."""
+    decode at head_dim 72, and the backward kernels."""
     kernels = json.loads(run_module("tests.kernels.specialise"))
-    names = ["decode_kernel"] * 3 + ["grouped_kernel", "merge_kernel", "prefill_kernel"]
+    names = [f"{name}_kernel" for name in (
+        "backward_bank", "backward_dq", "backward_own", "decode", "decode", "decode", "delta", "grouped", "merge",
+        "prefill")]  # fmt: skip
     assert sorted(name for name, _ in kernels) == names
-    assert all(widths == ["10"] for name, widths in kernels if name != "merge_kernel"), kernels  # 16 bytes
+    for name, widths in kernels:
+        if name not in ("merge_kernel", "delta_kernel"):  # 16 bytes; 4 for lse, delta and the rows of a task
+            assert widths == (["10", "4"] if name in ("backward_own_kernel", "backward_bank_kernel") else ["10"]), name
 
 
 @pytest.mark.parametrize("target", [*SHARED_MEMORY, "sm_999", "gfx999"])
 def test_heuristic_fits_shared_memory(target: str) -> None:
     for head_dim in (16, 64, 72, 96, 128, 256):
         for itemsize in (2, 4):
-            for kind, block_m in (("decode", 16), ("decode", 64), ("grouped", 64), ("grouped", 128), ("prefill", 0)):
+            for kind, block_m in KINDS:
                 if block_m == 128 and (itemsize == 4 or head_dim > 128):
                     continue  # never asked for, see `regime.tile_rows`
                 config = heuristic(kind, head_dim, itemsize, target, block_m)
-                assert shared_bytes(config, head_dim, itemsize, target) <= shared_limit(target)
+                assert shared_bytes(kind, config, head_dim, itemsize, target) <= shared_limit(target)
                 assert config.block_m >= 16
                 assert config.block_n >= 16
 

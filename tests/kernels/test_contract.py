@@ -147,7 +147,6 @@ def test_refusals() -> None:
     assert backend.refusal(plain) is None
     assert "float64" in str(backend.refusal(replace(plain, q=plain.q.double())))
     assert "head_dim" in str(backend.refusal(call(replace(CASE, head_dim=8))))
-    assert "backward" in str(backend.refusal(replace(plain, q=plain.q.clone().requires_grad_())))
     far = torch.empty_strided(plain.k.shape, (0, 0, 2**25, 1), device="meta")
     assert "stride" in str(backend.refusal(replace(plain, k=far)))
     inputs = make(CASE, torch.float64, DEVICE)
