@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tests.hf.families import tiny_model
 from tests.hf.modes import MODES, Mode
 from tests.hf.peft_oracle import PeftOracle
 
+GUIDE = Path(__file__).parents[2] / "docs/modes.md"
 BASE: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "opt", "gpt_oss")
 SAMPLING: dict[str, dict[str, Any]] = {
@@ -106,3 +108,12 @@ def test_continuing_a_conversation(patched: Any, peft: PeftOracle) -> None:
         for i, task in enumerate(TASKS):
             expected = peft.generate(task, **row(talk, i), **BASE).sequences[0, 15:]
             assert torch.equal(got[i, : len(expected)], expected)
+
+
+def test_the_guide_names_every_mode() -> None:
+    """And says where PEFT itself fails, as the matrix has it."""
+    rows = [line.split("|") for line in GUIDE.read_text().splitlines() if line.startswith("|")]
+    for name, mode in MODES.items():
+        row = next((row for row in rows if name in row[1].strip()), None)
+        assert row is not None, f"docs/modes.md has no row for {name!r}"
+        assert ("fails" in row[3]) == (mode.peft is not None), f"docs/modes.md on {name!r}"
