@@ -166,6 +166,12 @@ class TestTritonGrouped(TestTriton):
 
         monkeypatch.setattr(triton, "choose_regime", choose)
 
+    @pytest.mark.parametrize("case", [DECODE], ids=lambda c: c.name)
+    @pytest.mark.parametrize("with_lse", [True])
+    def test_gradients(self, case: Case, with_lse: bool) -> None:
+        """The backward pass is the same for every regime."""
+        super().test_gradients(case, with_lse)
+
     @pytest.mark.parametrize("case", [c for c in CASES if c.name in (
         "decode", "few_queries", "sinks_nothing_visible", "static_cache_padded", "window_cuts_prefix")],
         ids=lambda c: c.name)  # fmt: skip

@@ -30,6 +30,11 @@ FULL = Case("full", task_ids=(2, -1), q_heads=2, kv_heads=1, kv_len=20, q_len=5,
             window=9, softcap=5.0, sinks=True, strided=True, reach=6)  # fmt: skip
 
 
+def known_to(backend: str, case: Case) -> Case:
+    """The kernels do not know relative_bias."""
+    return replace(case, reach=None) if backend == "triton" else case
+
+
 def arguments(operator: Any, call: AttentionCall, backend: str, **others: Any) -> tuple[Any, ...]:
     """A call as an operator takes it."""
     prefix, (planned, tasks, members) = call.prefix, call.tiles or (None, None, None)
@@ -51,8 +56,7 @@ def forward_call(case: Case, requires_grad: bool, **options: Any) -> AttentionCa
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str, case: Case, return_lse: bool) -> None:
     forward = torch.ops.prefix_attn.attention.default
-    if backend == "triton":
-        case = replace(case, reach=None)
+    case = known_to(backend, case)
     call = forward_call(case, requires_grad=True, return_lse=return_lse)
     torch.library.opcheck(forward, arguments(forward, call, backend))
     if backend == "triton":
@@ -64,8 +68,7 @@ def test_opcheck(backend: str, case: Case, return_lse: bool) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_backward(backend: str, case: Case) -> None:
     operator = torch.ops.prefix_attn.attention_backward.default
-    if backend == "triton":
-        case = replace(case, reach=None)
+    case = known_to(backend, case)
     call = forward_call(case, requires_grad=False, return_lse=True)
     out, lse = ops.attention(call, backend)
     everything, bank = [True] * 5 + [case.sinks, case.reach is not None], [False] * 3 + [True] * 2 + [False] * 2
@@ -142,9 +145,10 @@ def test_values_are_checked_in_a_compiled_call() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_training_step_compiles(backend: str) -> None:
     """Forward and backward as one graph each, with the eager gradients."""
+    case = known_to(backend, FULL)
 
     def gradients(function: Any) -> list[torch.Tensor]:
-        inputs, leaves = make(FULL).requiring_grad()
+        inputs, leaves = make(case).requiring_grad()
         return list(torch.autograd.grad(function(inputs), list(leaves.values())))
 
     def loss(inputs: Inputs) -> torch.Tensor:
