@@ -20,12 +20,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import ModuleType
 
-from prefix_attn.backends import reference, torch_sdpa, triton
+from prefix_attn.backends import flash_attn, reference, torch_sdpa, triton
 from prefix_attn.errors import BackendUnavailable
 from prefix_attn.regime import Regime
 from prefix_attn.types import AttentionCall
 
-BACKENDS: dict[str, ModuleType] = {"triton": triton, "torch": torch_sdpa, "reference": reference}
+BACKENDS: dict[str, ModuleType] = {
+    "triton": triton, "torch": torch_sdpa, "reference": reference, "flash_attn": flash_attn,
+}  # fmt: skip
 
 #: What "auto" tries on a GPU: the fused kernels, then PyTorch, which runs everything. (Elsewhere Triton could only
 #: interpret its kernels, which is for tests.)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
 import torch
 
 import prefix_attn as pa
-from prefix_attn.backends import reference
+from prefix_attn.backends import flash_attn, reference
 from prefix_attn.checks import checked_call
 from prefix_attn.regime import Regime, use_decode
 from prefix_attn.types import AttentionCall
+from tests import flash_attn_stand_in
 from tests.cases import CASES, DECODE, PREFILL, Case, Inputs, make, poisoned
 from tests.tolerance import GRADIENT, assert_close
 
@@ -132,6 +134,58 @@ class TestTorch(BackendSuite):
             inputs = make(case)
             exact, eager = oracle(inputs), oracle(inputs, torch.float32)
             assert_close(case.name, self.run(inputs)[0], eager[0], exact[0])
+
+
+class TestFlashAttn(BackendSuite):
+    """Its packing and merging, over functions that do what flash-attn's documentation says; those in float32 too."""
+
+    name = "flash_attn"
+
+    @pytest.fixture(autouse=True)
+    def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if DEVICE != "cpu":
+            pytest.skip("the functions stand in on the CPU; tests/gpu/test_flash_attn.py runs the package's own")
+        monkeypatch.setattr(flash_attn, "unavailable", lambda device: None)
+        monkeypatch.setattr(flash_attn, "package", lambda: flash_attn_stand_in)
+        monkeypatch.setattr(flash_attn, "DTYPES", (torch.float32, torch.bfloat16, torch.float16))
+
+    def run(self, inputs: Inputs, **options: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        refused = flash_attn.refusal(checked_call(*inputs.args, **inputs.options))
+        if refused is not None and ("window" in refused or "relative_bias" in refused):
+            with pytest.raises(pa.BackendUnavailable, match="backend='flash_attn' cannot run this call"):
+                super().run(inputs, **options)
+            pytest.skip(f"refused: {refused}")
+        return super().run(inputs, **options)
+
+    @pytest.mark.parametrize("case", [DECODE], ids=lambda c: c.name)
+    def test_batch_invariant_bits(self, case: Case) -> None:
+        with pytest.raises(pa.BackendUnavailable, match="bits depend on the batch"):
+            self.run(make(case), batch_invariant=True)
+
+    @pytest.mark.parametrize("case", [DECODE], ids=lambda c: c.name)
+    @pytest.mark.parametrize("with_lse", [False])
+    def test_gradients(self, case: Case, with_lse: bool) -> None:
+        with pytest.raises(pa.BackendUnavailable, match="has no backward"):
+            self.run(make(case).requiring_grad()[0])
+
+    @pytest.mark.parametrize(
+        ("case", "dtype", "why"),
+        [
+            (DECODE, torch.float64, "float64"),
+            (replace(DECODE, head_dim=20), torch.float32, "multiples of 8"),
+            (replace(DECODE, scale=-1.0), torch.float32, "positive scale"),
+        ],
+        ids=["float64", "head_dim", "scale"],
+    )
+    def test_refusals(self, case: Case, dtype: torch.dtype, why: str) -> None:
+        with pytest.raises(pa.BackendUnavailable, match=why):
+            self.run(make(case, dtype))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="there is a GPU; tests/gpu/test_flash_attn.py says what it needs there")
+def test_flash_attn_says_what_is_missing() -> None:
+    with pytest.raises(pa.BackendUnavailable, match="flash-attn runs on GPUs, not on 'cpu'"):
+        pa.prefix_attention(*make(DECODE, torch.bfloat16).args, backend="flash_attn")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: there are no kernels to run")

@@ -3,24 +3,17 @@
 Three ways to the same result:
 
 - **shared**: the queries of all rows of a task are packed into one call over the task's prefix; own keys are another
-  call; the two are merged by their log-sum-exps in float32. On a CPU, where in decode it beats copying even for a
+  call; the two are merged (by_task.py). On a CPU, where in decode it beats copying even for a
   single reader (measured: benchmarks/results/cpu/sharing.md).
 - **concatenated**: each row gets its own copy of its prefix in front of its keys, then one masked call. For several
   queries on a short prefix, where a window hides part of a prefix, and on other devices.
 - **formula**: `reference`, for what PyTorch's attention cannot express (softcap; on other devices lse and sinks).
 
-The merge of two parts with outputs ``o`` and log-sum-exps ``l`` (nats):
-
-    w = sigmoid(l1 - l2)          out = w o1 + (1 - w) o2          lse = log(exp(l1) + exp(l2))
-
 The backward of a part needs nothing but its keys and the out and lse of the whole, so on a CPU it is shared as well.
-
-Source: arXiv:2402.05099 (shared-prefix decomposition), arXiv:1805.02867 (merging partial softmaxes).
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -28,9 +21,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from prefix_attn.backends import reference
+from prefix_attn.backends.by_task import Readers, merge, readers_of, with_sinks
 from prefix_attn.types import AttentionCall, Gradients, PerInput
-
-Spans = tuple[tuple[int, int], ...]
 
 #: On a CPU to group rows by task; elsewhere as the reference does.
 READS_IDS = True
@@ -60,10 +52,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         out, lse = _concatenated(call, batch)
     else:
         out, lse = _shared(call, batch)
-    if call.sinks is not None:
-        with_sink = torch.logaddexp(lse, call.sinks.to(lse.dtype)[None, :, None])
-        out, lse = out * torch.exp(lse - with_sink)[..., None], with_sink
-    return out, lse
+    return (out, lse) if call.sinks is None else with_sinks(out, lse, call.sinks)
 
 
 def saves_lse(call: AttentionCall) -> bool:
@@ -101,7 +90,7 @@ class _Batch:
     """What the host needs to know of a call on a CPU: who reads which prefix, and where each row's keys lie."""
 
     def __init__(self, call: AttentionCall) -> None:
-        self.readers = _readers(tuple(call.task_ids.tolist()), tuple(call.prefix.spans))
+        self.readers = readers_of(tuple(call.task_ids.tolist()), tuple(call.prefix.spans))
         self.longest = max((m for _, m, _ in self.readers.groups), default=0)
         starts = call.kv_start.tolist() if call.kv_start is not None else [0] * call.batch
         ends = call.kv_len.tolist() if call.kv_len is not None else [call.kv_capacity] * call.batch
@@ -117,32 +106,6 @@ class _Batch:
     def window_cuts_prefixes(self, call: AttentionCall) -> bool:
         """Whether some query may be too far from some prefix token; the shared call has no mask for that."""
         return call.window is not None and self.longest + self.last > call.window
-
-
-class _Readers(NamedTuple):
-    """Rows with a prefix, sorted by task."""
-
-    groups: list[tuple[int, int, int]]  # (start of the prefix, its length, number of rows), task by task
-    order: Tensor | None  # the rows, task by task; None: all rows of the batch, as they are
-    back: Tensor | None  # where each row of the batch stands in that order; None: as they are, or some have no prefix
-
-    def rows(self, call: AttentionCall) -> Tensor:
-        """``order``, in full."""
-        return torch.arange(call.batch) if self.order is None else self.order
-
-
-@lru_cache(maxsize=256)
-def _readers(ids: tuple[int, ...], spans: Spans) -> _Readers:
-    rows_of: dict[int, list[int]] = {}
-    for row, task in enumerate(ids):
-        if task >= 0 and spans[task][1] > 0:
-            rows_of.setdefault(task, []).append(row)
-    groups = [(*spans[task], len(rows)) for task, rows in rows_of.items()]
-    order = [row for rows in rows_of.values() for row in rows]
-    if order == list(range(len(ids))):
-        return _Readers(groups, None, None)
-    back = torch.tensor(order).argsort() if len(order) == len(ids) else None
-    return _Readers(groups, torch.tensor(order), back)
 
 
 def _shared(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
@@ -165,15 +128,15 @@ def _shared(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
     out, lse = _unpack(out, call), _unpack(lse[..., None], call)[..., 0]
     order, back = readers.order, readers.back
     if order is None:
-        return _merge(own_out, own_lse, out, lse)
+        return merge(own_out, own_lse, out, lse)
     if back is not None:
-        return _merge(own_out, own_lse, out[back], lse[back])
+        return merge(own_out, own_lse, out[back], lse[back])
     all_out, all_lse = own_out.to(own_lse.dtype), own_lse.clone()
-    all_out[order], all_lse[order] = _merge(own_out[order], own_lse[order], out, lse)
+    all_out[order], all_lse[order] = merge(own_out[order], own_lse[order], out, lse)
     return all_out, all_lse
 
 
-def _pack(x: Tensor, call: AttentionCall, readers: _Readers) -> Tensor:
+def _pack(x: Tensor, call: AttentionCall, readers: Readers) -> Tensor:
     """``[B, H, Q, D]`` to ``[1, kv_heads, rows * group * Q, D]``: the queries of one kv head, task by task."""
     x = x if readers.order is None else x[readers.order]
     return x.reshape(len(x), call.kv_heads, -1, x.shape[3]).transpose(0, 1).flatten(1, 2)[None]
@@ -183,12 +146,6 @@ def _unpack(x: Tensor, call: AttentionCall) -> Tensor:
     """`_pack` backwards: ``[rows, H, Q, D]``, task by task."""
     rows = x.reshape(call.kv_heads, -1, call.group * call.q_len, x.shape[3]).transpose(0, 1)
     return rows.reshape(len(rows), call.q_heads, call.q_len, x.shape[3])
-
-
-def _merge(own_out: Tensor, own_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Join a row's two parts in lse's dtype; the prefix's lse is finite, since it has at least one visible token."""
-    weight = torch.sigmoid(own_lse - lse)[..., None]  # exp(own) / (exp(own) + exp(prefix))
-    return torch.lerp(out.to(lse.dtype), own_out.to(lse.dtype), weight), torch.logaddexp(own_lse, lse)
 
 
 def _own(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
@@ -336,7 +293,7 @@ def _own_backward(call: AttentionCall, batch: _Batch, rows: _Rows) -> tuple[Tens
 
 
 def _prefix_backward(
-    call: AttentionCall, readers: _Readers, rows: _Rows, grad_q: Tensor, grad_pk: Tensor, grad_pv: Tensor
+    call: AttentionCall, readers: Readers, rows: _Rows, grad_q: Tensor, grad_pk: Tensor, grad_pv: Tensor
 ) -> None:
     """Add the gradients through the prefixes; those of a task's prefix come out summed over its rows."""
     if not readers.groups:

@@ -1,0 +1,61 @@
+"""Attention over a prefix and over own keys computed apart: which rows read which prefix, and how the parts are joined.
+
+Two parts with outputs ``o`` and log-sum-exps ``l`` (nats) make
+
+    w = sigmoid(l1 - l2)          out = w o1 + (1 - w) o2          lse = log(exp(l1) + exp(l2))
+
+and a sink with logit s a third part whose output is 0.
+
+Source: arXiv:2402.05099 (shared-prefix decomposition), arXiv:1805.02867 (merging partial softmaxes).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prefix_attn.types import AttentionCall
+
+Spans = tuple[tuple[int, int], ...]
+
+
+class Readers(NamedTuple):
+    """Rows with a prefix, sorted by task."""
+
+    groups: list[tuple[int, int, int]]  # (start of the prefix, its length, number of rows), task by task
+    order: Tensor | None  # the rows, task by task; None: all rows of the batch, as they are
+    back: Tensor | None  # where each row of the batch stands in that order; None: as they are, or some have no prefix
+
+    def rows(self, call: AttentionCall) -> Tensor:
+        """``order``, in full."""
+        return torch.arange(call.batch) if self.order is None else self.order
+
+
+@lru_cache(maxsize=256)
+def readers_of(ids: tuple[int, ...], spans: Spans) -> Readers:
+    """Who reads which prefix; spans: (start, length) by task."""
+    rows_of: dict[int, list[int]] = {}
+    for row, task in enumerate(ids):
+        if task >= 0 and spans[task][1] > 0:
+            rows_of.setdefault(task, []).append(row)
+    groups = [(*spans[task], len(rows)) for task, rows in rows_of.items()]
+    order = [row for rows in rows_of.values() for row in rows]
+    if order == list(range(len(ids))):
+        return Readers(groups, None, None)
+    back = torch.tensor(order).argsort() if len(order) == len(ids) else None
+    return Readers(groups, torch.tensor(order), back)
+
+
+def merge(own_out: Tensor, own_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Join a row's two parts in lse's dtype; the prefix's lse is finite, since it has at least one visible token."""
+    weight = torch.sigmoid(own_lse - lse)[..., None]  # exp(own) / (exp(own) + exp(prefix))
+    return torch.lerp(out.to(lse.dtype), own_out.to(lse.dtype), weight), torch.logaddexp(own_lse, lse)
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Out ``[B, H, Q, D]`` and lse ``[B, H, Q]`` with a sink per head, ``[H]``, in the denominator."""
+    joined = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
+    return out * torch.exp(lse - joined)[..., None], joined
