@@ -145,7 +145,7 @@ class _Comparison:
 def _timed(row: Row, timing: Timing) -> Row:
     us = timing.median_us
     return replace(
-        row, median_us=us, p20_us=timing.p20_us, p80_us=timing.p80_us, calls=timing.calls,
+        row, median_us=us, p20_us=timing.p20_us, p80_us=timing.p80_us, calls=timing.calls, repeats=timing.repeats,
         fraction_of_floor=row.floor_us / us, gb_per_s=1e-3 * row.bytes / us, tflop_per_s=1e-6 * row.flops / us,
     )  # fmt: skip
 

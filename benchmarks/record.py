@@ -107,7 +107,8 @@ class Row:
     median_us: float | None = None
     p20_us: float | None = None
     p80_us: float | None = None
-    calls: int | None = None  # timed together, on `sets` input sets
+    repeats: int | None = None  # whose median and quantiles these are
+    calls: int | None = None  # timed together in each, on `sets` input sets
     sets: int | None = None
     host_us: float | None = None  # to issue one call
     plan_us: float | None = None  # once per batch, for all layers; not part of the median

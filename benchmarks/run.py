@@ -23,7 +23,7 @@ from .suites import SUITES, attention_points, generations
 
 #: Seconds a suite takes unless a budget says otherwise.
 SECONDS = {"decode": 330.0, "prefill": 80.0, "mixed": 110.0, "generate": 280.0}
-QUICK_SECONDS = {"decode": 34.0, "prefill": 8.0, "mixed": 12.0, "generate": 30.0}
+QUICK_SECONDS = {"decode": 30.0, "prefill": 7.0, "mixed": 10.0, "generate": 25.0}
 
 
 @dataclass

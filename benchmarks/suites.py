@@ -60,7 +60,7 @@ def generations(on_gpu: bool, quick: bool) -> list[Generation]:
         tasks = [Generation("Llama-3-8B", 16, tasks, 1024, 64, 32) for tasks in (1, 8)]
         return [*batches[:2], *static, *batches[2:], *tasks]
     if quick:
-        return [Generation("GPT-2", 8, 4, 100, new=5)]
+        return [Generation("GPT-2", 8, 4, 100, prompt=8, new=4)]
     main = [Generation("GPT-2", 32, 8, m) for m in (20, 100, 1024)]
     batches = [Generation("GPT-2", rows, 4, 100, new=5) for rows in (4, 8, 16)]
     tasks = [Generation("GPT-2", 16, tasks, 100, new=5) for tasks in (1, 8)]

@@ -24,7 +24,7 @@ Calls = Sequence[Callable[[], Tensor]]
 #: Bytes after which a rotation has left a GPU's caches behind, and how many input sets it may take.
 ROTATION_BYTES, MOST_SETS = 240_000_000, 64
 
-REPEATS = 7
+REPEATS, LEAST_REPEATS = 7, 3
 LEAST_REPLAYS, LEAST_SECONDS = 5, 0.050
 
 
@@ -43,19 +43,20 @@ def cpu_cache_bytes() -> int:
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds per call over the repeats; ``calls`` were timed together for each of them."""
+    """Microseconds per call over ``repeats``; ``calls`` were timed together for each of them."""
 
     median_us: float
     p20_us: float
     p80_us: float
     calls: int
+    repeats: int
 
     @classmethod
     def of(cls, seconds: Sequence[float], calls: int) -> Timing:
         """From seconds per call, one for each repeat."""
         us = [1e6 * s for s in seconds]
         fifths = statistics.quantiles(us, n=5, method="inclusive") if len(us) > 1 else us * 4
-        return cls(statistics.median(us), fifths[0], fifths[3], calls)
+        return cls(statistics.median(us), fifths[0], fifths[3], calls, len(us))
 
 
 class Runner(Protocol):
@@ -148,17 +149,21 @@ def measure(
 ) -> dict[str, Timing]:
     """Time all runners against each other within about ``seconds``.
 
-    Each repeat replays a runner at least 5 times and 50 ms, or as often as its share of the time allows.
+    Each repeat replays a runner at least 5 times and 50 ms, or as often as its share of the time allows. Where even one
+    replay each is too much, there are fewer repeats, but at least `LEAST_REPEATS`.
     """
+    deadline = time.monotonic() + seconds
     replays = {}
     for name, runner in runners.items():
-        runner.seconds(1)
-        once = max(runner.seconds(1), 1e-7)
+        once = runner.seconds(1)
+        once = max(runner.seconds(1) if once < LEAST_SECONDS else once, 1e-7)
         wanted = max(LEAST_REPLAYS, math.ceil(LEAST_SECONDS / once))
         affordable = int(seconds / (repeats * len(runners) * once))
         replays[name] = max(1, min(wanted, affordable))
     samples: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in range(repeats):
+    for repeat in range(repeats):
+        if repeat >= LEAST_REPEATS and time.monotonic() > deadline:
+            break
         for name in rng.sample(list(runners), len(runners)):
             calls = replays[name] * runners[name].calls
             samples[name].append(runners[name].seconds(replays[name]) / calls)

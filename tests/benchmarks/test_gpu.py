@@ -52,7 +52,7 @@ def test_timing() -> None:
     assert timing.median_us == pytest.approx(3)
     assert timing.p20_us == pytest.approx(1.8)
     assert timing.p80_us == pytest.approx(5)
-    assert Timing.of([2e-6], calls=1) == Timing(2.0, 2.0, 2.0, 1)
+    assert Timing.of([2e-6], calls=1) == Timing(2.0, 2.0, 2.0, 1, 1)
 
 
 def test_input_sets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +75,13 @@ def test_measure_replays_enough_and_not_too_much() -> None:
     measure(poor, seconds=0.14, rng=random.Random(0))
     assert poor["fast"].replays[2:] == [100] * 7
     assert poor["slow"].replays[2:] == [1] * 7
+
+
+def test_measure_ends_in_time() -> None:
+    slow = {"slow": Clockwork(1.0)}
+    (timing,) = measure(slow, seconds=-1, rng=random.Random(0)).values()
+    assert slow["slow"].replays == [1] + [1] * 3  # one second is too long to be repeated for its own sake
+    assert timing.repeats == 3
 
 
 def test_host_runner_makes_every_call() -> None:
