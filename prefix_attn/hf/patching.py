@@ -26,6 +26,7 @@ from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import UnsupportedModel
 from prefix_attn.hf.adapters import attach, detach, is_wrapper, pop_task_ids
 from prefix_attn.hf.attention import KEYWORD, NAME, Batch, prefix_attention_forward
+from prefix_attn.hf.caches import check_tasks_of, remember_tasks
 from prefix_attn.hf.configs import OwnConfigs
 from prefix_attn.hf.continuous import GenerateBatch, InitContinuousBatching
 from prefix_attn.hf.generate import Generate, PrepareInputs, checked_for_batch
@@ -114,14 +115,19 @@ class _Patch:
         self.configs = OwnConfigs(model)
         self.configs.select(model.get_decoder().modules(), NAME)
         self.hook = DecoderHook(bank, implementation)
-        self.handle = model.get_decoder().register_forward_pre_hook(self.hook, with_kwargs=True, prepend=True)
+        decoder = model.get_decoder()
+        self.handles = [
+            decoder.register_forward_pre_hook(self.hook, with_kwargs=True, prepend=True),
+            decoder.register_forward_hook(remember_tasks, with_kwargs=True),
+        ]
         model.generate = Generate(model, bank)
         model.prepare_inputs_for_generation = PrepareInputs(model, implementation)
         model.generate_batch = GenerateBatch(model)
         model.init_continuous_batching = InitContinuousBatching(model, bank)
 
     def remove(self, model: Any) -> None:
-        self.handle.remove()
+        for handle in self.handles:
+            handle.remove()
         del model.generate, model.prepare_inputs_for_generation
         del model.generate_batch, model.init_continuous_batching
         self.configs.restore(model)
@@ -155,6 +161,7 @@ class DecoderHook:
             raise Wired
         if task_ids is None:
             scope.implementation = self.implementation
+            check_tasks_of(kwargs.get("past_key_values"), None)
             return args, kwargs | {KEYWORD: Batch(self.implementation)}
         scope.implementation = None
         if len(args) > 1:
@@ -164,6 +171,7 @@ class DecoderHook:
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         assert isinstance(inputs, Tensor), "transformers requires input_ids or inputs_embeds"
         ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
+        check_tasks_of(kwargs.get("past_key_values"), ids)
         positions = shifted_positions(
             self.bank, ids, inputs, kwargs.get("position_ids"), kwargs.get("attention_mask"),
             kwargs.get("past_key_values"), decoder.config.model_type,

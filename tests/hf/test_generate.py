@@ -96,6 +96,23 @@ def test_what_cannot_be_exact_is_refused(patched: Any, options: dict[str, Any], 
         patched.generate(**(padded_inputs() | GREEDY | options), task_ids=TASKS)
 
 
+def test_a_cache_is_continued_with_its_own_tasks(patched: Any) -> None:
+    inputs = padded_inputs()
+    turn = patched.generate(**inputs, **GREEDY, task_ids=TASKS, return_dict_in_generate=True, eos_token_id=98)
+    with torch.no_grad():
+        step = patched(**inputs, task_ids=TASKS)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(4, 10, dtype=torch.long)], dim=1)
+    after = {"input_ids": turn.sequences, "attention_mask": mask, "past_key_values": turn.past_key_values}
+    for wrong in ({}, {"task_ids": ["five", "five", None, "nine"]}, {"task_ids": [None] * 4}):
+        with pytest.raises(pa.IncompatiblePrefix, match="past_key_values"):
+            patched.generate(**after, **GREEDY, **wrong)
+        with pytest.raises(pa.IncompatiblePrefix, match="past_key_values"):
+            patched(turn.sequences[:, 8:9], attention_mask=mask[:, :9], past_key_values=step.past_key_values, **wrong)
+    patched.generate(**after, **GREEDY, task_ids=TASKS)
+    for tasks in (TASKS, ["nine"] * 4):  # transformers keeps a static cache for the next call, and clears it
+        patched.generate(**inputs, **GREEDY, task_ids=tasks, cache_implementation="static")
+
+
 def test_truncation_drops_each_rows_oldest_tokens(patched: Any) -> None:
     """128 positions: a row with a prefix of m keeps 128 - m - 9 of its tokens, and answers as if it had only these."""
     inputs = padded_inputs(length=125)

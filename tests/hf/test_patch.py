@@ -30,7 +30,7 @@ def attributes(model: Any) -> dict[str, Any]:
     """Everything a patch could leave behind: instance attributes, configs, hooks."""
     return {
         name: (sorted(module.__dict__), id(getattr(module, "config", None)), len(module._forward_pre_hooks),
-               len(module._forward_pre_hooks_with_kwargs))
+               len(module._forward_pre_hooks_with_kwargs), len(module._forward_hooks))
         for name, module in model.named_modules()
     }  # fmt: skip
 
