@@ -10,6 +10,7 @@ from prefix_attn.errors import (
     IncompatiblePrefix,
     PrefixAttnError,
     ShapeError,
+    SlowModel,
     UnknownTask,
     UnsupportedModel,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "PrefixBank",
     "PrefixKV",
     "ShapeError",
+    "SlowModel",
     "TextGenerationPipeline",
     "UnknownTask",
     "UnsupportedModel",

@@ -41,5 +41,9 @@ class ContextOverflow(PrefixAttnError, ValueError):
     """Prefix and tokens together exceed the positions the model has."""
 
 
+class SlowModel(UserWarning):
+    """The model is served in the slow way: exact, but with a copy of its prefix in every row's cache."""
+
+
 class UnsupportedModel(PrefixAttnError, NotImplementedError):
     """The patch would not be exact for this model or this call, so it is refused."""

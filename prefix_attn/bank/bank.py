@@ -17,7 +17,7 @@ from torch import Tensor
 from prefix_attn.bank import format as files
 from prefix_attn.bank.base import Base
 from prefix_attn.bank.format import Provenance
-from prefix_attn.bank.geometry import DECODER, Geometry
+from prefix_attn.bank.geometry import DECODER, Geometry, LayerKV
 from prefix_attn.bank.ids import checked_ids
 from prefix_attn.bank.memory import MemoryUsage, readable
 from prefix_attn.bank.names import check_name
@@ -80,10 +80,11 @@ class PrefixBank:
 
         Args:
             name: printable, without path separators; not yet in the bank.
-            key_values: per layer (k, v), each ``[kv_heads, m, head_dim]`` in any float dtype and on any device; copied
-                and converted to the bank's. m may be 0. For an encoder-decoder model a dict of such lists, keyed
-                "decoder", "encoder" and "cross" (the decoder's attention to the encoder's output): m may differ between
-                them, and one that is left out gets no prefix. A list alone is the decoder's.
+            key_values: per layer (k, v) as the model's cache keeps them, each ``[kv_heads, m, head_dim]`` in any float
+                dtype and on any device; copied and converted to the bank's. m may be 0. None for a layer that keeps no
+                keys (`geometry` tells). For an encoder-decoder model a dict of such lists, keyed "decoder",
+                "encoder" and "cross" (the decoder's attention to the encoder's output): m may differ between them, and
+                one that is left out gets no prefix. A list alone is the decoder's.
 
         Returns:
             The task's id.
@@ -341,6 +342,14 @@ class PrefixBank:
         for name, (key_values, provenance) in prefixes.items():
             bank._insert(name, key_values, provenance, names[name])
         return bank
+
+    def key_values(self, name: str, part: str = DECODER) -> list[LayerKV]:
+        """What was added under a name, in the bank's dtype: views, per layer (k, v); no heads where it keeps no keys.
+
+        Raises:
+            UnknownTask: no such task; lists the choices.
+        """
+        return self._parts[part].read(self._id(name))
 
     def __len__(self) -> int:
         return len(self._ids)

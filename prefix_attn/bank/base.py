@@ -62,7 +62,7 @@ class Base:
             geometries = {DECODER: Geometry.of(key_values)}
         shard = Shard.of(model, config, geometries[DECODER])
         geometries = {part: shard.whole(geometry) for part, geometry in geometries.items()}
-        places = {(x.dtype, x.device) for pair in key_values for x in pair}
+        places = {(x.dtype, x.device) for pair in key_values for x in pair if x.shape[0]}
         if len(places) != 1:
             found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in places))
             raise UnsupportedModel(f"model: expected all layers in one dtype and on one device, got {found}")

@@ -13,8 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefix_attn.bank.geometry import LayerKV, setting
-from prefix_attn.errors import UnsupportedModel
+from prefix_attn.bank.geometry import LayerKV
+from prefix_attn.errors import PrefixAttnError, UnsupportedModel
+
+#: What a model raises when it is run in a way it is not made for.
+FAILURES = (
+    AssertionError, AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+
+#: A sliding window that no sequence fills. (PyTorch warns of slices by the largest integer.)
+FOREVER = 1 << 40
+
+#: Tensors that a cache layer may hold: keys and values, and what recurrent layers carry instead of them. Any other is
+#: something kept for each token, which a prefix does not have.
+KNOWN_STATES = {"keys", "values", "conv_states", "recurrent_states", "cumulative_length", "_sliding_window_tensor"}
 
 
 def unwrap(model: Any) -> Any:
@@ -34,17 +46,14 @@ def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:
     """Run an unwrapped model on ``input_ids [1, m]`` at positions 0..m-1, and return k, v per layer.
 
     The model runs without gradients and in evaluation mode (dropout would change the result); its mode is restored.
-    The cache is made without a config: one made with it forgets what lies outside a sliding window.
 
     Returns:
-        Per layer k and v, each ``[kv_heads, m, head_dim]``, in the dtype and on the device of that layer's attention.
+        What the cache keeps, per layer: k ``[kv_heads, m, head_dim]`` and v ``[kv_heads, m, v_head_dim]``, in the dtype
+        and on the device of that layer's attention; without heads for a layer that keeps no keys.
 
     Raises:
-        UnsupportedModel: the model keeps something else than one key and one value per token and layer.
+        UnsupportedModel: no layer keeps keys and values, or one keeps more than them for each token.
     """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
     config = text_config(model)
     if config.is_encoder_decoder:
         raise UnsupportedModel(
@@ -54,37 +63,67 @@ def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:
     if any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
         raise UnsupportedModel("model: expected loaded weights, got parameters on the meta device; load them first")
     body = getattr(model, "base_model", model)  # without the language-model head, whose logits nobody reads
-    cache = DynamicCache()
-    device = body.get_input_embeddings().weight.device
-    input_ids = input_ids.to("cpu" if device.type == "meta" else device)  # accelerate moves inputs of offloaded layers
+    input_ids = input_ids.to(_device_of_inputs(model))
     try:
+        cache = unforgetting_cache(model)
         with torch.no_grad(), evaluating(model):
             body(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), past_key_values=cache, use_cache=True)
-    except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+    except PrefixAttnError:
+        raise
+    except FAILURES as error:
         raise UnsupportedModel(
             f"model: {config.model_type} does not run with a plain cache of keys and values "
             f"({type(error).__name__}: {error})"
         ) from error
-    layers = setting(config, "num_hidden_layers")
-    if len(cache.layers) != layers or setting(config, "num_kv_shared_layers"):
+    layers = [_kept(layer, i, config.model_type, input_ids) for i, layer in enumerate(cache.layers)]
+    if not any(k.shape[0] for k, _ in layers):
         raise UnsupportedModel(
-            f"model: expected {config.model_type} to cache keys and values in each of its {layers} "
-            f"layers, got {len(cache.layers)} cached layers; some share them or keep another state"
+            f"model: {config.model_type} keeps no keys and values in a cache, so no prefix can reach its layers"
         )
-    result = []
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicLayer or not layer.is_initialized:
-            raise UnsupportedModel(
-                f"model: layer {i} of {config.model_type} keeps no keys and values, so no prefix can reach it"
-            )
-        k, v = layer.keys, layer.values
-        if k.ndim != 4 or k.shape != v.shape or (k.shape[0], k.shape[2]) != tuple(input_ids.shape):
-            raise UnsupportedModel(
-                f"model: layer {i} of {config.model_type}: expected k and v of one shape "
-                f"[1, kv_heads, m, head_dim], got {list(k.shape)} and {list(v.shape)}"
-            )
-        result.append((k[0], v[0]))
-    return result
+    return layers
+
+
+def unforgetting_cache(model: Any) -> Any:
+    """An empty cache as the model would make it, but for sliding layers: they keep all tokens."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    for layer in cache.layers:
+        if hasattr(layer, "sliding_window"):
+            layer.sliding_window = FOREVER
+    return cache
+
+
+def _kept(layer: Any, index: int, model_type: str, input_ids: Tensor) -> LayerKV:
+    """k and v of a cache's layer; without heads where there are none."""
+    k, v = getattr(layer, "keys", None), getattr(layer, "values", None)
+    if not isinstance(k, Tensor) or not isinstance(v, Tensor) or not k.numel():
+        return (input_ids.new_empty(0, input_ids.shape[1], 0, dtype=torch.float32),) * 2
+    extra = [name for name, state in vars(layer).items() if name not in KNOWN_STATES and _has_tensor(state)]
+    if extra:
+        raise UnsupportedModel(
+            f"model: layer {index} of {model_type} keeps more than a key and a value for each token "
+            f"({', '.join(extra)}), which a prefix does not have"
+        )
+    if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3] or (k.shape[0], k.shape[2]) != tuple(input_ids.shape):
+        raise UnsupportedModel(
+            f"model: layer {index} of {model_type}: expected k and v of shapes [1, kv_heads, m, head_dim], "
+            f"got {list(k.shape)} and {list(v.shape)} for m = {input_ids.shape[1]}"
+        )
+    return k[0], v[0]
+
+
+def _has_tensor(state: Any) -> bool:
+    return any(isinstance(x, Tensor) for x in (state.values() if isinstance(state, dict) else (state,)))
+
+
+def _device_of_inputs(model: Any) -> torch.device:
+    try:
+        weight = model.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):
+        weight = next(model.parameters())
+    device: torch.device = weight.device
+    return torch.device("cpu") if device.type == "meta" else device  # accelerate moves inputs of offloaded layers
 
 
 @contextmanager

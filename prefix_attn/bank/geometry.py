@@ -12,7 +12,8 @@ from torch import Tensor
 
 from prefix_attn.errors import IncompatiblePrefix
 
-#: One layer's prefix: k and v, each ``[kv_heads, m, head_dim]``.
+#: One layer's prefix: k ``[kv_heads, m, head_dim]`` and v ``[kv_heads, m, v_head_dim]``; the two dims mostly agree.
+#: A layer that keeps no keys (a recurrent or convolutional one, or one that reads another's) has no heads.
 LayerKV = tuple[Tensor, Tensor]
 
 #: The attentions that take a prefix of their own (parts.py). A decoder-only model has the first alone.
@@ -20,10 +21,20 @@ DECODER, ENCODER, CROSS = "decoder", "encoder", "cross"
 
 
 class LayerGeometry(NamedTuple):
-    """What one layer stores per token: ``2 * kv_heads * head_dim`` numbers."""
+    """What one layer keeps per token: ``kv_heads * (head_dim + v_head_dim)`` numbers; nothing where it has no heads."""
 
     kv_heads: int
     head_dim: int
+    v_head_dim: int
+
+    @property
+    def width(self) -> int:
+        """Head dim of the bank's memory, where the narrower of k and v is padded with zeros."""
+        return max(self.head_dim, self.v_head_dim)
+
+    def __str__(self) -> str:
+        values = "" if self.head_dim == self.v_head_dim else f" and values of {self.v_head_dim}"
+        return f"{self.kv_heads} kv heads of {self.head_dim}{values}"
 
 
 @dataclass(frozen=True)
@@ -34,29 +45,43 @@ class Geometry:
 
     @classmethod
     def of(cls, key_values: Sequence[LayerKV]) -> Geometry:
-        """The geometry of ``[kv_heads, m, head_dim]`` keys."""
-        return cls(tuple(LayerGeometry(k.shape[0], k.shape[2]) for k, _ in key_values))
+        """The geometry of keys ``[kv_heads, m, head_dim]`` and values ``[kv_heads, m, v_head_dim]``."""
+        return cls(tuple(LayerGeometry(k.shape[0], k.shape[2], v.shape[2]) for k, v in key_values))
+
+    @property
+    def attending(self) -> list[int]:
+        """Indices of the layers that keep keys and values."""
+        return [i for i, layer in enumerate(self.layers) if layer.kv_heads]
 
     def empty(self) -> list[LayerKV]:
         """A prefix of no tokens."""
-        return [(torch.empty(layer.kv_heads, 0, layer.head_dim),) * 2 for layer in self.layers]
+        return [
+            (torch.empty(layer.kv_heads, 0, layer.head_dim), torch.empty(layer.kv_heads, 0, layer.v_head_dim))
+            for layer in self.layers
+        ]
+
+    def filled(self, key_values: Sequence[LayerKV | None]) -> list[LayerKV]:
+        """The layers of a prefix, with empty tensors in place of None."""
+        m = next((pair[0].shape[1] for pair in key_values if pair is not None), 0)
+        nothing = torch.empty(0, m, 0)
+        return [(nothing, nothing) if pair is None else pair for pair in key_values]
 
     def token_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of one prefix token over all layers, keys and values."""
-        return sum(2 * layer.kv_heads * layer.head_dim for layer in self.layers) * dtype.itemsize
+        return sum(2 * layer.kv_heads * layer.width for layer in self.layers) * dtype.itemsize
 
     def to_json(self) -> str:
-        return json.dumps([list(layer) for layer in self.layers])
+        return json.dumps([list(layer if layer.head_dim != layer.v_head_dim else layer[:2]) for layer in self.layers])
 
     @classmethod
     def from_json(cls, text: str) -> Geometry:
         """Inverse of `to_json`; anything else is a ValueError or a TypeError."""
-        return cls(tuple(LayerGeometry(int(kv_heads), int(head_dim)) for kv_heads, head_dim in json.loads(text)))
+        return cls(tuple(_layer(*layer) for layer in json.loads(text)))
 
     def __str__(self) -> str:
-        kinds = dict.fromkeys(self.layers)
-        shapes = " or ".join(f"{layer.kv_heads} kv heads of {layer.head_dim}" for layer in kinds)
-        return f"{len(self.layers)} layers of {shapes}"
+        kinds = dict.fromkeys(self.layers[i] for i in self.attending)
+        of_all = "" if len(self.attending) == len(self.layers) else f"{len(self.attending)} of "
+        return f"{of_all}{len(self.layers)} layers of {' or '.join(map(str, kinds))}"
 
     def check(self, key_values: Sequence[LayerKV], what: str = "key_values") -> int:
         """Return the number of prefix tokens m; ``what`` names the prefix in errors.
@@ -73,9 +98,9 @@ class Geometry:
         for i, (pair, layer) in enumerate(zip(key_values, self.layers, strict=True)):
             if not (isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair)):
                 raise IncompatiblePrefix(f"{what}[{i}]: expected a pair of tensors (k, v), got {type(pair).__name__}")
-            for name, x in zip("kv", pair, strict=True):
-                expected = f"[{layer.kv_heads}, {'m' if tokens is None else tokens}, {layer.head_dim}]"
-                if x.ndim != 3 or (x.shape[0], x.shape[2]) != layer or tokens not in (None, x.shape[1]):
+            for name, x, dim in zip("kv", pair, layer[1:], strict=True):
+                expected = f"[{layer.kv_heads}, {'m' if tokens is None else tokens}, {dim}]"
+                if x.ndim != 3 or (x.shape[0], x.shape[2]) != (layer.kv_heads, dim) or tokens not in (None, x.shape[1]):
                     raise IncompatiblePrefix(
                         f"{what}[{i}]: layer {i} takes {name} of shape [kv_heads, m, head_dim] "
                         f"= {expected}, got {list(x.shape)}"
@@ -84,6 +109,10 @@ class Geometry:
                     raise IncompatiblePrefix(f"{what}[{i}]: layer {i} takes floating-point {name}, got {x.dtype}")
                 tokens = x.shape[1]
         return tokens or 0
+
+
+def _layer(kv_heads: int, head_dim: int, v_head_dim: int | None = None) -> LayerGeometry:
+    return LayerGeometry(int(kv_heads), int(head_dim), int(head_dim if v_head_dim is None else v_head_dim))
 
 
 def setting(config: Any, key: str) -> Any:

@@ -4,7 +4,7 @@ A decoder-only model has one part, ``decoder``. An encoder-decoder model has thr
 encoder's self-attention, and the decoder's attention to the encoder's output (``cross``). All parts share the tasks'
 ids; lengths and layers are each part's own.
 
-Per layer a part holds two tensors ``[kv_heads, capacity, head_dim]``; task t owns tokens ``starts[t] .. starts[t] +
+Per layer a part holds two tensors ``[kv_heads, capacity, width]``; task t owns tokens ``starts[t] .. starts[t] +
 lens[t] - 1`` of each, and all layers share ``starts`` and ``lens``.
 """
 
@@ -22,8 +22,9 @@ from prefix_attn.bank.storage import Span, Storage
 from prefix_attn.errors import IncompatiblePrefix, ShapeError
 from prefix_attn.types import PrefixKV, align
 
-#: A prefix: for each part a list over its layers, or, as a plain list, that of the decoder alone.
-KeyValues = Sequence[LayerKV] | Mapping[str, Sequence[LayerKV]]
+#: A prefix: for each part a list over its layers, or, as a plain list, that of the decoder alone. None for a layer that
+#: keeps no keys.
+KeyValues = Sequence[LayerKV | None] | Mapping[str, Sequence[LayerKV | None]]
 
 
 def prepared_parts(
@@ -35,13 +36,15 @@ def prepared_parts(
         IncompatiblePrefix: a part that the model does not have, or layers, shapes or values (not finite) that do not
             fit; ``what`` names the prefix in errors.
     """
-    named: Mapping[str, Sequence[LayerKV]] = key_values if isinstance(key_values, Mapping) else {DECODER: key_values}
+    named: Mapping[str, Sequence[LayerKV | None]] = (
+        key_values if isinstance(key_values, Mapping) else {DECODER: key_values}
+    )
     if unknown := sorted(set(named) - set(geometries)):
         raise IncompatiblePrefix(f"{what}: expected parts among {list(geometries)}, got {unknown}")
     parts = {}
     for part, geometry in geometries.items():
         name = f"{what}[{part!r}]" if isinstance(key_values, Mapping) and len(geometries) > 1 else what
-        layers = named.get(part, geometry.empty())
+        layers = geometry.filled(named.get(part, geometry.empty()))
         geometry.check(layers, name)
         parts[part] = [(k.detach().to(device, dtype), v.detach().to(device, dtype)) for k, v in layers]
         finite = torch.stack([k.isfinite().all() & v.isfinite().all() for k, v in parts[part]]).tolist()

@@ -106,11 +106,11 @@ def _split(prompt: Tensor, sizes: tuple[int, int, int, int], base: Base) -> list
         split = split[torch.arange(layers) * 2 % layers]
     key_values = []
     for i, layer in enumerate(base.geometry.layers):
-        fits = layer == (heads, head_dim)
-        sliceable = SLICED in base.model_type and layer.kv_heads <= heads and layer.head_dim <= head_dim
-        if not fits and not sliceable:
+        fits = layer == (heads, head_dim, head_dim)
+        sliceable = SLICED in base.model_type and layer.kv_heads <= heads and layer.width <= head_dim
+        if layer.kv_heads and not fits and not sliceable:
             raise IncompatiblePrefix(
-                f"{CONFIG}: expected {layer.kv_heads} kv heads of {layer.head_dim} in layer {i} "
+                f"{CONFIG}: expected {layer} in layer {i} "
                 f"(the model has {base.geometry}), got {heads} heads of {head_dim}"
             )
         k, v = split[i, :, : layer.kv_heads, :, : layer.head_dim]

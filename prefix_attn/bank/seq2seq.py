@@ -61,7 +61,8 @@ def encoder_geometry(model: Any) -> Geometry:
             f"model: expected the encoder's config of {config.model_type} to say num_hidden_layers, "
             f"num_attention_heads and hidden_size, got {layers}, {heads} and {hidden}"
         )
-    return Geometry((LayerGeometry(heads, setting(config, "head_dim") or hidden // heads),) * layers)
+    dim = setting(config, "head_dim") or hidden // heads
+    return Geometry((LayerGeometry(heads, dim, dim),) * layers)
 
 
 def decoder_positions(config: Any) -> int | None:

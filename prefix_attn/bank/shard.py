@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prefix_attn.bank.geometry import Geometry, LayerGeometry, setting
+from prefix_attn.bank.geometry import Geometry, setting
 from prefix_attn.errors import UnsupportedModel
 
 
@@ -29,7 +29,7 @@ class Shard:
         if size == 1:
             return cls()
         heads = setting(config, "num_key_value_heads") or setting(config, "num_attention_heads")
-        if any(layer.kv_heads * size != heads for layer in local.layers):
+        if any(local.layers[i].kv_heads * size != heads for i in local.attending):
             raise UnsupportedModel(
                 f"model: expected its tensor-parallel plan to split the {heads} key/value heads of every layer over "
                 f"{size} processes, got {local} in one; use fewer processes"
@@ -39,11 +39,11 @@ class Shard:
 
     def whole(self, local: Geometry) -> Geometry:
         """The model's geometry, from that of this process."""
-        return Geometry(tuple(LayerGeometry(layer.kv_heads * self.size, layer.head_dim) for layer in local.layers))
+        return Geometry(tuple(layer._replace(kv_heads=layer.kv_heads * self.size) for layer in local.layers))
 
     def local(self, whole: Geometry) -> Geometry:
         """The geometry of this process, from the model's."""
-        return Geometry(tuple(LayerGeometry(layer.kv_heads // self.size, layer.head_dim) for layer in whole.layers))
+        return Geometry(tuple(layer._replace(kv_heads=layer.kv_heads // self.size) for layer in whole.layers))
 
     def heads(self, x: Tensor) -> Tensor:
         """This process's heads of ``x [kv_heads, m, head_dim]``."""

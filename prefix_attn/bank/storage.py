@@ -1,4 +1,4 @@
-"""Memory of a bank: per layer two tensors ``[kv_heads, capacity, head_dim]``, shared out in spans of whole tokens.
+"""Memory of a bank: per layer two tensors ``[kv_heads, capacity, width]``, shared out in spans of whole tokens.
 
 A span never moves inside its memory, and memory that was lent out is never written where a borrower may look: the space
 of a removed span waits (is pinned) until the live spans are copied to new memory, which nobody has borrowed yet.
@@ -42,7 +42,7 @@ class Storage:
         self._new_memory(capacity)
 
     def _new_memory(self, capacity: int) -> None:
-        shapes = [(layer.kv_heads, capacity, layer.head_dim) for layer in self._geometry.layers]
+        shapes = [(layer.kv_heads, capacity, layer.width) for layer in self._geometry.layers]
         with torch.inference_mode(False):  # memory made in inference mode could not be written outside it
             k = [torch.zeros(shape, dtype=self._dtype, device=self._device) for shape in shapes]
             v = [torch.zeros(shape, dtype=self._dtype, device=self._device) for shape in shapes]
@@ -86,10 +86,11 @@ class Storage:
     def read(self, span: Span) -> list[LayerKV]:
         """Views of the span's keys and values."""
         tokens = slice(span.start, span.start + span.length)
-        return [(k[:, tokens], v[:, tokens]) for k, v in zip(self._k, self._v, strict=True)]
+        layers = zip(self._k, self._v, self._geometry.layers, strict=True)
+        return [(k[:, tokens, : kind.head_dim], v[:, tokens, : kind.v_head_dim]) for k, v, kind in layers]
 
     def lend(self) -> list[LayerKV]:
-        """The tensors of every layer, ``[kv_heads, capacity, head_dim]``."""
+        """The tensors of every layer, ``[kv_heads, capacity, width]``."""
         self._lent = True
         return list(zip(self._k, self._v, strict=True))
 
@@ -97,8 +98,8 @@ class Storage:
 def _write(ks: list[Tensor], vs: list[Tensor], span: Span, key_values: Sequence[LayerKV]) -> None:
     tokens = slice(span.start, span.start + span.length)
     for to_k, to_v, (k, v) in zip(ks, vs, key_values, strict=True):
-        to_k[:, tokens] = k
-        to_v[:, tokens] = v
+        to_k[:, tokens, : k.shape[2]] = k
+        to_v[:, tokens, : v.shape[2]] = v
 
 
 def _first_gap(taken: Iterable[Span], tokens: int) -> int:

@@ -1,14 +1,14 @@
 """Attention over [bank ; request], registered with transformers' AttentionInterface.
 
-The decoder's hook passes a `Batch` down as a keyword. A model that loses it, asks for something the operation does not
-do, or builds a mask of a kind we do not know is refused, so that a prefix is never dropped in silence.
+The model's hook passes a `Batch` down as a keyword, or, where a model loses keywords, through the thread's scope. A
+model that asks for something the operation does not do, or builds a mask of a kind we do not know, is refused.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,27 +18,81 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from prefix_attn.attention import prefix_attention
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import UnsupportedModel
-from prefix_attn.hf.masks import RequestMask
+from prefix_attn.hf.masks import RequestMask, scope
 from prefix_attn.hf.packed import PackedRows
+from prefix_attn.hf.sources import SOURCES, Call, Source, widened
 from prefix_attn.plan import BatchPlan
 from prefix_attn.types import PrefixKV
 
 #: Our name in transformers' registries. (It may contain neither "flash" nor "/": transformers reads meaning into both.)
 NAME = "prefix_attn"
 
-#: The keyword that carries a `Batch` from the decoder's hook to every attention layer.
+#: The keyword that carries a `Batch` from the model's hook to every attention layer.
 KEYWORD = "prefix_batch"
+
+#: Keywords of attention calls that say nothing about which keys a query sees or how they count, or that are dealt with
+#: here. A family that passes any other is not patched: it may be a bias or a mask that a prefix has no share in. (Those
+#: that only a caller's pass has are his own: transformers hands them all on.)
+KNOWN = {
+    "sliding_window", "softcap", "s_aux", "is_causal", "output_attentions", "position_bias", "position_ids",
+    "position_embeddings", "cache_position", "use_cache", "output_hidden_states", "output_router_logits",
+    "return_dict", "logits_to_keep", "num_items_in_batch", "layer_idx",
+}  # fmt: skip
+
+
+class Ambiguous(UnsupportedModel):
+    """The family itself gives a prefix no definite meaning, so no way of serving it can be exact."""
+
+
+class KeywordsLost(UnsupportedModel):
+    """A model does not pass keywords on to its attention layers; the patch then leaves the batch in the scope."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass needs to know: whose prefixes, or, without tasks, the implementation to leave it to."""
+    """What one forward pass needs to know: whose prefixes, or, without tasks, the implementation to leave it to.
+
+    Attributes:
+        made: prefixes that the model makes of the bank's, see `Sources`.
+        strict: refuse keywords of attention calls that are not known.
+        recorded: where to note the calls of a pass without tasks, if anywhere.
+        seen: calls so far of modules that have several in a pass.
+    """
 
     implementation: str
     bank: PrefixBank | None = None
     task_ids: Tensor | None = None
     plan: BatchPlan | None = None
     packed: PackedRows | None = None  # in continuous batching
+    made: tuple[PrefixKV, ...] = ()
+    strict: bool = False
+    recorded: list[Call] | None = None
+    seen: dict[int, int] = field(default_factory=dict)
+
+    def prefix(self, module: nn.Module, mask: RequestMask | None) -> PrefixKV:
+        """What the module's present call reads."""
+        assert self.bank is not None
+        sources: tuple[Source, ...] | None = getattr(module, SOURCES, None)
+        if sources is None:
+            raise UnsupportedModel(
+                f"{type(module).__name__}: this attention layer was not seen when the model was patched"
+            )
+        source = sources[0]
+        if len(sources) > 1:
+            count = self.seen.get(id(module), 0)
+            self.seen[id(module)] = count + 1
+            source = sources[count % len(sources)]
+        if source.slides and mask is not None and mask.window is None:
+            raise Ambiguous(
+                f"{type(module).__name__}: the layer's cache forgets what its mask would show, so what a query sees of "
+                "a prefix would depend on how the tokens were cut into passes"
+            )
+        if source.made and self.packed:
+            raise UnsupportedModel(
+                f"{type(module).__name__}: continuous batching does not reach the keys that this layer makes of what "
+                "its cache holds; call generate"
+            )
+        return self.made[source.layer] if source.made else self.bank.layer(source.layer)
 
 
 def prefix_attention_forward(
@@ -52,33 +106,42 @@ def prefix_attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """One layer's attention as transformers calls it: ``[batch, heads, len, D]`` to ``[batch, len, heads, D]``."""
-    batch: Batch | None = kwargs.pop(KEYWORD, None)
+    batch: Batch | None = kwargs.pop(KEYWORD, None) or scope.batch
     layer = type(module).__name__
     if batch is None:
-        raise UnsupportedModel(
-            f"{layer}: the model does not pass keywords on to its attention layers, so the prefix "
-            "cannot reach them; unpatch it and use PEFT's own inference"
-        )
+        raise KeywordsLost(f"{layer}: the attention layer was called outside a pass of the patched model")
     if batch.bank is None or batch.task_ids is None:
+        if batch.recorded is not None:
+            batch.recorded.append(Call(module, key, value))
         original = original_attention(module, batch.implementation)
         return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
     refuse_what_would_be_wrong(layer, dropout, kwargs)
-    if kwargs.get("is_causal") is False or not getattr(module, "is_causal", True):
+    if kwargs.get("is_causal") is False:
         raise UnsupportedModel(f"{layer}: only causal self-attention takes a prefix")
-    if getattr(module, "layer_idx", None) is None:
-        raise UnsupportedModel(f"{layer}: the layer does not know its index, so its prefix cannot be found")
-    index: Any = module.layer_idx
-    query, key, value, prefix, sinks = under_autocast(query, key, value, batch.bank.layer(index), kwargs.get("s_aux"))
-    options: dict[str, Any] = {"scale": scaling, "softcap": kwargs.get("softcap"), "sinks": sinks}
+    unknown = sorted(name for name, x in kwargs.items() if name not in KNOWN and x is not None)
+    if unknown and batch.strict:
+        raise UnsupportedModel(
+            f"{layer}: passes {', '.join(unknown)} to its attention, whose meaning for prefix tokens is not known"
+        )
+    mask = None if batch.packed else RequestMask.unpack(attention_mask, module, kwargs.get("sliding_window"))
+    query, key, value, prefix, sinks = under_autocast(
+        query, key, value, batch.prefix(module, mask), kwargs.get("s_aux")
+    )
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    options: dict[str, Any] = {"scale": scale, "softcap": kwargs.get("softcap"), "sinks": sinks}
     if batch.packed is not None:
         out = batch.packed.attend(module, query, key, value, prefix, kwargs, **options)
     else:
-        mask = RequestMask.unpack(attention_mask, module, kwargs.get("sliding_window"))
-        out = prefix_attention(  # type: ignore[assignment]
-            query, key, value, prefix, batch.task_ids,
+        assert mask is not None
+        v_head_dim = value.shape[3]
+        width = max(query.shape[3], v_head_dim)
+        attended = prefix_attention(
+            widened(query, width), widened(key, width), widened(value, width), prefix, batch.task_ids,
             kv_start=mask.kv_start, kv_len=mask.kv_len, window=mask.window, plan=batch.plan, **options,
         )  # fmt: skip
+        assert isinstance(attended, Tensor)
+        out = attended[..., :v_head_dim]
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from prefix_attn.errors import IncompatiblePrefix
 from prefix_attn.hf.attention import KEYWORD
+from prefix_attn.hf.masks import scope
 
-_MARK = "prefix_attn_task_ids"
+#: The attribute of a cache that holds the tasks of its rows, int32 ``[batch]``.
+MARK = "prefix_attn_task_ids"
 
 
 def check_tasks_of(cache: Any, task_ids: Tensor | None) -> None:
@@ -28,7 +30,7 @@ def check_tasks_of(cache: Any, task_ids: Tensor | None) -> None:
     """
     if cache is None or torch.compiler.is_compiling():
         return
-    seen: Tensor | None = getattr(cache, _MARK, None)
+    seen: Tensor | None = getattr(cache, MARK, None)
     if seen is not None and seen is not task_ids and _has_tokens(cache):
         if task_ids is None:
             same = not bool((seen >= 0).any())
@@ -44,9 +46,9 @@ def check_tasks_of(cache: Any, task_ids: Tensor | None) -> None:
 
 def remember_tasks(decoder: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of the decoder: mark the cache it returns with the tasks of the call."""
-    cache, batch = getattr(output, "past_key_values", None), kwargs.get(KEYWORD)
+    cache, batch = getattr(output, "past_key_values", None), kwargs.get(KEYWORD) or scope.batch
     if cache is not None and batch is not None and batch.task_ids is not None and not torch.compiler.is_compiling():
-        setattr(cache, _MARK, batch.task_ids)
+        setattr(cache, MARK, batch.task_ids)
 
 
 def _has_tokens(cache: Any) -> bool:

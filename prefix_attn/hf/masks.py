@@ -24,9 +24,10 @@ from prefix_attn.errors import ShapeError, UnsupportedModel
 
 
 class _Scope(threading.local):
-    """Which kind of mask the forward pass under way in this thread needs; its hook sets it before any mask is built."""
+    """What the forward pass under way in this thread needs to know; its hook sets it first."""
 
     implementation: str | None = None  # the model's own, for a pass without tasks; None: a `RequestMask`
+    batch: Any = None  # the `Batch` of a model that does not pass keywords on to its layers
 
 
 scope = _Scope()
@@ -46,8 +47,9 @@ class RequestMask:
         if mask is None or mask.dtype != torch.int32 or mask.ndim != 4 or mask.shape[-1] not in (2, 3):
             got = "None" if mask is None else f"{mask.dtype} {list(mask.shape)}"
             raise UnsupportedModel(
-                f"attention_mask: expected the mask prefix_attn builds, got {got}. Pass a 2D padding "
-                "mask (1 = token, 0 = padding); custom 4D masks do not say what becomes of the prefix"
+                f"attention_mask: expected a causal or a causal sliding-window mask, got {got}. Pass a 2D padding "
+                "mask (1 = token, 0 = padding); packed sequences, bidirectional, chunked and custom 4D masks "
+                "do not say what becomes of the prefix"
             )
         config: Any = module.config
         window = config.sliding_window if mask.shape[-1] == 3 else None
@@ -72,14 +74,21 @@ def request_mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """Build the mask for AttentionMaskInterface; without tasks, build what the unpatched model would."""
-    if scope.implementation is not None:
-        theirs: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[scope.implementation](
+
+    def theirs(implementation: str) -> Tensor | None:
+        mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[implementation](
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, config=config,
             device=device, **kwargs,
         )  # fmt: skip
-        return theirs
-    window = _window(mask_function)
+        return mask
+
+    if scope.implementation is not None:
+        return theirs(scope.implementation)
+    try:
+        window = _window(mask_function)
+    except _Unknown:  # attention refuses it, if it is used at all
+        return theirs("eager")
     if window is not None and window != getattr(config, "sliding_window", None):
         raise UnsupportedModel(
             f"sliding window: the mask slides over {window} tokens, the config says "
@@ -97,22 +106,33 @@ def request_mask(
     return torch.stack(numbers, dim=1).int()[:, None, None]
 
 
-def _window(mask_function: Callable[..., Any]) -> int | None:
-    """The sliding window of a mask function, None for a plain causal one; anything else is refused.
+class _Unknown(Exception):
+    """A mask function whose meaning for prefix tokens is not known."""
 
-    Functions are recognised by what they are made of: only these two kinds have a known meaning for prefix tokens.
+
+def _window(mask_function: Callable[..., Any]) -> int | None:
+    """The sliding window of a mask function, None for a plain causal one; raises `_Unknown` for any other.
+
+    Functions are recognised by what they are made of. Blocks of tokens that see each other (images) may be joined to
+    the causal mask, as long as there is none in this pass.
     """
     if mask_function is causal_mask_function:
         return None
+    joined = _closure(mask_function, "or_masks").get("mask_functions", ())
+    if len(joined) == 2 and _no_blocks(joined[1]):
+        return _window(joined[0])
     parts = _closure(mask_function, "and_masks").get("mask_functions", ())
-    if len(parts) == 2 and parts[1] is causal_mask_function:
-        window = _closure(parts[0], "sliding_window_overlay").get("sliding_window")
-        if isinstance(window, int):
-            return window
-    raise UnsupportedModel(
-        f"attention mask: expected a causal or a causal sliding-window mask, got {mask_function.__qualname__}; packed "
-        "sequences, bidirectional, chunked and custom masks do not say what becomes of the prefix"
-    )
+    windows = [_closure(part, "sliding_window_overlay").get("sliding_window") for part in parts]
+    if len(parts) == 2 and sum(isinstance(window, int) for window in windows) == 1:
+        other = parts[0] if windows[0] is None else parts[1]
+        if _window(other) is None:
+            return next(window for window in windows if isinstance(window, int))
+    raise _Unknown
+
+
+def _no_blocks(function: Callable[..., Any]) -> bool:
+    blocks = _closure(function, "blockwise_overlay").get("block_sequence_ids")
+    return isinstance(blocks, Tensor) and bool((blocks == -1).all())
 
 
 def _closure(function: Callable[..., Any], factory: str) -> dict[str, Any]:

@@ -1,11 +1,16 @@
-"""Positions: the row's own token i stands at ``m + i``, behind its prefix of m tokens (PEFT's rule)."""
+"""Positions: the row's own token i stands at ``m + i``, behind its prefix of m tokens (PEFT's rule).
+
+Most decoders take ``position_ids``, and get them shifted. Those that count for themselves (BART and its kin) look
+positions up in a table, ``embed_positions``; there hooks put each row's own.
+"""
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import ContextOverflow, UnsupportedModel
@@ -29,9 +34,11 @@ def shifted_positions(
     position_ids: Tensor | None,
     attention_mask: Any,
     cache: Any,
-    model_type: str,
+    decoder: nn.Module,
 ) -> Tensor:
     """Position ids ``[batch, q_len]`` with each row's prefix counted in; inputs: ``[batch, q_len, ...]``.
+
+    Positions with several axes, ``[axes, batch, q_len]``, are shifted on each: text moves along all of them alike.
 
     Raises:
         ContextOverflow: a row's prefix pushes it past the positions the model has.
@@ -42,20 +49,41 @@ def shifted_positions(
     if isinstance(past, Tensor):
         past = past.clone()  # a static cache returns its live counter
     if position_ids is None:
-        position_ids = _default_positions(q_len, past, inputs, attention_mask, model_type)
-    if position_ids.ndim != 2:
+        position_ids = _default_positions(q_len, past, inputs, attention_mask, decoder)
+    if position_ids.ndim not in (2, 3):
         raise UnsupportedModel(
-            f"position_ids: expected [batch, q_len], got {list(position_ids.shape)}; positions with "
-            "several axes do not say where a prefix stands"
+            f"position_ids: expected [batch, q_len] or [axes, batch, q_len], got {list(position_ids.shape)}"
         )
     m = prefix_lengths(bank, task_ids).to(position_ids.device)
     shifted = position_ids + m[:, None]
-    _check_context(bank, shifted, m, past, q_len)
+    _check_context(bank, shifted if shifted.ndim == 2 else shifted.amax(dim=0), m, past, q_len)
     return shifted
 
 
-def _default_positions(q_len: int, past: Any, inputs: Tensor, attention_mask: Any, model_type: str) -> Tensor:
-    if model_type in COUNTED_BY_MASK and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+def counts_otherwise(model: nn.Module) -> bool:
+    """Whether a family, given no positions, counts something else than slots of the cache."""
+    config: Any = model.config
+    return config.model_type in COUNTED_BY_MASK or _counting_tokens(model) is not None
+
+
+def _counting_tokens(model: nn.Module) -> nn.Module | None:
+    """The module of RoBERTa and its kin that counts tokens other than padding, from padding_idx + 1."""
+    return next((x for x in model.modules() if hasattr(x, "create_position_ids_from_inputs_embeds")), None)
+
+
+def _default_positions(q_len: int, past: Any, inputs: Tensor, attention_mask: Any, decoder: nn.Module) -> Tensor:
+    from_ids = _counting_tokens(decoder)
+    if from_ids is not None:
+        padding: Any = from_ids.padding_idx
+        theirs: Any = from_ids
+        if inputs.is_floating_point():
+            counted = theirs.create_position_ids_from_inputs_embeds(inputs, padding)
+        else:
+            counted = theirs.create_position_ids_from_input_ids(inputs, padding, past)
+        assert isinstance(counted, Tensor)
+        return counted
+    config: Any = decoder.config
+    if config.model_type in COUNTED_BY_MASK and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         counted = (attention_mask.cumsum(dim=1) * attention_mask - 1).long()
         return counted[:, -q_len:]
     positions: Tensor = torch.arange(q_len, device=inputs.device) + past
@@ -80,3 +108,24 @@ def overflow(row: int, m: int, tokens: int, limit: int) -> ContextOverflow:
         f"row {row}: a prefix of {m} tokens and {tokens} of its own need {m + tokens} positions, but the model has "
         f"{limit}; shorten the prompt, lower max_new_tokens, or use a shorter prefix"
     )
+
+
+class _Rows(threading.local):
+    """The decoder's positions ``[batch, q_len]`` in the pass under way in this thread; None: the model's own."""
+
+    positions: Tensor | None = None
+
+
+rows = _Rows()
+
+
+def look_up_rows(
+    table: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Pre-hook of a module that embeds positions and takes one list of them: give it those of all rows."""
+    return None if rows.positions is None else (args, kwargs | {"position_ids": rows.positions.reshape(-1)})
+
+
+def restore_rows(table: Any, args: tuple[Any, ...], embeddings: Tensor) -> Tensor | None:
+    """Hook behind it: from a list of embeddings to ``[batch, q_len, hidden]``."""
+    return None if rows.positions is None else embeddings.reshape(*rows.positions.shape, -1)

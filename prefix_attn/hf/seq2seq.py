@@ -12,7 +12,6 @@ positions of the encoder's tokens (arXiv:2101.00190); cross-attention has no pos
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +30,7 @@ from prefix_attn.hf.context import check_fits, new_tokens
 from prefix_attn.hf.generate import INPUTS, Generate, PrepareInputs, checked_for_batch, setting
 from prefix_attn.hf.masks import scope
 from prefix_attn.hf.part_attention import NAME, PLACE, PartBatch, Place, part_attention_forward, part_mask
-from prefix_attn.hf.positions import shifted_positions
+from prefix_attn.hf.positions import look_up_rows, restore_rows, rows, shifted_positions
 from prefix_attn.hf.relative_bias import check_buckets
 from prefix_attn.hf.wiring import PROBE, Wired
 
@@ -45,15 +44,6 @@ ATTENTIONS = {
     ENCODER: {"self_attn": ENCODER, "SelfAttention": ENCODER},
     DECODER: {"self_attn": DECODER, "SelfAttention": DECODER, "encoder_attn": CROSS, "EncDecAttention": CROSS},
 }
-
-
-class _Positions(threading.local):
-    """The decoder's positions ``[batch, q_len]`` in the pass under way in this thread; None: the model's own."""
-
-    of_rows: Tensor | None = None
-
-
-_positions = _Positions()
 
 
 class Seq2SeqPatch:
@@ -78,8 +68,8 @@ class Seq2SeqPatch:
         ]
         if hasattr(stacks[DECODER], "embed_positions"):
             table = stacks[DECODER].embed_positions
-            self.handles.append(table.register_forward_pre_hook(_look_up_rows, with_kwargs=True))
-            self.handles.append(table.register_forward_hook(_restore_rows))
+            self.handles.append(table.register_forward_pre_hook(look_up_rows, with_kwargs=True))
+            self.handles.append(table.register_forward_hook(restore_rows))
         model.generate = Seq2SeqGenerate(model, bank)
         model.prepare_inputs_for_generation = PrepareInputs(model, self.configs.implementation)
 
@@ -91,7 +81,7 @@ class Seq2SeqPatch:
             module.__dict__.pop(PLACE, None)
         self.configs.restore(model)
 
-    def check_wiring(self, model: Any) -> None:
+    def check(self, model: Any) -> None:
         """Make sure that ``task_ids`` given to the model reach both stacks; the hooks stop the passes on arrival."""
         device = model.device
         token = torch.zeros((1, 1), dtype=torch.long, device=device)
@@ -151,7 +141,7 @@ class StackHook:
         if task_ids is PROBE:
             raise Wired(self.part)
         if self.part == DECODER:
-            _positions.of_rows = None
+            rows.positions = None
         if task_ids is None:
             scope.implementation = self.implementation
             return args, kwargs | {KEYWORD: PartBatch(self.implementation)}
@@ -162,25 +152,11 @@ class StackHook:
         inputs = next(x for name in INPUTS if (x := kwargs.get(name)) is not None)
         ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
         if self.part == DECODER and hasattr(stack, "embed_positions"):
-            _positions.of_rows = shifted_positions(
+            rows.positions = shifted_positions(
                 self.bank, ids, inputs, kwargs.get("position_ids"), kwargs.get("attention_mask"),
-                kwargs.get("past_key_values"), stack.config.model_type,
+                kwargs.get("past_key_values"), stack,
             )  # fmt: skip
         return args, kwargs | {KEYWORD: PartBatch(self.implementation, self.bank, ids)}
-
-
-def _look_up_rows(
-    table: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Pre-hook of ``decoder.embed_positions``, which takes one list of positions: give it those of all rows."""
-    rows = _positions.of_rows
-    return None if rows is None else (args, kwargs | {"position_ids": rows.reshape(-1)})
-
-
-def _restore_rows(table: Any, args: tuple[Any, ...], embeddings: Tensor) -> Tensor | None:
-    """Hook behind ``decoder.embed_positions``: from a list of embeddings to ``[batch, q_len, hidden]``."""
-    rows = _positions.of_rows
-    return None if rows is None else embeddings.reshape(*rows.shape, -1)
 
 
 class Seq2SeqGenerate(Generate):

@@ -40,7 +40,7 @@ def random_kv(geometry: Geometry, tokens: int, seed: int = 0) -> list[tuple[Tens
     rng = torch.Generator().manual_seed(seed)
     return [
         (torch.randn(heads, tokens, dim, generator=rng), torch.randn(heads, tokens, dim, generator=rng))
-        for heads, dim in geometry.layers
+        for heads, dim, _ in geometry.layers
     ]
 
 

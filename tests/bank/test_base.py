@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -14,6 +12,7 @@ from prefix_attn.bank.base import Base
 from prefix_attn.bank.fingerprint import config_digest, weights_digest
 from prefix_attn.bank.geometry import DECODER, Geometry, LayerGeometry, context_limit, setting
 from tests.bank.models import FAMILIES, tiny
+from tests.hf.shrink import tiny_random_model
 
 SHAPES = {
     "llama": [(2, 8), (2, 8)],
@@ -36,7 +35,7 @@ SHAPES = {
 def test_geometry(family: str) -> None:
     changes = {"opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "gpt_neox": {"intermediate_size": 48}}.get(family, {})
     base = Base.of(tiny(family, **changes))
-    assert [tuple(layer) for layer in base.geometry.layers] == SHAPES[family]
+    assert [layer[:2] for layer in base.geometry.layers] == SHAPES[family]
     assert base.context_limit == 64
     assert base.model_type == family
     assert Geometry.from_json(base.geometry.to_json()) == base.geometry
@@ -54,31 +53,34 @@ def test_logits_are_not_computed() -> None:
     PrefixBank.for_model(model)
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "gemma3n_text": (
-        {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": 48, "num_key_value_heads": 2,
-         "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8},
-        "each of its 4 layers, got 2 cached layers; some share them",
-    ),
-    "deepseek_v3": (
-        {"intermediate_size": 48, "n_routed_experts": 8, "moe_intermediate_size": 16, "q_lora_rank": 8,
-         "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8},
-        "layer 0 of deepseek_v3: expected k and v of one shape",
-    ),
-    "lfm2": (
-        {"intermediate_size": 48, "num_key_value_heads": 2, "num_hidden_layers": 2,
-         "layer_types": ["conv", "full_attention"]},
-        "lfm2 does not run with a plain cache",
-    ),
-    "rwkv": ({"attention_hidden_size": 32}, "rwkv to cache keys and values in each of its 2 layers, got 0"),
-}  # fmt: skip
+#: model_type -> what each layer keeps: nothing where it is convolutional or reads another's keys; latents.
+KEPT = {
+    "lfm2": [(0, 0, 0), (2, 8, 8), (0, 0, 0)],
+    "gemma3n_text": [(2, 16, 16)] * 3 + [(0, 0, 0)] * 2,
+    "deepseek_v3": [(1, 16, 8)] * 2,
+}
 
 
-@pytest.mark.parametrize("family", REFUSED)
-def test_models_without_plain_keys_and_values_are_refused(family: str) -> None:
-    changes, words = REFUSED[family]
+@pytest.mark.parametrize("family", KEPT)
+def test_layers_that_keep_something_else(family: str) -> None:
+    bank = PrefixBank.for_model(tiny_random_model(family))
+    assert [tuple(layer) for layer in bank.geometry.layers] == KEPT[family]
+    prefix = [
+        None if not heads else (torch.randn(heads, 3, dim), torch.randn(heads, 3, v_dim))
+        for heads, dim, v_dim in bank.geometry.layers
+    ]
+    bank.add("task", prefix)
+    for given, (k, v) in zip(prefix, bank.key_values("task"), strict=True):
+        assert k.shape[1] == v.shape[1] == 3
+        assert given is None or (torch.equal(given[0], k) and torch.equal(given[1], v))
+
+
+@pytest.mark.parametrize(("family", "words"), [
+    ("rwkv", "keeps no keys and values"), ("deepseek_v32", "more than a key and a value for each token"),
+])  # fmt: skip
+def test_models_without_plain_keys_and_values_are_refused(family: str, words: str) -> None:
     with pytest.raises(UnsupportedModel, match=words):
-        PrefixBank.for_model(tiny(family, **changes))
+        PrefixBank.for_model(tiny_random_model(family))
 
 
 def test_what_is_no_loaded_model() -> None:
@@ -117,7 +119,7 @@ def test_settings_that_differ_by_layer() -> None:
 
 
 def test_token_bytes() -> None:
-    geometry = Geometry((LayerGeometry(2, 8), LayerGeometry(1, 16)))
+    geometry = Geometry((LayerGeometry(2, 8, 8), LayerGeometry(1, 16, 16)))
     assert geometry.token_bytes(torch.bfloat16) == 2 * (2 * 8 + 16) * 2
     assert str(geometry) == "2 layers of 2 kv heads of 8 or 1 kv heads of 16"
 
@@ -134,7 +136,7 @@ GOLDEN = {
 def test_config_digest_is_the_same_in_every_version(family: str) -> None:
     """Files of one version of transformers must open under another; a change here orphans all files there are."""
     model = tiny(family)
-    assert config_digest(model.config, {DECODER: Geometry((LayerGeometry(2, 8),) * 2)})[:16] == GOLDEN[family]
+    assert config_digest(model.config, {DECODER: Geometry((LayerGeometry(2, 8, 8),) * 2)})[:16] == GOLDEN[family]
 
 
 def test_weights_digest_is_the_same_in_every_version() -> None:

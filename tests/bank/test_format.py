@@ -61,7 +61,7 @@ def test_round_trip(bank: PrefixBank, tmp_path: Path) -> None:
 def test_layers_of_different_shapes(tmp_path: Path) -> None:
     model = tiny("gemma4_text")
     bank = PrefixBank.for_model(model)
-    assert [tuple(layer) for layer in bank.geometry.layers] == [(2, 8), (2, 16)]
+    assert [layer[:2] for layer in bank.geometry.layers] == [(2, 8), (2, 16)]
     bank.add("a", random_kv(bank.geometry, 9))
     bank.save_pretrained(tmp_path)
     assert state(PrefixBank.from_pretrained(tmp_path, model)) == state(bank)

@@ -203,7 +203,7 @@ def test_a_layer_that_peft_would_skip_is_refused(tmp_path: Path) -> None:
     """Gemma 4 with fewer heads in its wide layers: PEFT leaves the narrow layers without prefix."""
     model = tiny("gemma4_text", attention_k_eq_v=True, num_global_key_value_heads=1)
     bank = PrefixBank.for_model(model)
-    assert [tuple(layer) for layer in bank.geometry.layers] == [(2, 8), (1, 16)]
+    assert [layer[:2] for layer in bank.geometry.layers] == [(2, 8), (1, 16)]
     prefix_tuned(model).save_pretrained(tmp_path)
     with pytest.raises(IncompatiblePrefix, match="expected 2 kv heads of 8 in layer 0"):
         bank.load("task", tmp_path)

@@ -35,7 +35,7 @@ def test_parts_of_a_model(family: str) -> None:
     assert bank.parts == ["decoder", "encoder", "cross"]
     decoder_layers = 3 if family == "t5" else 2
     assert bank.num_layers == decoder_layers
-    layers = {part: [tuple(layer) for layer in geometry.layers] for part, geometry in bank.base.geometries.items()}
+    layers = {part: [layer[:2] for layer in geometry.layers] for part, geometry in bank.base.geometries.items()}
     assert layers == {
         "decoder": [(4, 8)] * decoder_layers, "encoder": [(4, 8)] * 3, "cross": [(4, 8)] * decoder_layers,
     }  # fmt: skip

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
 import prefix_attn as pa
 from tests.hf.conftest import TASKS, make_bank, padded_inputs
 from tests.hf.families import LLAMA_LIKE, random_prefix, tiny_model
+from tests.hf.shrink import tiny_random_model
+from tests.hf.survey import random_bank
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
@@ -144,10 +146,7 @@ def test_two_threads_with_different_tasks(llama: Any) -> None:
     assert not failures
 
 
-@pytest.mark.parametrize(("family", "reason"), [
-    ("falcon", "attention interface"), ("bloom", "attention interface"), ("gptj", "attention interface"),
-    ("llama4_text", "chunked"), ("longt5", "positions are known"),
-])  # fmt: skip
+@pytest.mark.parametrize(("family", "reason"), [("llama4_text", "chunked"), ("longt5", "positions are known")])
 def test_families_it_cannot_serve_are_refused_by_name(family: str, reason: str) -> None:
     sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
     if family == "llama4_text":
@@ -163,6 +162,29 @@ def test_families_it_cannot_serve_are_refused_by_name(family: str, reason: str) 
         pa.patch(model, bank)
     assert type(model).__name__ in str(refused.value)
     assert "_prefix_attn" not in model.__dict__
+
+
+def test_the_slow_way() -> None:
+    """Each row's cache begins with a copy of its prefix, which generate must not count."""
+    model = tiny_random_model("gptj")
+    with pytest.warns(pa.SlowModel, match="copy of the prefix"):
+        pa.patch(model, random_bank(model))
+    inputs = padded_inputs()
+    expected = model.generate(**inputs, **GREEDY, task_ids=TASKS)
+    cache = DynamicCache(config=model.config)
+    first = model.generate(**inputs, max_new_tokens=3, do_sample=False, task_ids=TASKS, past_key_values=cache)
+    assert cache.get_seq_length() == first.shape[1] - 1
+    mask = torch.cat([inputs["attention_mask"], torch.ones(4, 3, dtype=torch.long)], dim=1)
+    again = {"input_ids": first, "attention_mask": mask, "past_key_values": cache}
+    assert torch.equal(model.generate(**again, max_new_tokens=3, do_sample=False, task_ids=TASKS), expected)
+    with pytest.raises(pa.IncompatiblePrefix, match="computed with tasks"):
+        model.generate(**again, max_new_tokens=1, task_ids=["nine"] * 4)
+    with pytest.raises(pa.UnsupportedModel, match="StaticCache"):
+        model.generate(**inputs, **GREEDY, task_ids=TASKS, cache_implementation="static")
+    assert torch.equal(model.generate(**inputs, **GREEDY, task_ids=TASKS, use_cache=False), expected)
+    pa.unpatch(model)
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
 
 
 def test_a_bank_of_another_model_is_refused_and_nothing_changes(llama: Any) -> None:
@@ -233,13 +255,16 @@ def test_what_attention_cannot_give_is_refused(llama: Any) -> None:
         model(**padded_inputs(), task_ids=TASKS)
 
 
-def test_a_model_that_drops_keywords_is_caught() -> None:
-    """stablelm's layers do not pass keywords on: the prefix would be lost, so patching must fail or raise."""
-    config = transformers.AutoConfig.for_model("nemotron", **LLAMA_LIKE)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    bank = make_bank(model)
-    with pytest.raises(pa.UnsupportedModel):
-        pa.patch(model, bank)(**padded_inputs(), task_ids=TASKS)
+def test_a_model_that_drops_keywords_gets_its_batch_all_the_same() -> None:
+    """nemotron's layers do not pass keywords on; without the model's own pass around it, a layer must not guess."""
+    model = tiny_random_model("nemotron")
+    plain = model(**padded_inputs()).logits
+    pa.patch(model, make_bank(model))
+    assert (model(**padded_inputs(), task_ids=TASKS).logits - plain).abs().max() > 0.1
+    assert torch.equal(model(**padded_inputs()).logits, plain)
+    layer = model.model.layers[0].self_attn
+    with pytest.raises(pa.UnsupportedModel, match="outside a pass"):
+        layer(torch.zeros(1, 1, 32), position_embeddings=model.model.rotary_emb(torch.zeros(1), torch.zeros(1, 1)))
 
 
 def test_poison_in_other_prefixes_changes_no_bit(llama: Any) -> None:

@@ -1,0 +1,201 @@
+"""The patch of a decoder-only model: its hooks, and what it takes to give everything back."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.forward import FAILURES
+from prefix_attn.errors import UnsupportedModel
+from prefix_attn.hf.adapters import pop_task_ids
+from prefix_attn.hf.attention import KEYWORD, NAME, Batch, KeywordsLost, prefix_attention_forward
+from prefix_attn.hf.caches import check_tasks_of, remember_tasks
+from prefix_attn.hf.configs import OwnConfigs
+from prefix_attn.hf.continuous import GenerateBatch, InitContinuousBatching
+from prefix_attn.hf.generate import Generate, PrepareInputs, checked_for_batch
+from prefix_attn.hf.masks import request_mask, scope
+from prefix_attn.hf.positions import look_up_rows, restore_rows, rows, shifted_positions
+from prefix_attn.hf.sources import Call, Sources
+from prefix_attn.hf.verify import verify_a_text
+from prefix_attn.hf.wiring import PROBE, Wired
+from prefix_attn.plan import BatchPlan
+
+
+class DecoderPatch:
+    """Everything one patched model got, and what it takes to give it back."""
+
+    def __init__(self, model: Any, bank: PrefixBank) -> None:
+        AttentionInterface.register(NAME, prefix_attention_forward)
+        AttentionMaskInterface.register(NAME, request_mask)
+        self.bank = bank
+        decoder = decoder_of(model)
+        implementation = decoder.config._attn_implementation
+        self.configs = OwnConfigs(model)
+        self.configs.select(decoder.modules(), NAME)
+        self.hook = ModelHook(model, bank, implementation)
+        body = model.base_model
+        outermost = [body] if body is decoder else [body, decoder]  # some heads call the decoder inside the body
+        self.handles = [
+            module.register_forward_pre_hook(self.hook, with_kwargs=True, prepend=True) for module in outermost
+        ]
+        self.handles += [module.register_forward_hook(remember_tasks, with_kwargs=True) for module in outermost]
+        self.handles.append(decoder.register_forward_pre_hook(PositionsHook(self.hook), with_kwargs=True))
+        for table in tables_of_positions(decoder):
+            self.handles.append(table.register_forward_pre_hook(look_up_rows, with_kwargs=True))
+            self.handles.append(table.register_forward_hook(restore_rows))
+        if self.hook.by_scope:
+            self.leave_in_scope(model)
+        model.generate = Generate(model, bank)
+        model.prepare_inputs_for_generation = PrepareInputs(model, implementation)
+        model.generate_batch = GenerateBatch(model)
+        model.init_continuous_batching = InitContinuousBatching(model, bank)
+
+    def leave_in_scope(self, model: Any) -> None:
+        """For a model that loses keywords: the batch waits in the thread's scope until the pass ends."""
+        self.hook.by_scope = True
+        for module in {model.base_model, decoder_of(model)}:
+            self.handles.append(module.register_forward_hook(_end_of_pass, always_call=True))
+
+    def remove(self, model: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+        if self.hook.sources is not None:
+            self.hook.sources.detach()
+        del model.generate, model.prepare_inputs_for_generation
+        del model.generate_batch, model.init_continuous_batching
+        self.configs.restore(model)
+
+    def check(self, model: Any) -> None:
+        """Find out what each attention layer reads, and make sure that a text as a prefix is exact."""
+        self._check_wiring(model)
+        try:
+            verify_a_text(model, self.hook)
+        except KeywordsLost:
+            self.leave_in_scope(model)
+            verify_a_text(model, self.hook)
+
+    def _check_wiring(self, model: Any) -> None:
+        """Make sure ``task_ids`` given to the model reach its decoder; the hook stops the pass on arrival."""
+        try:
+            with torch.no_grad():
+                model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), task_ids=PROBE)
+        except Wired:
+            return
+        except FAILURES as error:
+            raise UnsupportedModel(f"{type(model).__name__}: does not run on tokens alone ({error})") from error
+        raise UnsupportedModel(f"{type(model).__name__}: its forward does not pass task_ids on to its decoder")
+
+
+def decoder_of(model: Any) -> Any:
+    """The module with the layers of text: what has a language-model head beside it, or another sense."""
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+
+
+class ModelHook:
+    """Forward pre-hook of the model below its head, and of its decoder: makes a `Batch` of ``task_ids`` for the layers.
+
+    Attributes:
+        strict: refuse unknown keywords of attention calls; while patching.
+        by_scope: the model does not pass keywords on to its layers, so that the batch is left where they look for it.
+    """
+
+    def __init__(self, model: Any, bank: PrefixBank, implementation: str) -> None:
+        self.model = model
+        self.bank = bank
+        self.implementation = implementation
+        self.by_scope = not (_takes_keywords(model.base_model) and _takes_keywords(decoder_of(model)))
+        self.sources: Sources | None = None
+        self.recorded: list[Call] | None = None
+        self.strict = False
+
+    def __call__(
+        self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if KEYWORD in kwargs or scope.batch is not None:
+            return args, kwargs  # prepared: by continuous batching, or by this hook further out
+        task_ids = pop_task_ids(kwargs)
+        if task_ids is PROBE:
+            raise Wired
+        if task_ids is None:
+            scope.implementation, rows.positions = self.implementation, None
+            check_tasks_of(kwargs.get("past_key_values"), None)
+            return args, kwargs | self._passed_down(Batch(self.implementation, recorded=self.recorded))
+        if len(args) > 1:
+            bound = inspect.signature(body.forward).bind_partial(*args, **kwargs).arguments
+            args, kwargs = (), bound | bound.pop("kwargs", {})
+        inputs = args[0] if args else kwargs.get("input_ids")
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        assert isinstance(inputs, Tensor), "transformers requires input_ids or inputs_embeds"
+        ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
+        check_tasks_of(kwargs.get("past_key_values"), ids)
+        made = self.sources.made_of(self.bank) if self.sources is not None else []
+        scope.implementation, rows.positions = None, None
+        batch = Batch(
+            self.implementation, self.bank, ids, BatchPlan(ids, self.bank.lens), made=tuple(made), strict=self.strict
+        )
+        return args, kwargs | self._passed_down(batch)
+
+    def _passed_down(self, batch: Batch) -> dict[str, Batch]:
+        scope.batch = batch if self.by_scope else None
+        return {} if self.by_scope else {KEYWORD: batch}
+
+    def record(self, cache: Any) -> list[Call]:
+        """The attention calls of one token without tasks, behind a cache; see `Sources`."""
+        tokens = torch.ones((1, 1), dtype=torch.long, device=self.model.device)
+        mask = torch.ones((1, cache.get_seq_length() + 1), dtype=torch.long, device=self.model.device)
+        self.recorded = []
+        try:
+            self.model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
+            return self.recorded
+        finally:
+            self.recorded = None
+
+
+class PositionsHook:
+    """Forward pre-hook of the decoder: adds each row's prefix length to its positions."""
+
+    def __init__(self, hook: ModelHook) -> None:
+        self.hook = hook
+
+    def __call__(
+        self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        batch: Batch | None = kwargs.get(KEYWORD) or scope.batch
+        if batch is None or batch.task_ids is None or batch.packed is not None:
+            return None
+        if len(args) > 1:
+            bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+            args, kwargs = (), bound | bound.pop("kwargs", {})
+        inputs = args[0] if args else kwargs.get("input_ids")
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        assert isinstance(inputs, Tensor), "transformers requires input_ids or inputs_embeds"
+        positions = shifted_positions(
+            self.hook.bank, batch.task_ids, inputs, kwargs.get("position_ids"), kwargs.get("attention_mask"),
+            kwargs.get("past_key_values"), decoder,
+        )  # fmt: skip
+        if "position_ids" in inspect.signature(decoder.forward).parameters:
+            return args, kwargs | {"position_ids": positions}
+        rows.positions = positions.expand(inputs.shape[0], -1)
+        return None
+
+
+def tables_of_positions(decoder: Any) -> list[Any]:
+    """The modules that embed positions in a decoder that takes none itself."""
+    if "position_ids" in inspect.signature(decoder.forward).parameters:
+        return []
+    return [module for name, module in decoder.named_modules() if name.rpartition(".")[2] == "embed_positions"]
+
+
+def _takes_keywords(module: Any) -> bool:
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _end_of_pass(*_: Any) -> None:
+    scope.batch = None

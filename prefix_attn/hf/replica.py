@@ -1,0 +1,236 @@
+"""The slow way, for families whose attention cannot be replaced: each row's cache begins with a copy of its prefix.
+
+In the first pass of a sequence the empty cache is filled with every row's prefix, padded on the left to the longest.
+The padding is masked, and positions are shifted by the row's own length. (PEFT does this for one task per batch.)
+``generate`` must not count the prefix among the tokens it has fed, or it would cut the prompt: outside a pass the cache
+says how many tokens the request has, inside it says how many it holds.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.forward import FAILURES, cached_kv, evaluating
+from prefix_attn.errors import PrefixAttnError, ShapeError, UnsupportedModel
+from prefix_attn.hf.adapters import pop_task_ids
+from prefix_attn.hf.caches import MARK, check_tasks_of
+from prefix_attn.hf.generate import Generate, PrepareInputs, checked_for_batch
+from prefix_attn.hf.positions import look_up_rows, restore_rows, rows, shifted_positions
+from prefix_attn.hf.sources import fill
+from prefix_attn.hf.verify import TOKENS, check_close, of_all_heads, some_tokens
+
+
+class ReplicaCache(DynamicCache):  # type: ignore[misc]
+    """A cache whose rows begin with a prefix, which only the model itself counts.
+
+    Attributes:
+        prefix_mask: int64 ``[batch, longest]``; 1 for a token of the row's prefix, 0 for padding before it.
+        inside: whether a pass of the model is under way.
+    """
+
+    prefix_mask: Tensor
+    inside: bool
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of the request; inside a pass, tokens held."""
+        held: int = super().get_seq_length(layer_idx)
+        return held if self.inside else held - self.prefix_mask.shape[1]
+
+
+class ReplicaPatch:
+    """Everything one patched model got, and what it takes to give it back."""
+
+    def __init__(self, model: Any, bank: PrefixBank, decoder: Any) -> None:
+        self.bank = bank
+        self.decoder = decoder
+        self.hook = ReplicaHook(bank, decoder)
+        self.handles = [
+            model.register_forward_pre_hook(self.hook, with_kwargs=True, prepend=True),
+            model.register_forward_hook(self.hook.end, always_call=True),
+        ]
+        for table in self.hook.tables:
+            self.handles.append(table.register_forward_pre_hook(look_up_rows, with_kwargs=True))
+            self.handles.append(table.register_forward_hook(restore_rows))
+        model.generate = Generate(model, bank)
+        model.prepare_inputs_for_generation = PrepareInputs(model, "")
+
+    def remove(self, model: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+        del model.generate, model.prepare_inputs_for_generation
+
+    def check(self, model: Any) -> None:
+        """Raise `UnsupportedModel` unless a padded batch of two texts as prefixes is exact over two passes."""
+        key_values = cached_kv(model, some_tokens(model, 4))
+        bank, self.hook.bank = self.hook.bank, PrefixBank(self.bank.base)
+        tasks = ["long", "short", None]
+        try:
+            self.hook.bank.add("long", of_all_heads(bank, key_values))
+            short = [(k[:, :2], v[:, :2]) for k, v in key_values]
+            self.hook.bank.add("short", of_all_heads(bank, short))
+            with torch.no_grad(), evaluating(model):
+                self._compare(model, tasks)
+        except PrefixAttnError:
+            raise
+        except FAILURES as error:
+            raise UnsupportedModel(f"it fails with a prefix in its cache ({type(error).__name__}: {error})") from error
+        finally:
+            self.hook.bank = bank
+
+    def _compare(self, model: Any, tasks: list[str | None]) -> None:
+        tokens = some_tokens(model, TOKENS + 1).expand(len(tasks), -1)
+        mask = torch.ones_like(tokens)
+        for row in range(1, len(tasks)):
+            mask[row, :row] = 0
+        cache = DynamicCache(config=model.config)
+        got = self._two_passes(model, tokens, mask, cache, {"task_ids": tasks})
+        for row, task in enumerate(tasks):
+            alone, length = DynamicCache(config=model.config), 0
+            if task is not None:
+                fill(alone, [self.hook.bank.key_values(task)])
+                length = self.hook.bank.prefix_len(task)
+            row_mask = torch.cat([mask.new_ones(1, length), mask[row : row + 1]], dim=1)
+            expected = self._two_passes(model, tokens[:1], row_mask, alone, {})[0]
+            try:
+                check_close(model, str(task), got[row, row:], expected[row:])
+            except UnsupportedModel as error:
+                raise UnsupportedModel(
+                    "rows with prefixes of different lengths are not exact, because the family counts or masks slots "
+                    f"of its cache in a way of its own ({error})"
+                ) from error
+
+    def _two_passes(self, model: Any, tokens: Tensor, mask: Tensor, cache: Any, tasks: dict[str, Any]) -> Tensor:
+        """Logits ``[rows, len, vocab]`` of all tokens but the last, then of the last."""
+        behind = mask.shape[1] - tokens.shape[1]
+        logits = []
+        for begin, end in ((0, TOKENS), (TOKENS, TOKENS + 1)):
+            positions = {}
+            if "position_ids" in inspect.signature(model.forward).parameters:
+                counted = (mask.cumsum(1) - 1).clamp(min=0)[:, behind:]
+                positions["position_ids"] = counted[:, begin:end]
+            out = model(
+                input_ids=tokens[:, begin:end], attention_mask=mask[:, : behind + end], past_key_values=cache,
+                use_cache=True, **positions, **tasks,
+            )  # fmt: skip
+            logits.append(out.logits)
+        return torch.cat(logits, dim=1)
+
+
+class _Pass(threading.local):
+    """The pass under way in this thread: its cache, and whether the caller wants none."""
+
+    cache: ReplicaCache | None = None
+    without_cache: bool = False
+
+
+_under_way = _Pass()
+
+
+class ReplicaHook:
+    """Forward pre-hook of the whole model: puts prefixes into its cache, its mask and its positions."""
+
+    def __init__(self, bank: PrefixBank, decoder: Any) -> None:
+        self.bank = bank
+        self.decoder = decoder
+        self.tables = [
+            module
+            for name, module in decoder.named_modules()
+            if name.rpartition(".")[2] == "embed_positions" and not _takes_positions(decoder)
+        ]
+
+    def __call__(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        task_ids = pop_task_ids(kwargs)
+        rows.positions, _under_way.cache = None, None
+        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        cache = given.get("past_key_values")
+        if task_ids is None:
+            check_tasks_of(cache, None)
+            return args, kwargs
+        inputs = given.get("input_ids")
+        inputs = given.get("inputs_embeds") if inputs is None else inputs
+        assert isinstance(inputs, Tensor), "transformers requires input_ids or inputs_embeds"
+        ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
+        _under_way.without_cache = not given.get("use_cache", getattr(model.config, "use_cache", True))
+        if cache is None or _under_way.without_cache:
+            cache = DynamicCache(config=model.config)
+        self._begin(cache, ids)
+        _refuse_what_would_be_wrong(model, given, _under_way.without_cache)
+        own = given.get("attention_mask")
+        if own is None:
+            own = torch.ones(inputs.shape[0], cache.get_seq_length() + inputs.shape[1], device=inputs.device)
+        positions = shifted_positions(self.bank, ids, inputs, given.get("position_ids"), own, cache, self.decoder)
+        if _takes_positions(model):
+            given["position_ids"] = positions
+        elif self.tables:
+            rows.positions = positions.expand(inputs.shape[0], -1)
+        given["attention_mask"] = torch.cat([cache.prefix_mask.to(own.dtype), own], dim=1)
+        cache.inside, _under_way.cache = True, cache
+        return (), given | {"past_key_values": cache, "use_cache": True}
+
+    def end(self, model: Any, args: Any, out: Any) -> Any:
+        """Forward hook: the pass is over, and its cache counts the request's tokens again."""
+        rows.positions = None
+        if _under_way.cache is not None:
+            _under_way.cache.inside, _under_way.cache = False, None
+            if _under_way.without_cache and out is not None:
+                return type(out)(**{name: x for name, x in out.items() if name != "past_key_values"})
+        return None
+
+    def _begin(self, cache: Any, ids: Tensor) -> None:
+        """Fill an empty cache with the rows' prefixes; check that a filled one has them."""
+        if isinstance(cache, ReplicaCache):
+            check_tasks_of(cache, ids)
+            if len(cache.prefix_mask) != len(ids):
+                raise ShapeError(
+                    f"task_ids: expected {len(cache.prefix_mask)}, one for each row of past_key_values, got {len(ids)}"
+                )
+            return
+        if type(cache) is not DynamicCache or cache.get_seq_length():
+            raise UnsupportedModel(
+                f"past_key_values: expected an empty DynamicCache, got {type(cache).__name__} of "
+                f"{cache.get_seq_length()} tokens; this family's prefixes are copied into a cache that grows"
+            )
+        names = {int(self.bank.task_ids([name])): name for name in self.bank.names}
+        lengths = [self.bank.lengths[task] if task >= 0 else 0 for task in ids.tolist()]
+        longest = max(lengths)
+        nothing = self.bank.geometry.empty()
+        prefixes = []
+        for task, m in zip(ids.tolist(), lengths, strict=True):
+            layers = self.bank.key_values(names[task]) if task >= 0 else nothing
+            prefixes.append([(self._padded(k, longest - m), self._padded(v, longest - m)) for k, v in layers])
+        fill(cache, prefixes)
+        cache.__class__ = ReplicaCache
+        setattr(cache, MARK, ids)
+        cache.inside = False
+        slot = torch.arange(longest, device=ids.device)
+        cache.prefix_mask = (slot >= longest - torch.tensor(lengths, device=ids.device)[:, None]).long()
+
+    def _padded(self, x: Tensor, padding: int) -> Tensor:
+        zeros = x.new_zeros(x.shape[0], padding, x.shape[2], dtype=self.bank.dtype, device=self.bank.device)
+        return torch.cat([zeros, x.to(zeros)], dim=1)
+
+
+def _takes_positions(module: Any) -> bool:
+    return "position_ids" in inspect.signature(module.forward).parameters
+
+
+def _refuse_what_would_be_wrong(model: Any, given: dict[str, Any], without_cache: bool) -> None:
+    mask = given.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        raise UnsupportedModel(
+            "attention_mask: expected [batch, tokens], to which the prefix is added, got another kind"
+        )
+    if model.training and getattr(model, "is_gradient_checkpointing", False):
+        raise UnsupportedModel("gradient checkpointing switches the cache off that holds this family's prefixes")
+    if without_cache and given.get("return_dict") is False:
+        raise UnsupportedModel("return_dict=False: expected True with use_cache=False for this family")

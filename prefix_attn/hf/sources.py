@@ -1,0 +1,160 @@
+"""Which prefix each attention call of a model reads: found out by running the model, not from its config.
+
+A model is run on one token behind a cache that holds a short prefix, and its attention calls are recorded. The first
+keys and values of a call are the prefix as attention sees it. Where they are, bit for bit, what some layer of the cache
+holds, the call reads that layer of the bank: its own, or another one where layers share keys. Elsewhere the model makes
+them from the cache's content (latent attention expands it, some families repeat heads or split values): each task's
+keys and values are then recorded in the same way, once, and kept beside the bank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.forward import evaluating, unforgetting_cache
+from prefix_attn.bank.geometry import LayerKV
+from prefix_attn.errors import UnsupportedModel
+from prefix_attn.types import PrefixKV
+
+#: The attribute of an attention module that holds a `Source` for each of its calls in a pass, in their order.
+SOURCES = "_prefix_attn_sources"
+
+
+class Source(NamedTuple):
+    """What one attention call reads: layer ``layer`` of the bank, or the ``layer``-th of the prefixes made from it.
+
+    ``slides``: the model's cache forgets what is out of this layer's window, so its mask must have one too.
+    """
+
+    layer: int
+    made: bool
+    slides: bool
+
+
+class Call(NamedTuple):
+    """One recorded attention call: its module, and keys and values ``[1, kv_heads, tokens, dim]``."""
+
+    module: nn.Module
+    key: Tensor
+    value: Tensor
+
+
+#: Runs the unpatched model on one token behind the cache; returns its attention calls in their order.
+Recorder = Callable[[Any], list[Call]]
+
+
+class Sources:
+    """The sources of every attention module, and the prefixes that the model makes of a bank's.
+
+    Args:
+        model: whose calls ``record`` records.
+        key_values: a prefix of the model, as the cache keeps it, of at least one token.
+
+    Raises:
+        UnsupportedModel: a layer keeps keys, but reads them in another way than through the attention interface.
+    """
+
+    def __init__(self, model: Any, key_values: Sequence[LayerKV], record: Recorder) -> None:
+        self.model = model
+        self.record = record
+        self.sources: dict[nn.Module, tuple[Source, ...]] = {}
+        self._made: list[tuple[int, LayerKV]] = []  # which of the recorded calls, and what it makes of no tokens
+        self._bank: PrefixBank | None = None
+        self._lengths: list[int] = []
+        self._prefixes: list[PrefixKV] = []
+        m = key_values[0][0].shape[1]
+        read: set[int] = set()
+        sliding = {i for i, x in enumerate(unforgetting_cache(model).layers) if hasattr(x, "sliding_window")}
+        for i, call in enumerate(self._calls_behind(key_values)):
+            if call.key.shape[2] != m + 1:
+                continue  # not over [prefix ; own keys]: another kind of attention
+            layer = next((i for i, pair in enumerate(key_values) if _reads(call, pair, m)), None)
+            slides = (call.module.__dict__.get("layer_idx") if layer is None else layer) in sliding
+            source = Source(len(self._made) if layer is None else layer, made=layer is None, slides=slides)
+            if layer is None:
+                k, v = _prefix_of(call)
+                self._made.append((i, (k[:, :0], v[:, :0])))
+            else:
+                read.add(layer)
+            self.sources[call.module] = (*self.sources.get(call.module, ()), source)
+        if not self.sources:
+            raise UnsupportedModel(
+                f"{type(model).__name__}: the family does not use transformers' attention interface, so its attention "
+                "cannot be replaced"
+            )
+        kept = {i for i, (k, _) in enumerate(key_values) if k.shape[0]}
+        if not self._made and read != kept:
+            raise UnsupportedModel(
+                f"{type(model).__name__}: layers {sorted(kept - read)} keep keys and values, but do not read them "
+                "through transformers' attention interface"
+            )
+
+    def attach(self) -> None:
+        """Tell each attention module what it reads."""
+        for module, sources in self.sources.items():
+            setattr(module, SOURCES, sources)
+
+    def detach(self) -> None:
+        """Undo `attach`."""
+        for module in self.sources:
+            module.__dict__.pop(SOURCES, None)
+
+    def made_of(self, bank: PrefixBank) -> list[PrefixKV]:
+        """The prefixes that the model makes of the bank's, for each call that reads such; kept until it changes."""
+        if self._made and (self._bank is not bank or self._lengths != bank.lengths):
+            self._prefixes = self._make(bank)
+            self._bank, self._lengths = bank, bank.lengths
+        return self._prefixes
+
+    def _make(self, bank: PrefixBank) -> list[PrefixKV]:
+        calls = {
+            int(bank.task_ids([name])): self._calls_behind(bank.key_values(name))
+            for name in bank.names
+            if bank.prefix_len(name)
+        }
+        lens = bank.lens.clone()  # a bank with a reserve writes its own in place, and these must fit what is packed
+        result = []
+        for i, nothing in self._made:
+            parts = {task: _prefix_of(recorded[i]) for task, recorded in calls.items()}
+            packed = PrefixKV.pack([parts.get(task, nothing) for task in range(max(len(lens), 1))])
+            result.append(PrefixKV(packed.k, packed.v, packed.starts[: len(lens)], lens, packed.max_len))
+        return result
+
+    def _calls_behind(self, key_values: Sequence[LayerKV]) -> list[Call]:
+        cache = unforgetting_cache(self.model)
+        fill(cache, [key_values])
+        with torch.no_grad(), evaluating(self.model):
+            return self.record(cache)
+
+
+def fill(cache: Any, rows: Sequence[Sequence[LayerKV]]) -> None:
+    """Put one prefix per row, all of one length, into an empty plain cache."""
+    for i, (k, _) in enumerate(rows[0]):
+        if k.numel():
+            cache.update(*(torch.stack(x) for x in zip(*(row[i] for row in rows), strict=True)), i)
+
+
+def one_width(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v with the narrower head dim padded with zeros to the wider."""
+    width = max(k.shape[-1], v.shape[-1])
+    return widened(k, width), widened(v, width)
+
+
+def widened(x: Tensor, width: int) -> Tensor:
+    """``x [..., dim]`` padded with zeros to ``[..., width]``."""
+    return x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))
+
+
+def _prefix_of(call: Call) -> tuple[Tensor, Tensor]:
+    """All but the own token of a recorded call, in one width."""
+    return one_width(call.key[0, :, :-1], call.value[0, :, :-1])
+
+
+def _reads(call: Call, pair: LayerKV, m: int) -> bool:
+    return torch.equal(call.key[0, :, :m], pair[0]) and torch.equal(call.value[0, :, :m], pair[1])
