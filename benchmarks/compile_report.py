@@ -203,7 +203,7 @@ def specialisation(job: Job, config: dict[str, int] | None) -> tuple[Any, dict[s
 
     block_d = configs.padded_head_dim(job.head_dim)
     align = min(16, job.head_dim & -job.head_dim)
-    absent = {"kv_start", "kv_len", "sinks", "window", "softcap", "lse"} - set(job.options)
+    absent = {"kv_start", "kv_len", "sinks", "window", "softcap", "lse", "bias"} - set(job.options)
     constants: dict[str, Any] = {"HEAD_DIM": job.head_dim, "BLOCK_D": block_d}
     if job.kernel == "merge":
         constants |= {"BLOCK_C": 8, "stride_out_dim": 1, "sinks_ptr": None, "lse_ptr": None}
@@ -211,11 +211,13 @@ def specialisation(job: Job, config: dict[str, int] | None) -> tuple[Any, dict[s
     itemsize = TYPES[job.dtype][1]
     block_m = {"decode": configs.decode_rows(job.rows), "grouped": job.tile_rows}.get(job.kernel, 0)
     kind = "backward_dkv" if job.kernel in ("backward_own", "backward_bank") else job.kernel
+    kind = f"biased_{kind}" if "bias" in job.options else kind
     config = config or asdict(configs.heuristic(kind, job.head_dim, itemsize, job.target, block_m))
     names = {"window": "window", "softcap": "softcap_inner"}
     constants |= {names.get(name, f"{name}_ptr"): None for name in absent}
     constants |= {f"stride_{x}_dim": 1 for x in ("q", "k", "v", "prefix_k", "prefix_v", "out")}
     constants |= {"GROUP": job.group, "ALIGN": align, "CAUSAL": job.kernel == "prefill" or job.rows > job.group}
+    constants["BIAS_OF_SLOTS"] = False
     constants |= {"BLOCK_M": config["block_m"], "BLOCK_N": config["block_n"]}
     if job.kernel in BACKWARD:
         kernel = getattr(backward_dq if job.kernel == "backward_dq" else backward_dkv, f"{job.kernel}_kernel")
@@ -237,7 +239,7 @@ def specialisation(job: Job, config: dict[str, int] | None) -> tuple[Any, dict[s
 
 def argument_type(name: str, job: Job) -> str:
     """Triton's name for the type of a run-time argument."""
-    if name in ("scale", "scale_log2", "softcap_inner"):
+    if name in ("scale", "scale_log2", "softcap_inner", "bias_scale"):
         return "fp32"
     if not name.endswith("_ptr"):
         return "i32"

@@ -45,9 +45,10 @@ def default_config(kind: str, q: Tensor, rows: int = 0) -> TileConfig:
     """The tuned or heuristic config for q's device.
 
     Args:
+        kind: "decode", "prefill", "grouped"; "biased_decode" and "biased_prefill" with a relative bias.
         rows: in decode, how many query rows share the keys; in grouped decode, the rows of a prefix tile.
     """
-    block_m = {"decode": decode_rows(rows), "grouped": rows}.get(kind, 0)
+    block_m = {"decode": decode_rows(rows), "biased_decode": decode_rows(rows), "grouped": rows}.get(kind, 0)
     return _config_for(kind, q.shape[3], q.dtype, block_m, q.device)
 
 
@@ -96,6 +97,8 @@ def shared_bytes(kind: str, config: TileConfig, head_dim: int, itemsize: int, ta
 
 def _shape(kind: str, block_d: int, itemsize: int, target: str, block_m: int) -> TileConfig:
     amd, large = target.startswith("gfx"), target in LARGE_TILES
+    # Distances and entries of a relative bias take the registers of half a tile.
+    biased, kind = kind.startswith("biased_"), kind.removeprefix("biased_")
     if kind == "grouped":
         return _grouped_shape(block_d, itemsize, amd, large, block_m)
     if kind in ("backward_dq", "backward_dkv"):
@@ -103,16 +106,18 @@ def _shape(kind: str, block_d: int, itemsize: int, target: str, block_m: int) ->
     if itemsize == 4:  # full float32 products run on the ordinary cores, where tiles only cost registers
         if kind == "decode":
             return TileConfig(min(block_m, 32), 32 if block_d <= 128 else 16, 8, 2)
-        return TileConfig(32, 64, 8, 1) if block_d <= 128 else TileConfig(16, 32, 8, 2)
+        return TileConfig(32, 32 if biased else 64, 8, 1) if block_d <= 128 else TileConfig(16, 32, 8, 2)
     if kind == "decode":
         # 16 KiB of keys and 16 KiB of values a stage: enough in flight from two programs a multiprocessor. Tiles of
         # 64 rows get wgmma where there is wgmma; elsewhere they need the registers of half the keys.
         block_n = min(128, max(32, 8192 // block_d))
-        if block_m == 64 and not large:
-            block_n = min(block_n, 32)
+        if block_m == 64 and (biased or not large):
+            block_n = min(block_n, 16 if biased and block_d >= 128 else 32)
         return TileConfig(block_m, block_n, 4 if block_m <= 32 or block_d <= 128 else 8, 2 if amd else 3)
     if amd:
         return TileConfig(128, 64, 4, 1) if block_d <= 128 else TileConfig(64, 32, 4, 1)
+    if biased:
+        return TileConfig(128, 64, 8, 3) if block_d <= 64 else TileConfig(64, 64 if block_d <= 128 else 32, 8, 2)
     if block_d <= 64:
         return TileConfig(128, 128, 8, 3)
     if block_d == 128:

@@ -29,6 +29,7 @@ from prefix_attn.kernels.primitives import (
     attend_tile,
     cast,
     normalise,
+    open_bias,
     open_row,
     query_rows,
     runtime_jit,
@@ -61,17 +62,18 @@ def choose_chunks(programs: int, keys: int, least_keys: int, slots: int) -> int:
 @runtime_jit
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
-    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, sinks_ptr,
+    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, sinks_ptr, bias_ptr,
     stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
     stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
     stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
     stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
     stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
     stride_out_batch, stride_out_head, stride_out_seq, stride_out_dim,
-    stride_task_ids, stride_kv_start, stride_kv_len,
+    stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
     batch, kv_heads, q_len, kv_capacity, num_tasks, row_tiles, chunks,
-    window, scale_log2, softcap_inner,
+    window, scale_log2, softcap_inner, bias_reach, bias_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr,
+    BIAS_OF_SLOTS: tl.constexpr,
     MIN_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``out[b, h, i] = softmax_j(s_ij) @ v_j`` over one chunk of the keys j of row b.
@@ -105,6 +107,9 @@ def decode_kernel(
         stride_task_ids, stride_kv_start, stride_kv_len, kv_capacity, num_tasks, ALIGN)  # fmt: skip
     past = own_end - q_len
     query = past + offs_i  # [BLOCK_M]
+    # Without causal, keys past kv_len are padding behind the row: the queries stand where the slots end.
+    bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h, mask_m,
+                     kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)  # fmt: skip
     first = past + row_tile * BLOCK_M // GROUP
     last = past + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1)
     prefix_lo, prefix_hi, _, _ = visible_span(
@@ -129,8 +134,8 @@ def decode_kernel(
         start = tl.where(own, own_lo + (tile - tl.minimum(turn, prefix_tiles)) * BLOCK_N, prefix_lo + turn * BLOCK_N)
         acc, row_sum, row_max = attend_tile(
             acc, row_sum, row_max, q, query, start, own_hi, prefix_hi, prefix_len, own, own_keys, prefix_keys, window,
-            scale_log2, softcap_inner, MASKED=True, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N,
-            BLOCK_D=BLOCK_D)  # fmt: skip
+            scale_log2, softcap_inner, bias, MASKED=True, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN,
+            BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
 
     if sinks_ptr is not None and not SPLIT:
         sink = tl.load(sinks_ptr + offs_h, mask=mask_m, other=0.0).to(tl.float32) * LOG2_E  # [BLOCK_M]
@@ -168,7 +173,7 @@ def decode_attention(
     many keys k could hold.
     """
     q_len, head_dim, group = operands.q_len, operands.head_dim, operands.group
-    config = config or default_config("decode", operands.q, rows=q_len * group)
+    config = config or default_config(operands.kind("decode"), operands.q, rows=q_len * group)
     row_tiles = triton.cdiv(q_len * group, config.block_m)
     programs = operands.batch * operands.kv_heads * row_tiles
     if chunks is None and batch_invariant:
@@ -187,7 +192,7 @@ def decode_attention(
         partial_lse = out.new_empty((launched, *operands.q.shape[:3]), dtype=torch.float32)
         target, target_lse = partial[0], partial_lse
     decode_kernel[(programs * launched,)](
-        **operands.arguments(target, target_lse),
+        **operands.arguments(target, target_lse), **operands.bias_arguments(),
         batch=operands.batch, row_tiles=row_tiles, chunks=chunks,
         SPLIT=split, MIN_TILES=MIN_TILES,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=padded_head_dim(head_dim),

@@ -106,12 +106,12 @@ def prefix_item(
         for n in tl.range(full_begin, full_begin + skip):
             acc, row_sum, row_max = attend_keys(
                 acc, row_sum, row_max, q, lo + n * BLOCK_N, prefix_len, None, None, keys, scale_log2, softcap_inner,
-                MASKED=False, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
+                None, None, MASKED=False, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
         for edge in tl.range(begin, end - skip):
             n = tl.where(edge < full_begin, edge, edge + skip)
             acc, row_sum, row_max = attend_keys(
                 acc, row_sum, row_max, q, lo + n * BLOCK_N, prefix_len, first, None, keys, scale_log2, softcap_inner,
-                MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
+                None, None, MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
 
         out, lse = normalise(acc, row_sum, row_max, False)
         member = tl.load(member_ptrs, volatile=True)  # again, for it would fill registers during the loops
@@ -183,7 +183,7 @@ def request_item(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for n in tl.range(begin, tl.minimum(begin + per_chunk, key_tiles)):
         acc, row_sum, row_max = attend_keys(
-            acc, row_sum, row_max, q, lo + n * BLOCK_N, hi, first, last, keys, scale_log2, softcap_inner,
+            acc, row_sum, row_max, q, lo + n * BLOCK_N, hi, first, last, keys, scale_log2, softcap_inner, None, None,
             MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
 
     out, lse = normalise(acc, row_sum, row_max, broken)

@@ -20,7 +20,7 @@ class Operands:
 
     q: ``[batch, q_heads, q_len, head_dim]``; k, v: ``[batch, kv_heads, kv_len, head_dim]``; prefix_k, prefix_v:
     ``[kv_heads, tokens, head_dim]``; starts, lens: int32 ``[tasks]``; task_ids, kv_start, kv_len: int32 ``[batch]``;
-    sinks: ``[q_heads]``. Any strides.
+    sinks: ``[q_heads]``; relative_bias: ``[q_heads, 2R + 1]``. Any strides.
     """
 
     q: Tensor
@@ -38,6 +38,7 @@ class Operands:
     scale: float
     window: int | None
     softcap: float | None
+    relative_bias: Tensor | None = None
 
     @property
     def batch(self) -> int:
@@ -76,6 +77,22 @@ class Operands:
             "scale_log2": scale_log2, "softcap_inner": softcap_inner, **self.row_arguments(),
         }  # fmt: skip
 
+    def kind(self, kernel: str) -> str:
+        """The kernel's name in `kernels.config`."""
+        return kernel if self.relative_bias is None else f"biased_{kernel}"
+
+    def bias_arguments(self) -> dict[str, Any]:
+        """Arguments of a relative bias, or of none."""
+        table = self.relative_bias
+        return {
+            "bias_ptr": table,
+            "stride_bias_head": 0 if table is None else table.stride(0),
+            "stride_bias_entry": 0 if table is None else table.stride(1),
+            "bias_reach": 0 if table is None else table.shape[1] // 2,
+            "bias_scale": bias_scale(self.scale, self.softcap),
+            "BIAS_OF_SLOTS": not self.causal,
+        }
+
     def row_arguments(self) -> dict[str, Any]:
         """Arguments that say which keys each query sees, and the sizes."""
         return {
@@ -107,6 +124,13 @@ def strided(**tensors: Tensor) -> dict[str, Any]:
         outer = ("batch", "head", "seq")[4 - x.ndim :]
         arguments |= {f"stride_{name}_{axis}": s // align for axis, s in zip(outer, x.stride(), strict=False)}
     return arguments
+
+
+def bias_scale(scale: float, softcap: float | None) -> float:
+    """What a bias is multiplied by to be added to what `score_scales` are applied to."""
+    if softcap is not None:
+        return 1 / softcap
+    return LOG2_E / score_scales(scale, None)[0]
 
 
 def score_scales(scale: float, softcap: float | None) -> tuple[float, float | None]:

@@ -28,6 +28,7 @@ from prefix_attn.kernels.primitives import (
     edge_tile,
     full_tile,
     normalise,
+    open_bias,
     open_row,
     query_rows,
     runtime_jit,
@@ -38,16 +39,17 @@ from prefix_attn.kernels.primitives import (
 @runtime_jit
 def prefill_kernel(
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
-    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, sinks_ptr,
+    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, sinks_ptr, bias_ptr,
     stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
     stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
     stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
     stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
     stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
     stride_out_batch, stride_out_head, stride_out_seq, stride_out_dim,
-    stride_task_ids, stride_kv_start, stride_kv_len,
+    stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
     kv_heads, q_len, kv_capacity, num_tasks, row_tiles, window, scale_log2, softcap_inner,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr,
+    bias_reach, bias_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, BIAS_OF_SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``out[b, h, i] = softmax_j(s_ij) @ v_j`` over all keys j of row b, for BLOCK_M pairs (i, h)."""
@@ -75,6 +77,9 @@ def prefill_kernel(
         stride_task_ids, stride_kv_start, stride_kv_len, kv_capacity, num_tasks, ALIGN)  # fmt: skip
     past = own_end - q_len
     query = past + offs_i  # [BLOCK_M]
+    # Without causal, keys past kv_len are padding behind the row: the queries stand where the slots end.
+    bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h, mask_m,
+                     kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)  # fmt: skip
     first = past + row_tile * BLOCK_M // GROUP
     last = past + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1)
     prefix, own = split_row(first, last, own_start, own_end, prefix_len, window, CAUSAL, BLOCK_N)
@@ -87,14 +92,14 @@ def prefill_kernel(
         is_own, start = full_tile(n, prefix, own, BLOCK_N)
         acc, row_sum, row_max = attend_tile(
             acc, row_sum, row_max, q, query, start, own[1], prefix[1], prefix_len, is_own, own_keys, prefix_keys,
-            window, scale_log2, softcap_inner, MASKED=False, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN,
+            window, scale_log2, softcap_inner, bias, MASKED=False, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN,
             BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
 
     for n in tl.range(0, prefix[2] + prefix[4] + own[2] + own[4]):
         is_own, start = edge_tile(n, prefix, own, BLOCK_N)
         acc, row_sum, row_max = attend_tile(
             acc, row_sum, row_max, q, query, start, own[1], prefix[1], prefix_len, is_own, own_keys, prefix_keys,
-            window, scale_log2, softcap_inner, MASKED=True, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN,
+            window, scale_log2, softcap_inner, bias, MASKED=True, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN,
             BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
 
     if sinks_ptr is not None:
@@ -111,10 +116,10 @@ def prefill_kernel(
 def prefill_attention(operands: Operands, out: Tensor, lse: Tensor | None, config: TileConfig | None = None) -> None:
     """Write out, and lse (float32 ``[batch, q_heads, q_len]``, contiguous) if given."""
     q_len, head_dim, group = operands.q_len, operands.head_dim, operands.group
-    config = config or default_config("prefill", operands.q)
+    config = config or default_config(operands.kind("prefill"), operands.q)
     row_tiles = triton.cdiv(q_len * group, config.block_m)
     prefill_kernel[(row_tiles * operands.kv_heads * operands.batch,)](
-        **operands.arguments(out, lse),
+        **operands.arguments(out, lse), **operands.bias_arguments(),
         row_tiles=row_tiles,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=padded_head_dim(head_dim),
         num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,

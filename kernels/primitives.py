@@ -1,6 +1,6 @@
 """Pieces shared by every kernel: the product, the online softmax in base 2, what a query sees, merge weights.
 
-    s = log2(e) * scale * q @ k^T          [s = log2(e) * softcap * tanh(scale * q @ k^T / softcap)]
+    x = scale * q @ k^T [+ bias]          s = log2(e) * x          [s = log2(e) * softcap * tanh(x / softcap)]
     m' = max(m, max_j s_j)    l' = 2^(m - m') l + sum_j 2^(s_j - m')    acc' = 2^(m - m') acc + 2^(s - m') @ v
 
 A state (acc, row_sum = l, row_max = m) that has seen no key is (0, 0, -inf); it normalises to 0 with lse = -inf.
@@ -127,7 +127,33 @@ def visible_keys(start, end, first, last, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_log2, softcap_inner,
+def bias_scores(bias, start, shift, BLOCK_N: tl.constexpr):
+    """What a relative bias adds to the scores of keys ``start .. start + BLOCK_N``: ``[BLOCK_M, BLOCK_N]``.
+
+    Args:
+        bias: ``(ptrs, query, stride, reach, scale)``: where the entry of distance 0 of each query's head lies, and
+            where the query stands among its row's own slots, ``[BLOCK_M]`` each; the step to the next distance; the
+            largest distance; and what entries are multiplied by.
+        shift: how far ahead of that the query stands of these keys: 0, or the length of the prefix.
+    """
+    distance = (start + tl.arange(0, BLOCK_N))[None, :] - (bias[1] + shift)[:, None]  # [BLOCK_M, BLOCK_N]
+    distance = tl.minimum(tl.maximum(distance, -bias[3]), bias[3])
+    return tl.load(bias[0][:, None] + distance * bias[2]).to(tl.float32) * bias[4]
+
+
+@triton.jit
+def open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h, mask_m, query):
+    """The `bias_scores` of a tile's queries; None without a bias."""
+    bias = None
+    if bias_ptr is not None:
+        heads = tl.where(mask_m, offs_h, 0)  # [BLOCK_M]
+        ptrs = bias_ptr + heads * stride_bias_head + bias_reach * stride_bias_entry
+        bias = (ptrs, query, stride_bias_entry, bias_reach, bias_scale)
+    return bias
+
+
+@triton.jit
+def attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_log2, softcap_inner, bias, shift,
                 MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
                 BLOCK_D: tl.constexpr):  # fmt: skip
     """The state after keys ``start .. start + BLOCK_N``; from ``end`` on none is loaded (if MASKED).
@@ -136,11 +162,16 @@ def attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_l
         q: ``[BLOCK_M, BLOCK_D]``; first, last: the first and the last key each query sees, ``[BLOCK_M]``, or None where
             nothing but ``end`` limits them; used if MASKED.
         keys: ``(k_ptr, v_ptr, stride_k_seq, stride_k_dim, stride_v_seq, stride_v_dim)``.
+        bias, shift: as in `bias_scores`, or None.
     """
     k = load_keys(keys[0], keys[2], keys[3], start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)
     scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
     if softcap_inner is not None:
-        scores = tanh(scores * softcap_inner, q.dtype == tl.float32)
+        scores *= softcap_inner
+    if bias is not None:
+        scores += bias_scores(bias, start, shift, BLOCK_N)
+    if softcap_inner is not None:
+        scores = tanh(scores, q.dtype == tl.float32)
     if MASKED:
         scores = tl.where(visible_keys(start, end, first, last, BLOCK_N), scores, float("-inf"))
     v = load_keys(keys[1], keys[4], keys[5], start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)
@@ -166,7 +197,7 @@ def select_keys(own, query, own_end, prefix_end, prefix_len, own_keys, prefix_ke
 
 @triton.jit
 def attend_tile(acc, row_sum, row_max, q, query, start, own_end, prefix_end, prefix_len, own, own_keys, prefix_keys,
-                window, scale_log2, softcap_inner,
+                window, scale_log2, softcap_inner, bias,
                 MASKED: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr,
                 BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """`attend_keys` for a tile of the row's own keys (if ``own``) or of its prefix.
@@ -177,12 +208,13 @@ def attend_tile(acc, row_sum, row_max, q, query, start, own_end, prefix_end, pre
     Args:
         q: ``[BLOCK_M, BLOCK_D]``; query: ``[BLOCK_M]``, ``past + i``; among prefix slots it stands prefix_len further.
         own_end, prefix_end: one past the last key of each kind that may be loaded.
-        own_keys, prefix_keys: as in `attend_keys`.
+        own_keys, prefix_keys, bias: as in `attend_keys`.
     """
     keys, end, first, last = select_keys(
         own, query, own_end, prefix_end, prefix_len, own_keys, prefix_keys, window, CAUSAL)  # fmt: skip
-    return attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_log2, softcap_inner, MASKED,
-                       HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)  # fmt: skip
+    shift = tl.where(own, 0, prefix_len)
+    return attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_log2, softcap_inner, bias, shift,
+                       MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)  # fmt: skip
 
 
 @triton.jit

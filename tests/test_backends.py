@@ -192,18 +192,16 @@ def test_flash_attn_says_what_is_missing() -> None:
 class TestTriton(BackendSuite):
     name = "triton"
 
-    def run(self, inputs: Inputs, **options: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        if inputs.options["relative_bias"] is not None:
-            with pytest.raises(pa.BackendUnavailable, match="relative_bias"):
-                super().run(inputs, **options)
-            pytest.skip("the kernels do not know relative_bias")
-        return super().run(inputs, **options)
-
     @pytest.mark.parametrize("case", [c for c in CASES if c.name in ("decode", "sinks_prefill")], ids=lambda c: c.name)
     @pytest.mark.parametrize("with_lse", [False, True])
     def test_gradients(self, case: Case, with_lse: bool) -> None:
         """Fewer cases than elsewhere; tests/kernels/test_backward.py has the others."""
         super().test_gradients(case, with_lse)
+
+    def test_gradients_with_a_relative_bias_are_left_to_torch(self) -> None:
+        inputs, _ = make(replace(DECODE, reach=4), device=DEVICE).requiring_grad()
+        with pytest.raises(pa.BackendUnavailable, match="relative_bias"):
+            self.run(inputs)
 
 
 class TestTritonGrouped(TestTriton):
@@ -216,6 +214,8 @@ class TestTritonGrouped(TestTriton):
         def choose(call: AttentionCall) -> Regime:
             if not use_decode(call.q_len, call.group) or call.q_len > 8:
                 pytest.skip("more than a handful of queries a row")
+            if call.relative_bias is not None:
+                pytest.skip("a relative bias is never grouped")
             return Regime("grouped", "forced")
 
         monkeypatch.setattr(triton, "choose_regime", choose)

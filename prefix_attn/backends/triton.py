@@ -39,8 +39,8 @@ def refusal(call: AttentionCall) -> str | None:
         return f"the kernels accumulate in float32 and take {', '.join(map(str, DTYPES))}, not {call.q.dtype}"
     if not MIN_HEAD_DIM <= call.head_dim <= MAX_HEAD_DIM:
         return f"the kernels take head_dim {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, not {call.head_dim}"
-    if call.relative_bias is not None:
-        return "the kernels do not know relative_bias yet; use backend='torch'"
+    if call.relative_bias is not None and call.needs_grad:
+        return "its backward kernels do not know relative_bias, and a tensor requires grad; use backend='torch'"
     keys = (call.k.stride(), call.v.stride(), call.prefix.k.stride(), call.prefix.v.stride())
     if (stride := max(max(s[-2:]) for s in keys)) > MAX_STRIDE:
         return f"keys have a stride of {stride} elements, the kernels take {MAX_STRIDE}; call .contiguous() on k and v"
@@ -109,7 +109,7 @@ def _operands(call: AttentionCall) -> Operands:
     return Operands(
         q=call.q, k=call.k, v=call.v, prefix_k=prefix.k, prefix_v=prefix.v, starts=prefix.starts, lens=prefix.lens,
         task_ids=call.task_ids, kv_start=call.kv_start, kv_len=call.kv_len, sinks=call.sinks, causal=call.causal,
-        scale=call.scale, window=call.window, softcap=call.softcap,
+        scale=call.scale, window=call.window, softcap=call.softcap, relative_bias=call.relative_bias,
     )  # fmt: skip
 
 
