@@ -25,6 +25,7 @@ from prefix_attn.bank.geometry import CROSS, DECODER, ENCODER
 from prefix_attn.errors import ShapeError, UnsupportedModel
 from prefix_attn.hf.adapters import pop_task_ids
 from prefix_attn.hf.attention import KEYWORD
+from prefix_attn.hf.caches import check_tasks_of, remember_tasks
 from prefix_attn.hf.configs import OwnConfigs
 from prefix_attn.hf.context import check_fits, new_tokens
 from prefix_attn.hf.generate import INPUTS, Generate, PrepareInputs, checked_for_batch, setting
@@ -66,6 +67,7 @@ class Seq2SeqPatch:
             )
             for part, stack in stacks.items()
         ]
+        self.handles.append(stacks[DECODER].register_forward_hook(remember_tasks, with_kwargs=True))
         if hasattr(stacks[DECODER], "embed_positions"):
             table = stacks[DECODER].embed_positions
             self.handles.append(table.register_forward_pre_hook(look_up_rows, with_kwargs=True))
@@ -143,6 +145,7 @@ class StackHook:
         if self.part == DECODER:
             rows.positions = None
         if task_ids is None:
+            check_tasks_of(kwargs.get("past_key_values"), None)
             scope.implementation = self.implementation
             return args, kwargs | {KEYWORD: PartBatch(self.implementation)}
         scope.implementation = None
@@ -151,6 +154,7 @@ class StackHook:
             args, kwargs = (), bound | bound.pop("kwargs", {})
         inputs = next(x for name in INPUTS if (x := kwargs.get(name)) is not None)
         ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
+        check_tasks_of(kwargs.get("past_key_values"), ids)
         if self.part == DECODER and hasattr(stack, "embed_positions"):
             rows.positions = shifted_positions(
                 self.bank, ids, inputs, kwargs.get("position_ids"), kwargs.get("attention_mask"),

@@ -218,6 +218,12 @@ def test_refusals(patched: Any) -> None:
         inputs["attention_mask"][2, 3] = 0
         with pytest.raises(pa.UnsupportedModel, match="zeros between"):
             patched(**inputs, decoder_input_ids=tokens, task_ids=ROWS)
+    with torch.no_grad():
+        inputs = make_inputs(patched)
+        cache = patched(**inputs, decoder_input_ids=tokens, task_ids=ROWS).past_key_values
+        for others in ({}, {"task_ids": ["decoder"] * 6}):
+            with pytest.raises(pa.IncompatiblePrefix, match="computed with tasks"):
+                patched(**inputs, decoder_input_ids=tokens[:, :1], past_key_values=cache, **others)
     if patched._prefix_attn.bank.context_limit is not None:
         inputs = make_inputs(patched)
         with pytest.raises(pa.ContextOverflow, match="row 3: a prefix of 7 tokens and 60 of its own"):
