@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from prefix_attn.backends import reference
-from prefix_attn.backends.by_task import Readers, merge, readers_of, with_sinks
+from prefix_attn.backends.by_task import EvenReaders, Readers, even_readers_of, merge, readers_of, with_sinks
 from prefix_attn.types import AttentionCall, Gradients, PerInput
 
 #: On a CPU to group rows by task; elsewhere as the reference does.
@@ -29,6 +29,9 @@ READS_IDS = True
 
 #: In prefill, prefixes of fewer tokens are copied: a second call and the merge cost more (measured in the same file).
 COPIED_BELOW = 64
+
+#: Scores of a kv head up to which two products in float32 beat the flash operator's tiles, in a batch.
+FEW_SCORES = 256
 
 
 def refusal(call: AttentionCall) -> str | None:
@@ -90,7 +93,8 @@ class _Batch:
     """What the host needs to know of a call on a CPU: who reads which prefix, and where each row's keys lie."""
 
     def __init__(self, call: AttentionCall) -> None:
-        self.readers = readers_of(tuple(call.task_ids.tolist()), tuple(call.prefix.spans))
+        self.ids, self.spans = tuple(call.task_ids.tolist()), tuple(call.prefix.spans)
+        self.readers = readers_of(self.ids, self.spans)
         self.longest = max((m for _, m, _ in self.readers.groups), default=0)
         starts = call.kv_start.tolist() if call.kv_start is not None else [0] * call.batch
         ends = call.kv_len.tolist() if call.kv_len is not None else [call.kv_capacity] * call.batch
@@ -109,11 +113,53 @@ class _Batch:
 
 
 def _shared(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
-    """One call per task over its prefix, one over all own keys, merged in float32."""
+    """The prefixes, and all own keys, merged in float32."""
     own_out, own_lse = _own(call, batch)
     readers = batch.readers
     if not readers.groups:
         return own_out, own_lse
+    # In decode a query more costs little; a call for each task costs more.
+    even = even_readers_of(batch.ids, batch.spans, most_repeated=call.batch if call.q_len == 1 else 0)
+    if even is not None and call.relative_bias is None:
+        out, lse = _even_prefixes(call, even)
+        rows, back = even.members, even.back
+    else:
+        out, lse = _prefixes(call, readers)
+        rows, back = (readers.order, None) if readers.back is None else (None, readers.back)
+    if back is not None:
+        out, lse = out[back], lse[back]
+    if rows is None:
+        return merge(own_out, own_lse, out, lse)
+    all_out, all_lse = own_out.to(own_lse.dtype), own_lse.clone()
+    all_out[rows], all_lse[rows] = merge(own_out[rows], own_lse[rows], out, lse)
+    return all_out, all_lse
+
+
+def _even_prefixes(call: AttentionCall, even: EvenReaders) -> tuple[Tensor, Tensor]:
+    """Every prefix in one call: ``[rows, H, Q, D]`` and ``[rows, H, Q]``, in the order of ``even``."""
+    q = call.q if even.order is None else call.q[even.order]
+    pk, pv = (_every(x, even) for x in (call.prefix.k, call.prefix.v))
+    packed = q.reshape(even.tasks, -1, call.kv_heads, call.group * call.q_len, call.head_dim)
+    if packed.shape[1] == 1:
+        out, lse = _attend(packed[:, 0], pk, pv, call.scale)
+        return out.reshape(q.shape), lse.reshape(q.shape[:3])
+    out, lse = _attend(packed.transpose(1, 2).flatten(2, 3), pk, pv, call.scale)  # [tasks, kv_heads, rows * G * Q, D]
+    per_task = (even.tasks, call.kv_heads, -1, call.group * call.q_len)
+    return (
+        out.reshape(*per_task, call.head_dim).transpose(1, 2).reshape(q.shape),
+        lse.reshape(per_task).transpose(1, 2).reshape(q.shape[:3]),
+    )
+
+
+def _every(x: Tensor, even: EvenReaders) -> Tensor:
+    """All prefixes ``[tasks, kv_heads, m, D]`` as a view of the bank's ``[kv_heads, tokens, D]``."""
+    head, token, dim = x.stride()
+    shape = (even.tasks, x.shape[0], even.m, x.shape[2])
+    return x.as_strided(shape, (even.spacing * token, head, token, dim), x.storage_offset() + even.start * token)
+
+
+def _prefixes(call: AttentionCall, readers: Readers) -> tuple[Tensor, Tensor]:
+    """A call for each task's prefix: ``[rows, H, Q, D]`` and ``[rows, H, Q]``, task by task."""
     packed, parts, begin, per_row = _pack(call.q, call, readers), [], 0, call.group * call.q_len
     for start, m, rows in readers.groups:
         end = begin + rows * per_row
@@ -125,15 +171,7 @@ def _shared(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
         parts.append(_attend(packed[:, :, begin:end], pk, pv, call.scale, relative=relative))
         begin = end
     out, lse = parts[0] if len(parts) == 1 else (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
-    out, lse = _unpack(out, call), _unpack(lse[..., None], call)[..., 0]
-    order, back = readers.order, readers.back
-    if order is None:
-        return merge(own_out, own_lse, out, lse)
-    if back is not None:
-        return merge(own_out, own_lse, out[back], lse[back])
-    all_out, all_lse = own_out.to(own_lse.dtype), own_lse.clone()
-    all_out[order], all_lse[order] = merge(own_out[order], own_lse[order], out, lse)
-    return all_out, all_lse
+    return _unpack(out, call), _unpack(lse[..., None], call)[..., 0]
 
 
 def _pack(x: Tensor, call: AttentionCall, readers: Readers) -> Tensor:
@@ -190,11 +228,18 @@ def _concatenated(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
     groups = batch.readers.groups
     if not groups:
         return _own(call, batch)
-    pk, pv, m = reference.gather_prefix(call.prefix, call.task_ids)
+    same_prefix = len(groups) == 1 and groups[0][2] == call.batch
+    if same_prefix:
+        start, length, _ = groups[0]
+        m = torch.full_like(call.task_ids, length)
+        pk, pv = (
+            x[None, :, start : start + length].expand(call.batch, -1, -1, -1) for x in (call.prefix.k, call.prefix.v)
+        )
+    else:
+        pk, pv, m = reference.gather_prefix(call.prefix, call.task_ids)
+    everything = same_prefix and batch.aligned and batch.first == 0 and not batch.window_cuts_prefixes(call)
     k = torch.cat([pk, call.k[:, :, : batch.last]], dim=2)
     v = torch.cat([pv, call.v[:, :, : batch.last]], dim=2)
-    same_prefix = len(groups) == 1 and groups[0][2] == call.batch
-    everything = same_prefix and batch.aligned and batch.first == 0 and call.window is None
     relative = None
     if call.relative_bias is not None:
         relative = reference.relative_scores(call, pk.shape[2], m)[..., : k.shape[2]]
@@ -247,8 +292,10 @@ def _attend(
     if k.shape[2] == 0:  # the operator kills the process
         lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=lse_dtype)
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     bias = _bias(mask, relative, q)
+    if bias is None and not causal and _is_small(q, k) and _is_small(q, v):
+        return _attend_small(q, k, v, scale)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
     if mask is None:
         return out, lse
@@ -258,6 +305,20 @@ def _attend(
             q, k.masked_fill(unread, 0.0), v.masked_fill(unread, 0.0), 0.0, causal, attn_mask=bias, scale=scale
         )
     return out, lse.masked_fill(~mask.any(dim=3), float("-inf"))  # the operator says 0 for a row that sees nothing
+
+
+def _is_small(q: Tensor, k: Tensor) -> bool:
+    """Whether `_attend_small` takes it: few scores a head, and heads that can be numbered through without a copy."""
+    few = q.dtype == torch.float32 and q.shape[0] > 1 and q.shape[2] * k.shape[2] <= FEW_SCORES
+    return few and q.shape[1] == k.shape[1] and k.stride(0) == k.shape[1] * k.stride(1)
+
+
+def _attend_small(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The formula in two products: ``[B, H, Q, D]`` and ``[B, H, Q]``."""
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).mul_(scale)  # [B * H, Q, N]
+    lse = scores.logsumexp(2)
+    out = torch.bmm(scores.sub_(lse[..., None]).exp_(), v.flatten(0, 1))
+    return out.view(q.shape), lse.view(q.shape[:3])
 
 
 def _bias(mask: Tensor | None, relative: Tensor | None, q: Tensor) -> Tensor | None:
