@@ -48,8 +48,7 @@ def default_config(kind: str, q: Tensor, rows: int = 0) -> TileConfig:
         kind: "decode", "prefill", "grouped"; "biased_decode" and "biased_prefill" with a relative bias.
         rows: in decode, how many query rows share the keys; in grouped decode, the rows of a prefix tile.
     """
-    block_m = {"decode": decode_rows(rows), "biased_decode": decode_rows(rows), "grouped": rows}.get(kind, 0)
-    return _config_for(kind, q.shape[3], q.dtype, block_m, q.device)
+    return config_for(kind, q.shape[3], q.dtype, q.device, rows)
 
 
 def decode_rows(rows: int) -> int:
@@ -58,7 +57,9 @@ def decode_rows(rows: int) -> int:
 
 
 @cache
-def _config_for(kind: str, head_dim: int, dtype: torch.dtype, block_m: int, device: torch.device) -> TileConfig:
+def config_for(kind: str, head_dim: int, dtype: torch.dtype, device: torch.device, rows: int = 0) -> TileConfig:
+    """`default_config` for a q of this dtype and device."""
+    block_m = {"decode": decode_rows(rows), "biased_decode": decode_rows(rows), "grouped": rows}.get(kind, 0)
     tuned = tuned_configs(device).get(tuned_key(kind, head_dim, dtype, block_m))
     return tuned or heuristic(kind, head_dim, dtype.itemsize, target_of(device), block_m)
 

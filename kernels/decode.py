@@ -13,14 +13,15 @@ alone. A short prefix thus costs neither a launch nor a merge, and a long one is
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefix_attn.kernels.config import TileConfig, default_config, padded_head_dim, slots
-from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands
+from prefix_attn.kernels.config import TileConfig, config_for, padded_head_dim, slots
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
 from prefix_attn.kernels.merge import merge_chunks
 from prefix_attn.kernels.primitives import (
     LN_2,
@@ -172,31 +173,51 @@ def decode_attention(
     is a constant, so that a row's chunks, and with them its bits, depend neither on the rest of the batch nor on how
     many keys k could hold.
     """
-    q_len, head_dim, group = operands.q_len, operands.head_dim, operands.group
-    config = config or default_config(operands.kind("decode"), operands.q, rows=q_len * group)
-    row_tiles = triton.cdiv(q_len * group, config.block_m)
-    programs = operands.batch * operands.kv_heads * row_tiles
+    operands = operands.scaled
+    launch = _launch(operands.layout(out), batch_invariant, config, chunks)
+    target, target_lse = out, lse
+    if launch.chunks > 1:
+        shape = (launch.launched, *operands.q.shape)
+        target = out.new_empty(shape, dtype=torch.float32)
+        target_lse = out.new_empty(shape[:-1], dtype=torch.float32)
+    decode_kernel[launch.grid](
+        **operands.tensors(), out_ptr=target, lse_ptr=target_lse, sinks_ptr=operands.sinks,
+        bias_ptr=operands.relative_bias, **launch.arguments,
+    )  # fmt: skip
+    if launch.chunks > 1:
+        assert target_lse is not None, "chunks have an lse"
+        group = operands.q.shape[1]
+        merge_chunks(target, target_lse, out, lse, operands.sinks, group=group, most_chunks=launch.chunks)
+
+
+class _Launch(NamedTuple):
+    grid: tuple[int]
+    chunks: int  # of a row, of which no more are launched than a row can reach
+    launched: int
+    arguments: dict[str, Any]
+
+
+@lru_cache(maxsize=LAYOUTS)
+def _launch(layout: Layout, batch_invariant: bool, config: TileConfig | None, chunks: int | None) -> _Launch:
+    """A launch of decode_kernel but for its tensors."""
+    (batch, _, q_len, head_dim), (_, kv_heads, kv_capacity, _) = layout.q_shape, layout.k_shape
+    rows = q_len * layout.group
+    config = config or config_for(layout.kind("decode"), head_dim, layout.dtype, layout.device, rows)
+    row_tiles = cdiv(rows, config.block_m)
+    programs = batch * kv_heads * row_tiles
     if chunks is None and batch_invariant:
         chunks = INVARIANT_CHUNKS
     if chunks is None:
-        chunks = choose_chunks(programs, operands.expected_keys, MIN_TILES * config.block_n, slots(operands.q.device))
-    split = chunks > 1
+        # Keys of a row as far as shapes tell: the capacity of its own, and a mean prefix.
+        keys = kv_capacity + layout.prefix_tokens // max(1, layout.num_tasks)
+        chunks = choose_chunks(programs, keys, MIN_TILES * config.block_n, slots(layout.device))
     # Chunks have MIN_TILES tiles at least, so that no row has keys in the chunks after these.
-    most_tiles = triton.cdiv(operands.k.shape[2], config.block_n) + triton.cdiv(
-        operands.prefix_k.shape[1], config.block_n
-    )
-    launched = max(1, min(chunks, triton.cdiv(most_tiles, MIN_TILES)))
-    target, target_lse = out, lse
-    if split:
-        partial = out.new_empty((launched, *operands.q.shape), dtype=torch.float32)
-        partial_lse = out.new_empty((launched, *operands.q.shape[:3]), dtype=torch.float32)
-        target, target_lse = partial[0], partial_lse
-    decode_kernel[(programs * launched,)](
-        **operands.arguments(target, target_lse), **operands.bias_arguments(),
-        batch=operands.batch, row_tiles=row_tiles, chunks=chunks,
-        SPLIT=split, MIN_TILES=MIN_TILES,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=padded_head_dim(head_dim),
-        num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
-    )  # fmt: skip
-    if split:
-        merge_chunks(partial, partial_lse, out, lse, operands.sinks, group=operands.q.shape[1], most_chunks=chunks)
+    most_tiles = cdiv(kv_capacity, config.block_n) + cdiv(layout.prefix_tokens, config.block_n)
+    launched = max(1, min(chunks, cdiv(most_tiles, MIN_TILES)))
+    arguments = {
+        **layout.arguments(), **layout.bias_arguments(), "batch": batch, "row_tiles": row_tiles, "chunks": chunks,
+        "SPLIT": chunks > 1, "MIN_TILES": MIN_TILES,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": padded_head_dim(head_dim),
+        "num_warps": config.num_warps, "num_stages": config.num_stages, **LAUNCH_OPTIONS,
+    }  # fmt: skip
+    return _Launch((programs * launched,), chunks, launched, arguments)

@@ -18,14 +18,17 @@ overlap.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefix_attn.kernels.config import TileConfig, decode_rows, default_config, padded_head_dim, slots
+from prefix_attn.kernels.config import TileConfig, config_for, decode_rows, padded_head_dim, slots
 from prefix_attn.kernels.decode import MAX_CHUNKS, MIN_TILES, choose_chunks
-from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
 from prefix_attn.kernels.merge import merge_chunks
 from prefix_attn.kernels.primitives import (
     attend_keys,
@@ -270,33 +273,56 @@ def grouped_attention(
         chunks: of the prefixes and of the own keys; by default they follow from shapes and max_len. Nothing is read
             back from the device.
     """
-    batch, q_len, head_dim, kv_heads = operands.batch, operands.q_len, operands.head_dim, operands.kv_heads
-    rows, (tiles, tile_rows) = q_len * operands.group, members.shape
-    config = config or default_config("grouped", operands.q, rows=tile_rows)
+    operands = operands.scaled
+    (tiles, tile_rows), head_dim = members.shape, operands.head_dim
+    launch = _launch(operands.layout(), tiles, tile_rows, max_len, config, chunks)
+    partial_lse = out.new_empty(launch.shape, dtype=torch.float32)
+    partial = partial_lse.new_empty((*launch.shape, head_dim))
+    grouped_kernel[launch.grid](
+        **operands.tensors(), out_ptr=partial, lse_ptr=partial_lse, planned_ptr=planned, tasks_ptr=tasks,
+        members_ptr=members, **launch.arguments,
+    )  # fmt: skip
+    merge_chunks(partial, partial_lse, out, lse, operands.sinks, group=operands.group, most_chunks=launch.shape[0])
+
+
+class _Launch(NamedTuple):
+    grid: tuple[int]
+    shape: tuple[int, ...]  # of partial lse
+    arguments: dict[str, Any]
+
+
+@lru_cache(maxsize=LAYOUTS)
+def _launch(
+    layout: Layout,
+    tiles: int,
+    tile_rows: int,
+    max_len: int,
+    config: TileConfig | None,
+    chunks: tuple[int, int] | None,
+) -> _Launch:
+    """A launch of grouped_kernel but for its tensors."""
+    (batch, _, q_len, head_dim), (_, kv_heads, kv_capacity, _) = layout.q_shape, layout.k_shape
+    rows = q_len * layout.group
+    config = config or config_for("grouped", head_dim, layout.dtype, layout.device, tile_rows)
     block_m = decode_rows(rows)
-    row_tiles = triton.cdiv(rows, block_m)
+    row_tiles = cdiv(rows, block_m)
     if chunks is None:
-        least_keys, at_once = MIN_TILES * config.block_n, slots(operands.q.device)
+        least_keys, at_once = MIN_TILES * config.block_n, slots(layout.device)
         if tile_rows > 64:  # such a program has a multiprocessor to itself
             at_once //= 2
         chunks = (
-            choose_chunks(triton.cdiv(batch * rows, tile_rows) * kv_heads, max_len, least_keys, at_once),
-            choose_chunks(batch * kv_heads * row_tiles, operands.k.shape[2], least_keys, at_once),
+            choose_chunks(cdiv(batch * rows, tile_rows) * kv_heads, max_len, least_keys, at_once),
+            choose_chunks(batch * kv_heads * row_tiles, kv_capacity, least_keys, at_once),
         )
     prefix_chunks, own_chunks = (min(c, MAX_CHUNKS // 2) for c in chunks)
-    shape = (prefix_chunks + own_chunks, kv_heads, batch, operands.group, q_len)
-    partial_lse = out.new_empty(shape, dtype=torch.float32)
-    partial = partial_lse.new_empty((*shape, head_dim))
     prefix_items = tiles * kv_heads * prefix_chunks
     request_items = batch * kv_heads * row_tiles * own_chunks
-    arguments = operands.arguments(partial[0, 0], partial_lse)
-    unused = {"sinks_ptr", "stride_out_batch", "stride_out_head", "stride_out_seq", "stride_out_dim"}  # the merge's
-    grouped_kernel[(prefix_items + request_items,)](
-        **{name: value for name, value in arguments.items() if name not in unused},
-        planned_ptr=planned, tasks_ptr=tasks, members_ptr=members,
-        batch=batch, tiles=tiles, row_tiles=row_tiles, prefix_chunks=prefix_chunks, own_chunks=own_chunks,
-        prefix_items=prefix_items, request_items=request_items, MIN_TILES=MIN_TILES,
-        BLOCK_P=tile_rows, BLOCK_M=block_m, BLOCK_N=config.block_n, BLOCK_D=padded_head_dim(head_dim),
-        num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
-    )  # fmt: skip
-    merge_chunks(partial, partial_lse, out, lse, operands.sinks, group=operands.group, most_chunks=shape[0])
+    arguments = {
+        **layout.arguments(), "batch": batch, "tiles": tiles, "row_tiles": row_tiles,
+        "prefix_chunks": prefix_chunks, "own_chunks": own_chunks,
+        "prefix_items": prefix_items, "request_items": request_items, "MIN_TILES": MIN_TILES,
+        "BLOCK_P": tile_rows, "BLOCK_M": block_m, "BLOCK_N": config.block_n, "BLOCK_D": padded_head_dim(head_dim),
+        "num_warps": config.num_warps, "num_stages": config.num_stages, **LAUNCH_OPTIONS,
+    }  # fmt: skip
+    shape = (prefix_chunks + own_chunks, kv_heads, batch, layout.group, q_len)
+    return _Launch((prefix_items + request_items,), shape, arguments)

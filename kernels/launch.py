@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 LOG2_E = math.log2(math.e)
@@ -13,9 +13,79 @@ LOG2_E = math.log2(math.e)
 #: Multiply-add fusion is Triton's default up to 3.9 and no longer from 3.10: said, so that bits do not depend on it.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 
+#: Layouts whose launches a kernel keeps: those of a model's layers, over the last steps.
+LAYOUTS = 64
 
-@dataclass(frozen=True, slots=True)
-class Operands:
+#: The tensors whose strides are arguments of an attention kernel.
+STRIDED = ("q", "k", "v", "prefix_k", "prefix_v", "out")
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up. (Triton's own, which kernels may call too, takes the host microseconds.)"""
+    return -(-a // b)
+
+
+class Layout(NamedTuple):
+    """A call without its tensors: all that its launch follows from, and the same in every layer of a step.
+
+    What is worked out from it is therefore kept (``lru_cache`` of `LAYOUTS` entries): own keys that grow make a new
+    layout every step, and the first layer of the step finds the launch anew.
+    """
+
+    q_shape: tuple[int, ...]
+    k_shape: tuple[int, ...]
+    prefix_tokens: int
+    num_tasks: int
+    strides: tuple[tuple[int, ...], ...]  # of `STRIDED`, up to the last that the kernel takes
+    row_strides: tuple[int, ...]  # of task_ids, kv_start and kv_len; 0 for one that is not given
+    bias: tuple[int, ...] | None  # strides and entries per head of relative_bias
+    causal: bool
+    scale: float
+    window: int | None
+    softcap: float | None
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def group(self) -> int:
+        return self.q_shape[1] // self.k_shape[1]
+
+    def kind(self, kernel: str) -> str:
+        """The kernel's name in `kernels.config`."""
+        return kernel if self.bias is None else f"biased_{kernel}"
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of an attention kernel that follow from the layout."""
+        scale_log2, softcap_inner = score_scales(self.scale, self.softcap)
+        return {
+            **stride_arguments(dict(zip(STRIDED, self.strides, strict=False))),
+            "scale_log2": scale_log2, "softcap_inner": softcap_inner, **self.row_arguments(),
+        }  # fmt: skip
+
+    def bias_arguments(self) -> dict[str, Any]:
+        """Those of a kernel that adds a relative bias, or none."""
+        stride_head, stride_entry, entries = self.bias or (0, 0, 0)
+        return {
+            "stride_bias_head": stride_head, "stride_bias_entry": stride_entry, "bias_reach": entries // 2,
+            "bias_scale": bias_scale(self.scale, self.softcap), "BIAS_OF_SLOTS": not self.causal,
+        }  # fmt: skip
+
+    def row_arguments(self) -> dict[str, Any]:
+        """Those that say which keys each query sees, and the sizes."""
+        (_, _, q_len, head_dim), (_, kv_heads, kv_capacity, _) = self.q_shape, self.k_shape
+        stride_task_ids, stride_kv_start, stride_kv_len = self.row_strides
+        return {
+            "stride_task_ids": stride_task_ids, "stride_kv_start": stride_kv_start, "stride_kv_len": stride_kv_len,
+            "kv_heads": kv_heads, "q_len": q_len, "kv_capacity": kv_capacity, "num_tasks": self.num_tasks,
+            # A wider window hides nothing more, and its sums with positions would not fit 32 bits.
+            "window": None if self.window is None else min(self.window, 2**30),
+            "GROUP": self.group, "HEAD_DIM": head_dim,
+            # The one query of a row sees all its keys up to its end.
+            "CAUSAL": self.causal and q_len > 1,
+        }  # fmt: skip
+
+
+class Operands(NamedTuple):
     """The inputs of one attention call, as in `prefix_attn.types.AttentionCall`.
 
     q: ``[batch, q_heads, q_len, head_dim]``; k, v: ``[batch, kv_heads, kv_len, head_dim]``; prefix_k, prefix_v:
@@ -61,68 +131,58 @@ class Operands:
         return self.q.shape[3]
 
     @property
-    def expected_keys(self) -> int:
-        """Keys of a row as far as shapes tell: the capacity of its own, and a mean prefix."""
-        return self.k.shape[2] + self.prefix_k.shape[1] // max(1, self.lens.shape[0])
+    def scaled(self) -> Operands:
+        """With the sign of a negative scale in q, where the forward kernels need it; see `score_scales`."""
+        return self if self.scale >= 0 or self.softcap is not None else self._replace(q=-self.q, scale=-self.scale)
 
-    def arguments(self, out: Tensor, lse: Tensor | None) -> dict[str, Any]:
-        """Keyword arguments of a kernel that writes ``out`` (any strides) and ``lse`` (contiguous)."""
-        scale_log2, softcap_inner = score_scales(self.scale, self.softcap)
+    def layout(self, *out: Tensor) -> Layout:
+        """The layout of this call; with ``out``, if the kernel writes it by its strides."""
+        strided = (self.q, self.k, self.v, self.prefix_k, self.prefix_v, *out)
+        per_row, table = (self.task_ids, self.kv_start, self.kv_len), self.relative_bias
+        return Layout(
+            self.q.shape, self.k.shape, self.prefix_k.shape[1], self.lens.shape[0],
+            tuple([x.stride() for x in strided]), tuple([0 if x is None else x.stride(0) for x in per_row]),
+            None if table is None else (*table.stride(), table.shape[1]),
+            self.causal, self.scale, self.window, self.softcap, self.q.dtype, self.q.device,
+        )  # fmt: skip
+
+    def tensors(self) -> dict[str, Tensor | None]:
+        """The keyword arguments of an attention kernel that are inputs, without sinks."""
         return {
-            **strided(
-                q=self.q if self.scale >= 0 or self.softcap is not None else -self.q, k=self.k, v=self.v,
-                prefix_k=self.prefix_k, prefix_v=self.prefix_v, out=out,
-            ),
-            "lse_ptr": lse, "sinks_ptr": self.sinks,
-            "scale_log2": scale_log2, "softcap_inner": softcap_inner, **self.row_arguments(),
+            "q_ptr": self.q, "k_ptr": self.k, "v_ptr": self.v,
+            "prefix_k_ptr": self.prefix_k, "prefix_v_ptr": self.prefix_v, **self.row_tensors(),
         }  # fmt: skip
 
-    def kind(self, kernel: str) -> str:
-        """The kernel's name in `kernels.config`."""
-        return kernel if self.relative_bias is None else f"biased_{kernel}"
-
-    def bias_arguments(self) -> dict[str, Any]:
-        """Arguments of a relative bias, or of none."""
-        table = self.relative_bias
-        return {
-            "bias_ptr": table,
-            "stride_bias_head": 0 if table is None else table.stride(0),
-            "stride_bias_entry": 0 if table is None else table.stride(1),
-            "bias_reach": 0 if table is None else table.shape[1] // 2,
-            "bias_scale": bias_scale(self.scale, self.softcap),
-            "BIAS_OF_SLOTS": not self.causal,
-        }
-
-    def row_arguments(self) -> dict[str, Any]:
-        """Arguments that say which keys each query sees, and the sizes."""
+    def row_tensors(self) -> dict[str, Tensor | None]:
+        """Those that say which keys each row sees."""
         return {
             "task_ids_ptr": self.task_ids, "starts_ptr": self.starts.contiguous(), "lens_ptr": self.lens.contiguous(),
             "kv_start_ptr": self.kv_start, "kv_len_ptr": self.kv_len,
-            "stride_task_ids": self.task_ids.stride(0),
-            "stride_kv_start": 0 if self.kv_start is None else self.kv_start.stride(0),
-            "stride_kv_len": 0 if self.kv_len is None else self.kv_len.stride(0),
-            "kv_heads": self.kv_heads, "q_len": self.q_len, "kv_capacity": self.k.shape[2],
-            "num_tasks": self.lens.shape[0],
-            # A wider window hides nothing more, and its sums with positions would not fit 32 bits.
-            "window": None if self.window is None else min(self.window, 2**30),
-            "GROUP": self.group, "HEAD_DIM": self.head_dim,
-            # The one query of a row sees all its keys up to its end.
-            "CAUSAL": self.causal and self.q_len > 1,
         }  # fmt: skip
+
+    def row_arguments(self) -> dict[str, Any]:
+        """Arguments that say which keys each query sees, and the sizes."""
+        return {**self.row_tensors(), **self.layout().row_arguments()}
 
 
 def strided(**tensors: Tensor) -> dict[str, Any]:
-    """``x_ptr`` and ``stride_x_<axis>`` of tensors ``[(batch,) heads, seq, dim]``, and ALIGN.
+    """``x_ptr`` of tensors ``[(batch,) heads, seq, dim]``, and their `stride_arguments`."""
+    pointers = {f"{name}_ptr": x for name, x in tensors.items()}
+    return {**pointers, **stride_arguments({name: x.stride() for name, x in tensors.items()})}
+
+
+def stride_arguments(strides: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """``stride_x_<axis>`` of tensors ``[(batch,) heads, seq, dim]``, and ALIGN.
 
     Strides are in units of ALIGN elements, but for those of dim: so the compiler sees how wide it may load, for one
     more variant per alignment only.
     """
-    align = math.gcd(16, *(stride for x in tensors.values() for stride in x.stride()[:-1]))
-    arguments: dict[str, Any] = {"ALIGN": align}
-    for name, x in tensors.items():
-        arguments |= {f"{name}_ptr": x, f"stride_{name}_dim": x.stride(-1)}
-        outer = ("batch", "head", "seq")[4 - x.ndim :]
-        arguments |= {f"stride_{name}_{axis}": s // align for axis, s in zip(outer, x.stride(), strict=False)}
+    align = math.gcd(16, *(stride for of_x in strides.values() for stride in of_x[:-1]))
+    arguments = {"ALIGN": align}
+    for name, of_x in strides.items():
+        outer = ("batch", "head", "seq")[4 - len(of_x) :]
+        arguments |= {f"stride_{name}_{axis}": s // align for axis, s in zip(outer, of_x, strict=False)}
+        arguments[f"stride_{name}_dim"] = of_x[-1]
     return arguments
 
 

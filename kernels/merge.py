@@ -10,7 +10,6 @@ A chunk without keys has lse_c = -inf and out_c unwritten. No chunk with keys an
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -67,12 +66,11 @@ def merge_chunks(
         partial, partial_lse: float32, contiguous, ``[chunks, q_heads / group, batch, group, q_len(, head_dim)]``.
         most_chunks: the order of summation follows from it, not from how many of them partial holds.
     """
-    chunks, (batch, heads, q_len, head_dim) = partial.shape[0], out.shape
-    block_c, block_d = triton.next_power_of_2(most_chunks), padded_head_dim(head_dim)
+    chunks, (batch, heads, q_len, head_dim), strides = partial.shape[0], out.shape, out.stride()
+    block_c, block_d = 1 << (most_chunks - 1).bit_length(), padded_head_dim(head_dim)
     merge_kernel[(batch * heads * q_len,)](
         partial_ptr=partial, partial_lse_ptr=partial_lse, out_ptr=out, lse_ptr=lse, sinks_ptr=sinks,
-        stride_out_batch=out.stride(0), stride_out_head=out.stride(1), stride_out_seq=out.stride(2),
-        stride_out_dim=out.stride(3),
+        stride_out_batch=strides[0], stride_out_head=strides[1], stride_out_seq=strides[2], stride_out_dim=strides[3],
         rows=batch * heads * q_len, batch=batch, heads=heads, group=group, q_len=q_len, chunks=chunks,
         HEAD_DIM=head_dim, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=merge_warps(block_c, block_d), **LAUNCH_OPTIONS,
     )  # fmt: skip

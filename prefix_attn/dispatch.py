@@ -17,8 +17,8 @@ One that refuses whatever needs a gradient goes without ``backward`` and ``saves
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 from prefix_attn.backends import flash_attn, reference, torch_sdpa, triton
 from prefix_attn.errors import BackendUnavailable
@@ -34,8 +34,7 @@ BACKENDS: dict[str, ModuleType] = {
 AUTO_ORDER = ("triton", "torch")
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """A backend, and why it was taken."""
 
     name: str

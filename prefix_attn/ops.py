@@ -76,7 +76,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     if call.q.numel() == 0:
         return _empty_outputs(call)
     module = dispatch.BACKENDS[backend]
-    if module.READS_IDS or call.task_ids.device.type == "cpu":
+    if module.READS_IDS or call.task_ids.is_cpu:
         check_values(call)
     out, lse = module.forward(call)
     if not call.return_lse:

@@ -17,7 +17,7 @@ bet goes unnoticed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from prefix_attn.plan import TILE_ROWS, WIDE_TILE_ROWS
 from prefix_attn.types import AttentionCall
@@ -47,8 +47,7 @@ WIDE_TILE_HEAD_DIM = 128
 BET = 0.02
 
 
-@dataclass(frozen=True)
-class Regime:
+class Regime(NamedTuple):
     """``prefill``, ``inline`` or ``grouped``, and the reason; the query rows of a prefix tile, if grouped."""
 
     name: str

@@ -6,16 +6,13 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from prefix_attn import regime
+from prefix_attn.kernels.launch import Operands
 from prefix_attn.types import AttentionCall, Gradients, PerInput
-
-if TYPE_CHECKING:
-    from prefix_attn.kernels.launch import Operands
 
 choose_regime = regime.choose
 
@@ -41,18 +38,19 @@ def refusal(call: AttentionCall) -> str | None:
         return f"the kernels take head_dim {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, not {call.head_dim}"
     if call.relative_bias is not None and call.needs_grad:
         return "its backward kernels do not know relative_bias, and a tensor requires grad; use backend='torch'"
-    keys = (call.k.stride(), call.v.stride(), call.prefix.k.stride(), call.prefix.v.stride())
-    if (stride := max(max(s[-2:]) for s in keys)) > MAX_STRIDE:
+    keys = (call.k, call.v, call.prefix.k, call.prefix.v)
+    if (stride := max([max(x.stride()[-2:]) for x in keys])) > MAX_STRIDE:
         return f"keys have a stride of {stride} elements, the kernels take {MAX_STRIDE}; call .contiguous() on k and v"
-    if call.q.device.type == "cpu" and not interpreting():
+    device = call.q.device.type
+    if device == "cpu" and not interpreting():
         return (
             "the tensors are on the CPU, where Triton only interprets, slowly; set TRITON_INTERPRET=1 before "
             "Triton is imported to allow that"
         )
-    if call.q.device.type not in ("cuda", "cpu"):
-        return f"the kernels run on NVIDIA and AMD GPUs, not on {call.q.device.type!r}"
+    if device not in ("cuda", "cpu"):
+        return f"the kernels run on NVIDIA and AMD GPUs, not on {device!r}"
     if (
-        call.q.device.type == "cuda"
+        device == "cuda"
         and torch.version.hip is None
         and torch.cuda.get_device_capability(call.q.device) < MIN_CAPABILITY
     ):
@@ -62,19 +60,21 @@ def refusal(call: AttentionCall) -> str | None:
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Out in q's layout, and lse (float32) if ``call.return_lse``; grouped decode if the call has tiles."""
-    from prefix_attn.kernels.decode import decode_attention
-    from prefix_attn.kernels.grouped import grouped_attention
-    from prefix_attn.kernels.prefill import prefill_attention
-
     q, operands = call.q, _operands(call)
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if call.return_lse else None
     with _device_of(q):
         if call.tiles is not None:
+            from prefix_attn.kernels.grouped import grouped_attention
+
             grouped_attention(operands, *call.tiles, out, lse, max_len=call.prefix.expected_max_len)
         elif regime.use_decode(call.q_len, call.group):
+            from prefix_attn.kernels.decode import decode_attention
+
             decode_attention(operands, out, lse, batch_invariant=call.batch_invariant)
         else:
+            from prefix_attn.kernels.prefill import prefill_attention
+
             prefill_attention(operands, out, lse)
     return out, lse
 
@@ -103,8 +103,6 @@ def backward(
 
 def _operands(call: AttentionCall) -> Operands:
     """The call as the launchers take it."""
-    from prefix_attn.kernels.launch import Operands
-
     prefix = call.prefix
     return Operands(
         q=call.q, k=call.k, v=call.v, prefix_k=prefix.k, prefix_v=prefix.v, starts=prefix.starts, lens=prefix.lens,

@@ -116,7 +116,7 @@ def test_written_choices_are_what_the_kernels_take(tmp_path: Path, monkeypatch: 
     class OnGpu:
         shape, dtype, device = q.shape, q.dtype, torch.device("cuda", 7)
 
-    caches: list[Any] = [config.tuned_configs, config._config_for]
+    caches: list[Any] = [config.tuned_configs, config.config_for]
     for function in caches:
         function.cache_clear()
     try:
