@@ -9,6 +9,7 @@ says how many tokens the request has, inside it says how many it holds.
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from typing import Any
 
@@ -68,6 +69,7 @@ class ReplicaPatch:
 
     def check(self, model: Any) -> None:
         """Raise `UnsupportedModel` unless a padded batch of two texts as prefixes is exact over two passes."""
+        _refuse_unmasked_windows(model)
         key_values = cached_kv(model, some_tokens(model, 4))
         bank, self.hook.bank = self.hook.bank, PrefixBank(self.bank.base)
         tasks = ["long", "short", None]
@@ -218,6 +220,19 @@ class ReplicaHook:
     def _padded(self, x: Tensor, padding: int) -> Tensor:
         zeros = x.new_zeros(x.shape[0], padding, x.shape[2], dtype=self.bank.dtype, device=self.bank.device)
         return torch.cat([zeros, x.to(zeros)], dim=1)
+
+
+def _refuse_unmasked_windows(model: Any) -> None:
+    """Raise `UnsupportedModel` where the cache forgets what is out of a window that the family's masks do not have.
+
+    A text of any length that one would want to run here fits a real window, so this is read off the family's module.
+    """
+    slides = any(hasattr(layer, "sliding_window") for layer in DynamicCache(config=model.config).layers)
+    if slides and not hasattr(sys.modules[type(model).__module__], "create_sliding_window_causal_mask"):
+        raise UnsupportedModel(
+            "the family's cache forgets what its masks would show, so what a query sees of a prefix would depend on "
+            "how the tokens were cut into passes"
+        )
 
 
 def _takes_positions(module: Any) -> bool:

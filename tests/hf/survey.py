@@ -2,6 +2,7 @@
 
     python -m tests.hf.survey --write docs/models.md     # all types; interrupted, it goes on where it stopped
     python -m tests.hf.survey --only llama --only jamba
+    old/bin/python -m tests.hf.survey --results build/old.jsonl     # then --older build/old.jsonl tells it on the page
 
 The reference is the family's own eager formula over a plain cache that holds the prefix, one row at a time, and PEFT
 where it supports the family. A mode of generate is left out only where the family fails in it without the patch.
@@ -302,6 +303,9 @@ def main(
     results: Annotated[Path, typer.Option(help="Where results are kept between runs.")] = Path("build/survey.jsonl"),
     fresh: Annotated[bool, typer.Option(help="Forget kept results.")] = False,
     write: Annotated[Path | None, typer.Option(help="Write the table of all kept results here.")] = None,
+    older: Annotated[
+        Path | None, typer.Option(help="Results of an older transformers, to be told on the page.")
+    ] = None,
     seconds: Annotated[int, typer.Option(help="Time limit of one type.")] = SECONDS,
 ) -> None:
     """Examine the causal-LM types of the installed transformers; exit with 1 if one is neither right nor refused."""
@@ -319,7 +323,7 @@ def main(
     known = {t: result for t, result in sorted(load(results).items()) if t in MODEL_TYPES}
     if write is not None:
         write.parent.mkdir(exist_ok=True)
-        write.write_text(page(known.values(), ["forward", *MODES, "PEFT"], transformers.__version__))
+        write.write_text(page(known.values(), ["forward", *MODES, "PEFT"], load(older).values() if older else ()))
     failed = [result for result in known.values() if result.status == "failed"]
     for result in failed:
         print(f"{result.model_type}: {result.reason}")

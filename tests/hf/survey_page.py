@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import transformers
+
 HEAD = """\
 # Model families
 
@@ -45,6 +47,7 @@ class Result:
         errors: largest error of each comparison, relative to the largest logit.
         absent: comparisons that the family, or PEFT, does not allow, and why.
         attended: layers with a prefix, of all layers.
+        version: of transformers.
     """
 
     model_type: str
@@ -53,22 +56,22 @@ class Result:
     errors: dict[str, float] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     attended: str = ""
+    version: str = transformers.__version__
 
     @property
     def worst(self) -> float:
         return max(self.errors.values(), default=0.0)
 
 
-def page(results: Iterable[Result], comparisons: Sequence[str], version: str) -> str:
-    """The page about all results, in Markdown."""
+def page(results: Iterable[Result], comparisons: Sequence[str], older: Iterable[Result] = ()) -> str:
+    """The page about all results, in Markdown; ``older``: those of an older transformers."""
     results = sorted(results, key=lambda result: result.model_type)
     served = [r for r in results if r.status in ("exact", "slow")]
-    counts = Counter(result.status for result in results)
     lines = [
         HEAD.format(
-            version=version, count=len(results), worst=max((r.worst for r in served), default=0.0),
-            statuses=", ".join(f"{counts[status]} {status}" for status in ("exact", "slow", "refused", "failed")),
-        ) + SERVED + f"| type | | layers | {' | '.join(comparisons)} |",
+            version=results[0].version, count=len(results), worst=max((r.worst for r in served), default=0.0),
+            statuses=_statuses(results),
+        ) + _comparison(results, list(older)) + SERVED + f"| type | | layers | {' | '.join(comparisons)} |",
         "|---|---|--:|" + "--:|" * len(comparisons),
     ]  # fmt: skip
     reasons: dict[str, int] = {}
@@ -85,6 +88,23 @@ def page(results: Iterable[Result], comparisons: Sequence[str], version: str) ->
         if rows:
             lines += ["", f"## {status.capitalize()}", "", "| type | reason |", "|---|---|", *rows]
     return "\n".join(lines) + "\n"
+
+
+def _statuses(results: Sequence[Result]) -> str:
+    counts = Counter(result.status for result in results)
+    return ", ".join(f"{counts[status]} {status}" for status in ("exact", "slow", "refused", "failed"))
+
+
+def _comparison(results: Sequence[Result], older: Sequence[Result]) -> str:
+    """What an older transformers gave, where that was asked for."""
+    if not older:
+        return ""
+    status = {result.model_type: result.status for result in results}
+    changed = [f"{r.model_type} ({r.status})" for r in older if status.get(r.model_type, r.status) != r.status]
+    return (
+        f"\nOn transformers {older[0].version}, which has {len(older)} of these types: {_statuses(older)}. Classed "
+        f"otherwise there: {', '.join(changed) or 'none'}.\n"
+    )
 
 
 def _cell(text: str) -> str:
