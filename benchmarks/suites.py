@@ -56,9 +56,9 @@ def generations(on_gpu: bool, quick: bool) -> list[Generation]:
         if quick:
             return [Generation("Llama-3-8B", 16, 4, 128, new=17)]
         batches = [Generation("Llama-3-8B", rows, 4, m, 64, 32) for m in (128, 1024, 4096) for rows in (16, 64)]
-        static = [Generation("Llama-3-8B", 16, 4, m, 64, 32, cache="static") for m in (128, 1024)]
+        static = [Generation("Llama-3-8B", rows, 4, m, 64, 32, cache="static") for rows, m in ((64, 1024), (16, 128))]
         tasks = [Generation("Llama-3-8B", 16, tasks, 1024, 64, 32) for tasks in (1, 8)]
-        return [*batches[:2], *static, *batches[2:], *tasks]
+        return [*batches[:1], *static, *batches[1:], *tasks]
     if quick:
         return [Generation("GPT-2", 8, 4, 100, prompt=8, new=4)]
     main = [Generation("GPT-2", 32, 8, m) for m in (20, 100, 1024)]
@@ -143,7 +143,8 @@ def _gpu_decode(_: bool) -> list[Point]:
 
 def _gpu_prefill(_: bool) -> list[Point]:
     sizes = [(m, n) for n in (64, 512, 2048) for m in (32, 128, 1024, 8192)]
-    return [*_points("prefill", LLAMA_3, "bfloat16", ((16, 4),), sizes), Point("prefill", 4, 1, 1024, 8192)]
+    long = _points("prefill", LLAMA_3, "bfloat16", ((4, 1),), [(m, n) for n in (4096, 8192) for m in (128, 1024)])
+    return [*long, *_points("prefill", LLAMA_3, "bfloat16", ((16, 4),), sizes)]
 
 
 def _gpu_mixed(_: bool) -> list[Point]:

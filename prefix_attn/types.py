@@ -28,7 +28,7 @@ class PrefixKV:
 
     Attributes:
         k, v: ``[kv_heads, tokens, head_dim]``; the prefix of task ``t`` is ``k[:, starts[t] : starts[t] + lens[t]]``.
-            Tokens outside every task's span are never read.
+            Tokens outside every task's span are never read; spans must not overlap, or gradients would be wrong.
         starts: int32 ``[tasks]``; multiples of `ALIGNMENT`.
         lens: int32 ``[tasks]``; 0 is an empty prefix, -1 a task that was removed (its id is an error).
         max_len: tokens of the longest prefix, if the host knows. It only helps to choose the faster way.

@@ -61,6 +61,7 @@ def cpu_peers() -> list[Peer]:
         OursInPlace(OURS, "torch"),
         OursInPlace(AGAIN, "torch"),
         OwnKeysOnly(NO_PREFIX, "torch"),
+        OursInPlace(INVARIANT, "torch", batch_invariant=True),
         SdpaInPlace(),
         SdpaConcatenated(),
         HuggingFace(),

@@ -143,7 +143,7 @@ def test_points_are_those_of_the_protocol() -> None:
     llama = [p for p in decode if str(p) == f"decode B={p.batch} T={p.tasks} m={p.m} n={p.n}"]
     assert len(llama) == 8 * 4 * 2 + 8 + 2
     assert len(decode) == len(llama) + 3 * 6 + 4 + 4
-    assert len(prefill) == 13
+    assert len(prefill) == 12 + 4
     assert all(p.q_len == 1 for p in decode)
     assert all(p.q_len == p.n for p in prefill)
     assert str(decode[0]) == "decode B=16 T=1 m=1024 n=64"
