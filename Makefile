@@ -18,7 +18,7 @@ demo: $(VENV)/ready  ## six prefix-tuned tasks, one frozen model, one mixed batc
 
 test: lint types  ## lint, type-check, compile every kernel for four GPUs, run all tests
 	$(BIN)/python -m benchmarks.compile_report --quick --check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -6,5 +6,8 @@ import torch
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
+for size in ("COLUMNS", "LINES"):  # pytest-xdist sets them, and a console would keep to them
+    os.environ.pop(size, None)
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -30,8 +30,12 @@ READS_IDS = True
 #: In prefill, prefixes of fewer tokens are copied: a second call and the merge cost more (measured in the same file).
 COPIED_BELOW = 64
 
-#: Scores of a kv head up to which two products in float32 beat the flash operator's tiles, in a batch.
-FEW_SCORES = 256
+#: Scores of a kv head up to which two products in float32 are no slower than the flash operator, and closer to the
+#: formula: its exponentials are approximate, which few keys do not average out.
+FEW_SCORES = 1024
+
+#: Keys of a head that may be copied for that.
+FEW_KEYS = 64
 
 
 def refusal(call: AttentionCall) -> str | None:
@@ -308,17 +312,16 @@ def _attend(
 
 
 def _is_small(q: Tensor, k: Tensor) -> bool:
-    """Whether `_attend_small` takes it: few scores a head, and heads that can be numbered through without a copy."""
-    few = q.dtype == torch.float32 and q.shape[0] > 1 and q.shape[2] * k.shape[2] <= FEW_SCORES
-    return few and q.shape[1] == k.shape[1] and k.stride(0) == k.shape[1] * k.stride(1)
+    """Whether `_attend_small` takes it: few scores a head, and heads that are numbered through, or cheap to copy."""
+    few = q.dtype == torch.float32 and q.shape[1] == k.shape[1] and q.shape[2] * k.shape[2] <= FEW_SCORES
+    return few and (k.shape[2] <= FEW_KEYS or k.shape[0] == 1 or k.stride(0) == k.shape[1] * k.stride(1))
 
 
 def _attend_small(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The formula in two products: ``[B, H, Q, D]`` and ``[B, H, Q]``."""
     scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).mul_(scale)  # [B * H, Q, N]
-    lse = scores.logsumexp(2)
-    out = torch.bmm(scores.sub_(lse[..., None]).exp_(), v.flatten(0, 1))
-    return out.view(q.shape), lse.view(q.shape[:3])
+    out = torch.bmm(scores.softmax(2), v.flatten(0, 1))
+    return out.view(q.shape), scores.logsumexp(2).view(q.shape[:3])
 
 
 def _bias(mask: Tensor | None, relative: Tensor | None, q: Tensor) -> Tensor | None:

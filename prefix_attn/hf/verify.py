@@ -88,7 +88,7 @@ def check_close(model: Any, name: str, got: torch.Tensor, expected: torch.Tensor
     if not error <= TOLERANCE[got.dtype] * max(largest, 1.0):
         raise UnsupportedModel(
             f"{type(model).__name__}: for task {name!r} the logits differ by {error:.1e} from those of a replicated "
-            f"prefix (largest logit {largest:.1e}); unpatched, and please report the family"
+            f"prefix (largest logit {largest:.1e}); please report the family"
         )
 
 

@@ -79,7 +79,7 @@ def test_a_broken_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def broken(call: Any) -> Any:
         out, lse = right(call)
-        return out + 1, lse
+        return out + (call.batch > 1), lse  # what `patch` tries has one row
 
     monkeypatch.setattr(torch_sdpa, "forward", broken)
     rows: list[GenerationRow] = []
@@ -88,6 +88,15 @@ def test_a_broken_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     for row in rows:
         assert row.status.startswith("wrong: first logits differ by ")
         assert row.decode_tokens_per_s is None
+
+
+def test_the_slow_way_is_not_timed_as_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = torch_sdpa.forward
+    monkeypatch.setattr(torch_sdpa, "forward", lambda call: (right(call)[0] + 1, None))
+    rows: list[GenerationRow] = []
+    run_generations([POINT], CPU, ENVIRONMENT, 60, rows.extend)
+    assert rows[0].status.startswith("refused: SlowModel: ")
+    assert rows[0].decode_tokens_per_s is None
 
 
 def test_what_a_provider_raises_is_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ def test_candidates_fit_and_the_heuristic_is_among_them(target: Target) -> None:
     tiles = target.candidates("sm_90")
     assert tiles[0] == heuristic(target.kind, target.head_dim, 2, "sm_90", target.block_m)
     assert len(tiles) == len(set(tiles)) > 3
-    assert all(shared_bytes(tile, target.head_dim, 2, "sm_90") <= shared_limit("sm_90") for tile in tiles)
+    assert all(shared_bytes(target.kind, tile, target.head_dim, 2, "sm_90") <= shared_limit("sm_90") for tile in tiles)
     assert len(target.candidates("sm_86")) < len(tiles) or target.head_dim == 64
     assert all(point.head_dim == target.head_dim for point in target.points)
     assert len({tile.block_m for tile in tiles}) == (2 if target.kind == "prefill" else 1)
