@@ -45,6 +45,7 @@ floor" is the time that moving the bytes, or doing the products, must take at th
 time taken.
 
     prefix-attn bench {suite} --quick
+
     prefix-attn bench {suite} --against peft
 
 Exit code: 0; 1 if a result was wrong; 2 if nothing could run.
@@ -97,6 +98,7 @@ def plot(
     """Draw figures from results files, and from nothing else.
 
         prefix-attn bench plot
+
         prefix-attn bench plot benchmarks/results/DEVICE/FILE.jsonl --figures /tmp
 
     Needs matplotlib: `pip install 'prefix-attn[bench]'`.
