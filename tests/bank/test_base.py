@@ -64,7 +64,9 @@ KEPT = {
 @pytest.mark.parametrize("family", KEPT)
 def test_layers_that_keep_something_else(family: str) -> None:
     bank = PrefixBank.for_model(tiny_random_model(family))
-    assert [tuple(layer) for layer in bank.geometry.layers] == KEPT[family]
+    layers = [tuple(layer) for layer in bank.geometry.layers]
+    assert layers == KEPT[family][: len(layers)]
+    assert not any(heads for heads, _, _ in KEPT[family][len(layers) :])  # 5.17 leaves them out
     prefix = [
         None if not heads else (torch.randn(heads, 3, dim), torch.randn(heads, 3, v_dim))
         for heads, dim, v_dim in bank.geometry.layers
