@@ -161,6 +161,7 @@ def decode_steps() -> Table:
     rows = table(title, "rows", "tasks", "prefix", "runs", "why", "MB", "GFLOP", "floor", "gain")
     rows.caption = "floor: nothing can be faster; gain: over a prefix copied into every row, both at their floor"
     zero = torch.zeros((), device=device, dtype=torch.bfloat16)  # only shapes and lengths matter
+    said = ""
     for batch, tasks, m in STEPS:
         lens = torch.full((tasks,), m, dtype=torch.int32, device=device)
         ids = torch.arange(batch, dtype=torch.int32, device=device) % tasks
@@ -170,5 +171,6 @@ def decode_steps() -> Table:
         runs, why = (found.regime.name, found.regime.reason) if found.regime else (found.backend, found.reason)
         floor = "unknown" if found.floor_us is None else f"{found.floor_us:.1f} us"
         megabytes, gflop = f"{found.cost.bytes / 1e6:.1f}", f"{found.cost.flops / 1e9:.2f}"
+        said, why = why, "as above" if why == said else why
         rows.add_row(*map(str, (batch, tasks, m)), runs, Text(why), megabytes, gflop, floor, f"{found.saving:.1f}x")
     return rows
