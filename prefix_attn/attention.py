@@ -85,7 +85,10 @@ def prefix_attention(
         batch_invariant=batch_invariant, plan=plan,
     )  # fmt: skip
     out, lse = ops.attention(call, dispatch.choose(call, backend).name)
-    return (out, lse) if return_lse else out
+    if not return_lse:
+        return out
+    assert lse is not None, "an operator returns lse where it is asked for"
+    return out, lse
 
 
 def explain(

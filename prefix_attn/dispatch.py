@@ -20,18 +20,18 @@ from __future__ import annotations
 from types import ModuleType
 from typing import NamedTuple
 
-from prefix_attn.backends import flash_attn, reference, torch_sdpa, triton
+from prefix_attn.backends import cpu, flash_attn, reference, torch_sdpa, triton
 from prefix_attn.errors import BackendUnavailable
 from prefix_attn.regime import Regime
 from prefix_attn.types import AttentionCall
 
 BACKENDS: dict[str, ModuleType] = {
-    "triton": triton, "torch": torch_sdpa, "reference": reference, "flash_attn": flash_attn,
+    "triton": triton, "cpu": cpu, "torch": torch_sdpa, "reference": reference, "flash_attn": flash_attn,
 }  # fmt: skip
 
 #: What "auto" tries on a GPU: the fused kernels, then PyTorch, which runs everything. (Elsewhere Triton could only
 #: interpret its kernels, which is for tests.)
-AUTO_ORDER = ("triton", "torch")
+AUTO_ORDER = ("triton", "cpu", "torch")
 
 
 class Choice(NamedTuple):

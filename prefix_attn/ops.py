@@ -7,6 +7,7 @@ that the same backend computes. Triton is imported by its first real call, not b
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,11 +37,11 @@ torch.library.define(
 )
 
 
-def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
+def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None]:
     """``(out, lse)`` of a checked call that ``backend`` does not refuse.
 
-    out has q's dtype and layout; lse is float32 (float64 for float64 inputs), and empty unless ``call.return_lse`` or
-    the backend's backward wants it.
+    out has q's dtype and layout; lse is float32 (float64 for float64 inputs), and None or of no meaning unless
+    ``call.return_lse``.
 
     Raises:
         UnknownTask, ShapeError: a task id or a key bound on the host is out of range.
@@ -51,38 +52,54 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor]:
         tiles = (call.plan or BatchPlan(call.task_ids, call.prefix.lens)).tiles(
             call.q_len * call.group, regime.tile_rows
         )
+    needs_grad = call.needs_grad
+    if not needs_grad and nobody_watches(call):
+        return _run(call if tiles is None else replace(call, tiles=tiles), backend)
     planned, tasks, members = tiles or (None, None, None)
-    prefix, needs_grad = call.prefix, call.needs_grad
+    prefix = call.prefix
     return_lse = call.return_lse or (needs_grad and dispatch.BACKENDS[backend].saves_lse(call))
-    arguments = (
+    result: tuple[Tensor, Tensor] = torch.ops.prefix_attn.attention(
         call.q, call.k, call.v, prefix.k, prefix.v, call.sinks, call.relative_bias, prefix.starts, prefix.lens,
         call.task_ids, call.kv_start, call.kv_len, planned, tasks, members, call.causal, call.scale, call.window,
         call.softcap, return_lse, call.batch_invariant, prefix.expected_max_len, backend,
     )  # fmt: skip
-    result: tuple[Tensor, Tensor]
-    if needs_grad or torch.compiler.is_compiling():
-        result = _attention(*arguments)
-        return result
-    with (
-        torch._C._AutoDispatchBelowAutograd()
-    ):  # where autograd would only pass it on, which takes longer than the rest
-        result = _attention(*arguments)
     return result
+
+
+def nobody_watches(call: AttentionCall) -> bool:
+    """Whether PyTorch would only pass the operator's arguments on to the backend, which takes longer than all the rest.
+
+    It does more for a compiler, a tracer, a profiler, a transform of functions, a mode, and subclasses of tensors.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(call.q) is type(call.k) is type(call.v) is type(call.prefix.k) is Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._is_tracing()
+        and not torch._C._autograd._profiler_enabled()
+    )
+
+
+def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None]:
+    """What the operator does; lse only if it was asked for."""
+    if call.q.numel() == 0:
+        return _empty_outputs(call)
+    module = dispatch.BACKENDS[backend]
+    if (module.READS_IDS or call.task_ids.is_cpu) and not getattr(module, "CHECKS_VALUES", False):
+        check_values(call)
+    out, lse = module.forward(call)
+    if not call.return_lse:
+        return _in_layout_of(call.q, out), None
+    assert lse is not None, "a backend returns lse where it is asked for"
+    return _in_layout_of(call.q, out), lse.contiguous()
 
 
 @torch.library.impl(_ATTENTION, ("cpu", "cuda"))
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, backend = _call(*arguments)
-    if call.q.numel() == 0:
-        return _empty_outputs(call)
-    module = dispatch.BACKENDS[backend]
-    if module.READS_IDS or call.task_ids.is_cpu:
-        check_values(call)
-    out, lse = module.forward(call)
-    if not call.return_lse:
-        return _in_layout_of(call.q, out), _nothing(call)
-    assert lse is not None, "a backend returns lse where it is asked for"
-    return _in_layout_of(call.q, out), lse.contiguous()
+    out, lse = _run(call, backend)
+    return out, _nothing(call) if lse is None else lse
 
 
 @torch.library.impl(_BACKWARD, ("cpu", "cuda"))
@@ -143,8 +160,6 @@ torch.library.register_fake(_ATTENTION, _forward_fake)
 torch.library.register_fake(_BACKWARD, _backward_fake)
 torch.library.register_autograd(_ATTENTION, _differentiate, setup_context=_save_for_backward)
 torch.library.register_autograd(_BACKWARD, _refuse_to_differentiate)
-
-_attention = torch.ops.prefix_attn.attention.default
 
 
 def _call(

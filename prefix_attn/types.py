@@ -173,8 +173,10 @@ class AttentionCall:
     @property
     def needs_grad(self) -> bool:
         """Whether autograd must see this call."""
+        if not torch.is_grad_enabled():
+            return False
         tensors = (self.q, self.k, self.v, self.prefix.k, self.prefix.v, self.sinks, self.relative_bias)
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return any(t is not None and t.requires_grad for t in tensors)
 
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import prefix_attn as pa
-from prefix_attn.backends import flash_attn, reference
+from prefix_attn.backends import cpu, flash_attn, reference
 from prefix_attn.checks import checked_call
 from prefix_attn.regime import Regime, use_decode
 from prefix_attn.types import AttentionCall
@@ -134,6 +134,57 @@ class TestTorch(BackendSuite):
             inputs = make(case)
             exact, eager = oracle(inputs), oracle(inputs, torch.float32)
             assert_close(case.name, self.run(inputs)[0], eager[0], exact[0])
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="its kernel runs on CPUs, and the suite's tensors are on a GPU")
+class TestCpu(BackendSuite):
+    name = "cpu"
+
+    def run(self, inputs: Inputs, **options: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        refused = cpu.refusal(checked_call(*inputs.args, **inputs.options))
+        if refused is not None and ("relative_bias" in refused or "a prefill" in refused):
+            with pytest.raises(pa.BackendUnavailable, match="backend='cpu' cannot run this call"):
+                super().run(inputs, **options)
+            pytest.skip(f"refused: {refused}")
+        return super().run(inputs, **options)
+
+    @pytest.mark.parametrize("case", [DECODE], ids=lambda c: c.name)
+    @pytest.mark.parametrize("with_lse", [False])
+    def test_gradients(self, case: Case, with_lse: bool) -> None:
+        with pytest.raises(pa.BackendUnavailable, match="has no backward"):
+            self.run(make(case).requiring_grad()[0])
+
+    @pytest.mark.parametrize(
+        ("case", "dtype", "why"),
+        [
+            (DECODE, torch.float64, "float64"),
+            (replace(DECODE, head_dim=300), torch.float32, "256"),
+        ],
+        ids=["float64", "head_dim"],
+    )
+    def test_refusals(self, case: Case, dtype: torch.dtype, why: str) -> None:
+        with pytest.raises(pa.PrefixAttnError, match=why):
+            self.run(make(case, dtype))
+
+    def test_head_dim_must_be_contiguous(self) -> None:
+        inputs = make(DECODE)
+        k = inputs.k.transpose(2, 3).contiguous().transpose(2, 3)
+        with pytest.raises(pa.BackendUnavailable, match="contiguous"):
+            self.run(replace(inputs, k=k))
+
+    @pytest.mark.parametrize("head_dim", [1, 5, 24, 80, 256])
+    def test_any_head_dim(self, head_dim: int) -> None:
+        for case in (DECODE, Case("many_queries", q_heads=20, q_len=3, kv_len=270, prefix_lens=(7, 0, 520))):
+            inputs = make(replace(case, head_dim=head_dim))
+            exact, eager = oracle(inputs), oracle(inputs, torch.float32)
+            assert_close("out", self.run(inputs)[0], eager[0], exact[0])
+
+
+class TestCpuInLanes(TestCpu):
+    """Queries in SIMD lanes, however few they are."""
+
+    def run(self, inputs: Inputs, **options: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().run(inputs, **options | {"batch_invariant": True})
 
 
 class TestFlashAttn(BackendSuite):

@@ -1,0 +1,89 @@
+"""The CPU kernel is compiled once, kept, shared by processes and threads, and done without where it cannot be had."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import prefix_attn as pa
+from prefix_attn import dispatch
+from prefix_attn.backends import compile_cpu
+from prefix_attn.checks import checked_call
+from tests.cases import DECODE, make
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache folder of this test, and nothing remembered of another."""
+    monkeypatch.setenv("PREFIX_ATTN_CACHE", str(tmp_path))
+    for kept in (compile_cpu.library, compile_cpu.missing):
+        kept.cache_clear()
+    yield tmp_path
+    for kept in (compile_cpu.library, compile_cpu.missing):
+        kept.cache_clear()
+
+
+def test_compiles_once_and_keeps_the_result(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_cpu.library(16, torch.float32)
+    (kept,) = empty_cache.iterdir()
+    compile_cpu.library.cache_clear()
+    monkeypatch.setattr(compile_cpu, "_compile", lambda *_: pytest.fail("it is there"))
+    compile_cpu.library(16, torch.float32)
+    assert [kept] == list(empty_cache.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("compiler", "why"),
+    [("", "no C.. compiler"), ("/bin/false", "/bin/false .* failed"), ("/nowhere/cc", "/nowhere/cc")],
+)
+def test_without_a_compiler_pytorch_runs_the_call_and_says_why(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, why: str
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(compile_cpu, "COMPILERS", ())
+    inputs = make(DECODE)
+    choice = dispatch.choose(checked_call(*inputs.args))
+    assert choice.name == "torch"
+    assert "cpu: " in choice.reason
+    with pytest.raises(pa.BackendUnavailable, match=why):
+        pa.prefix_attention(*inputs.args, backend="cpu")
+    monkeypatch.delenv("CXX")
+    assert dispatch.choose(checked_call(*inputs.args)).name == "torch", "it is not tried again at every call"
+    assert not list(empty_cache.glob("*.so"))
+
+
+def test_processes_that_compile_at_once_do_not_disturb_each_other(empty_cache: Path) -> None:
+    script = "import torch; from prefix_attn.backends.compile_cpu import library; library(16, torch.float32).decode"
+    running = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) for _ in range(3)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert len(list(empty_cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_bits_do_not_depend_on_threads(threads: int) -> None:
+    """Neither on PyTorch's, nor on how many call at once."""
+    generator = torch.Generator().manual_seed(0)
+    q, kv = (torch.randn(shape, generator=generator) for shape in ((8, 8, 1, 64), (8, 4, 700, 64)))
+    prefix = pa.PrefixKV.pack([(torch.randn(4, 600, 64, generator=generator),) * 2])
+
+    def run(_: int = 0) -> torch.Tensor:
+        return pa.prefix_attention(q, kv, kv, prefix, [0, 0, -1, 0, 0, 0, -1, 0], backend="cpu")
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        expected = run()
+        torch.set_num_threads(before)
+        assert torch.equal(run(), expected)
+    finally:
+        torch.set_num_threads(before)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(out, expected) for out in pool.map(run, range(12)))
