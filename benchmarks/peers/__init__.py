@@ -58,10 +58,10 @@ def all_peers(backend: str = "triton") -> list[Peer]:
 def cpu_peers() -> list[Peer]:
     """Every provider on a CPU, ours first. There a step is timed: the newest keys are put into a cache, then read."""
     return [
-        OursInPlace(OURS, "torch"),
-        OursInPlace(AGAIN, "torch"),
-        OwnKeysOnly(NO_PREFIX, "torch"),
-        OursInPlace(INVARIANT, "torch", batch_invariant=True),
+        OursInPlace(OURS, "auto"),
+        OursInPlace(AGAIN, "auto"),
+        OwnKeysOnly(NO_PREFIX, "auto"),
+        OursInPlace(INVARIANT, "auto", batch_invariant=True),
         SdpaInPlace(),
         SdpaConcatenated(),
         HuggingFace(),

@@ -49,47 +49,6 @@ def readers_of(ids: tuple[int, ...], spans: Spans) -> Readers:
     return Readers(groups, torch.tensor(order), back)
 
 
-class EvenReaders(NamedTuple):
-    """Rows with a prefix, as many of every task, where one strided view of the bank shows all their prefixes."""
-
-    start: int  # of the first prefix
-    spacing: int  # tokens from one prefix to the next
-    tasks: int
-    m: int
-    order: Tensor | None  # the rows, task by task, some repeated to make the numbers even; None: as they are
-    members: Tensor | None  # rows with a prefix; None: all
-    back: Tensor | None  # where each of them stands in that order; None: as they are
-
-
-@lru_cache(maxsize=256)
-def even_readers_of(ids: tuple[int, ...], spans: Spans, most_repeated: int) -> EvenReaders | None:
-    """`EvenReaders` of prefixes of one length at equal distances, if at most so many rows need to be repeated."""
-    rows_of: dict[tuple[int, int], list[int]] = {}
-    for row, task in enumerate(ids):
-        if task >= 0 and spans[task][1] > 0:
-            rows_of.setdefault(spans[task], []).append(row)
-    prefixes = sorted(rows_of)
-    if not prefixes:
-        return None
-    (start, m), tasks = prefixes[0], len(prefixes)
-    spacing = prefixes[1][0] - start if tasks > 1 else m
-    if prefixes != [(start + i * spacing, m) for i in range(tasks)]:
-        return None
-    members, most = [row for rows in rows_of.values() for row in rows], max(map(len, rows_of.values()))
-    if tasks * most - len(members) > most_repeated:
-        return None
-    members.sort()
-    order = [row for span in prefixes for row in (rows_of[span] * most)[:most]]
-    back = [order.index(row) for row in members]
-    all_rows = list(range(len(ids)))
-    return EvenReaders(
-        start, spacing, tasks, m,
-        order=None if order == all_rows else torch.tensor(order),
-        members=None if members == all_rows else torch.tensor(members),
-        back=None if back == list(range(len(order))) else torch.tensor(back),
-    )  # fmt: skip
-
-
 def merge(own_out: Tensor, own_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Join a row's two parts in lse's dtype; the prefix's lse is finite, since it has at least one visible token."""
     weight = torch.sigmoid(own_lse - lse)[..., None]  # exp(own) / (exp(own) + exp(prefix))

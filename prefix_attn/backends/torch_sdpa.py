@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from prefix_attn.backends import reference
-from prefix_attn.backends.by_task import EvenReaders, Readers, even_readers_of, merge, readers_of, with_sinks
+from prefix_attn.backends.by_task import Readers, merge, readers_of, with_sinks
 from prefix_attn.types import AttentionCall, Gradients, PerInput
 
 #: On a CPU to group rows by task; elsewhere as the reference does.
@@ -29,13 +29,6 @@ READS_IDS = True
 
 #: In prefill, prefixes of fewer tokens are copied: a second call and the merge cost more (measured in the same file).
 COPIED_BELOW = 64
-
-#: Scores of a kv head up to which two products in float32 are no slower than the flash operator, and closer to the
-#: formula: its exponentials are approximate, which few keys do not average out.
-FEW_SCORES = 1024
-
-#: Keys of a head that may be copied for that.
-FEW_KEYS = 64
 
 
 def refusal(call: AttentionCall) -> str | None:
@@ -97,8 +90,7 @@ class _Batch:
     """What the host needs to know of a call on a CPU: who reads which prefix, and where each row's keys lie."""
 
     def __init__(self, call: AttentionCall) -> None:
-        self.ids, self.spans = tuple(call.task_ids.tolist()), tuple(call.prefix.spans)
-        self.readers = readers_of(self.ids, self.spans)
+        self.readers = readers_of(tuple(call.task_ids.tolist()), tuple(call.prefix.spans))
         self.longest = max((m for _, m, _ in self.readers.groups), default=0)
         starts = call.kv_start.tolist() if call.kv_start is not None else [0] * call.batch
         ends = call.kv_len.tolist() if call.kv_len is not None else [call.kv_capacity] * call.batch
@@ -122,14 +114,8 @@ def _shared(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
     readers = batch.readers
     if not readers.groups:
         return own_out, own_lse
-    # In decode a query more costs little; a call for each task costs more.
-    even = even_readers_of(batch.ids, batch.spans, most_repeated=call.batch if call.q_len == 1 else 0)
-    if even is not None and call.relative_bias is None:
-        out, lse = _even_prefixes(call, even)
-        rows, back = even.members, even.back
-    else:
-        out, lse = _prefixes(call, readers)
-        rows, back = (readers.order, None) if readers.back is None else (None, readers.back)
+    out, lse = _prefixes(call, readers)
+    rows, back = (readers.order, None) if readers.back is None else (None, readers.back)
     if back is not None:
         out, lse = out[back], lse[back]
     if rows is None:
@@ -137,29 +123,6 @@ def _shared(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
     all_out, all_lse = own_out.to(own_lse.dtype), own_lse.clone()
     all_out[rows], all_lse[rows] = merge(own_out[rows], own_lse[rows], out, lse)
     return all_out, all_lse
-
-
-def _even_prefixes(call: AttentionCall, even: EvenReaders) -> tuple[Tensor, Tensor]:
-    """Every prefix in one call: ``[rows, H, Q, D]`` and ``[rows, H, Q]``, in the order of ``even``."""
-    q = call.q if even.order is None else call.q[even.order]
-    pk, pv = (_every(x, even) for x in (call.prefix.k, call.prefix.v))
-    packed = q.reshape(even.tasks, -1, call.kv_heads, call.group * call.q_len, call.head_dim)
-    if packed.shape[1] == 1:
-        out, lse = _attend(packed[:, 0], pk, pv, call.scale)
-        return out.reshape(q.shape), lse.reshape(q.shape[:3])
-    out, lse = _attend(packed.transpose(1, 2).flatten(2, 3), pk, pv, call.scale)  # [tasks, kv_heads, rows * G * Q, D]
-    per_task = (even.tasks, call.kv_heads, -1, call.group * call.q_len)
-    return (
-        out.reshape(*per_task, call.head_dim).transpose(1, 2).reshape(q.shape),
-        lse.reshape(per_task).transpose(1, 2).reshape(q.shape[:3]),
-    )
-
-
-def _every(x: Tensor, even: EvenReaders) -> Tensor:
-    """All prefixes ``[tasks, kv_heads, m, D]`` as a view of the bank's ``[kv_heads, tokens, D]``."""
-    head, token, dim = x.stride()
-    shape = (even.tasks, x.shape[0], even.m, x.shape[2])
-    return x.as_strided(shape, (even.spacing * token, head, token, dim), x.storage_offset() + even.start * token)
 
 
 def _prefixes(call: AttentionCall, readers: Readers) -> tuple[Tensor, Tensor]:
@@ -297,8 +260,6 @@ def _attend(
         lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=lse_dtype)
     bias = _bias(mask, relative, q)
-    if bias is None and not causal and _is_small(q, k) and _is_small(q, v):
-        return _attend_small(q, k, v, scale)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
     if mask is None:
@@ -309,19 +270,6 @@ def _attend(
             q, k.masked_fill(unread, 0.0), v.masked_fill(unread, 0.0), 0.0, causal, attn_mask=bias, scale=scale
         )
     return out, lse.masked_fill(~mask.any(dim=3), float("-inf"))  # the operator says 0 for a row that sees nothing
-
-
-def _is_small(q: Tensor, k: Tensor) -> bool:
-    """Whether `_attend_small` takes it: few scores a head, and heads that are numbered through, or cheap to copy."""
-    few = q.dtype == torch.float32 and q.shape[1] == k.shape[1] and q.shape[2] * k.shape[2] <= FEW_SCORES
-    return few and (k.shape[2] <= FEW_KEYS or k.shape[0] == 1 or k.stride(0) == k.shape[1] * k.stride(1))
-
-
-def _attend_small(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The formula in two products: ``[B, H, Q, D]`` and ``[B, H, Q]``."""
-    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2)).mul_(scale)  # [B * H, Q, N]
-    out = torch.bmm(scores.softmax(2), v.flatten(0, 1))
-    return out.view(q.shape), scores.logsumexp(2).view(q.shape[:3])
 
 
 def _bias(mask: Tensor | None, relative: Tensor | None, q: Tensor) -> Tensor | None:
