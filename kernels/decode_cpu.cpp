@@ -513,9 +513,8 @@ extern "C" int decode(const Call* pointer) {
         products *= call.kv_heads * per_row * HEAD_DIM;
 
         const int64_t slots = parts * call.kv_heads * per_row;
-        if ((int64_t)memory.size() < slots * (PADDED + 2) + LANES) memory.resize(slots * (PADDED + 2) + LANES);
-        float* aligned = memory.data() + (64 - (uintptr_t)memory.data() % 64) % 64 / 4;
-        const Results results = {aligned, aligned + slots * PADDED, aligned + slots * (PADDED + 1)};
+        if ((int64_t)memory.size() < slots * (PADDED + 2)) memory.resize(slots * (PADDED + 2));
+        const Results results = {memory.data(), memory.data() + slots * PADDED, memory.data() + slots * (PADDED + 1)};
         constexpr int64_t WORTH_A_THREAD = 1 << 17;  // products; a thread takes microseconds to wake
         const int threads = std::max<int64_t>(1, std::min(call.threads, products / WORTH_A_THREAD));
         while ((int)scratch.size() < threads) scratch.push_back(std::make_unique<Scratch>());

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,9 +14,10 @@ import torch
 
 import prefix_attn as pa
 from prefix_attn import dispatch
-from prefix_attn.backends import compile_cpu
+from prefix_attn.backends import compile_cpu, reference
 from prefix_attn.checks import checked_call
-from tests.cases import DECODE, make
+from tests.cases import DECODE, Case, make
+from tests.tolerance import assert_close
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,6 +67,17 @@ def test_processes_that_compile_at_once_do_not_disturb_each_other(empty_cache: P
     running = [subprocess.Popen([sys.executable, "-c", script], cwd=ROOT) for _ in range(3)]
     assert [process.wait() for process in running] == [0, 0, 0]
     assert len(list(empty_cache.iterdir())) == 1
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flag is one of x86-64's")
+def test_narrow_vectors_give_the_same(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four lanes, as the oldest of these processors have."""
+    oldest = tuple("-march=x86-64" if flag == "-march=native" else flag for flag in compile_cpu.FLAGS)
+    monkeypatch.setattr(compile_cpu, "FLAGS", oldest)
+    for case in (DECODE, Case("many_queries", q_heads=20, q_len=3, kv_len=270, prefix_lens=(7, 0, 520))):
+        inputs = make(case)
+        exact, eager = (reference.attend(checked_call(*inputs.args), x) for x in (torch.float64, torch.float32))
+        assert_close("out", pa.prefix_attention(*inputs.args, backend="cpu"), eager[0], exact[0])
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -38,10 +38,10 @@ def refusal(call: AttentionCall) -> str | None:
         return f"the kernels take head_dim {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, not {call.head_dim}"
     if call.relative_bias is not None and call.needs_grad:
         return "its backward kernels do not know relative_bias, and a tensor requires grad; use backend='torch'"
-    keys = (call.k, call.v, call.prefix.k, call.prefix.v)
-    if (stride := max([max(x.stride()[-2:]) for x in keys])) > MAX_STRIDE:
+    stride = max(*call.k.stride()[-2:], *call.v.stride()[-2:], *call.prefix.k.stride()[1:], *call.prefix.v.stride()[1:])
+    if stride > MAX_STRIDE:
         return f"keys have a stride of {stride} elements, the kernels take {MAX_STRIDE}; call .contiguous() on k and v"
-    device = call.q.device.type
+    device = "cuda" if call.q.is_cuda else call.q.device.type
     if device == "cpu" and not interpreting():
         return (
             "the tensors are on the CPU, where Triton only interprets, slowly; set TRITON_INTERPRET=1 before "
