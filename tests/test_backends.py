@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import prefix_attn as pa
-from prefix_attn.backends import cpu, flash_attn, reference
+from prefix_attn.backends import flash_attn, reference
 from prefix_attn.checks import checked_call
 from prefix_attn.regime import Regime, use_decode
 from prefix_attn.types import AttentionCall
@@ -140,14 +140,6 @@ class TestTorch(BackendSuite):
 class TestCpu(BackendSuite):
     name = "cpu"
 
-    def run(self, inputs: Inputs, **options: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        refused = cpu.refusal(checked_call(*inputs.args, **inputs.options))
-        if refused is not None and ("relative_bias" in refused or "a prefill" in refused):
-            with pytest.raises(pa.BackendUnavailable, match="backend='cpu' cannot run this call"):
-                super().run(inputs, **options)
-            pytest.skip(f"refused: {refused}")
-        return super().run(inputs, **options)
-
     @pytest.mark.parametrize("case", [DECODE], ids=lambda c: c.name)
     @pytest.mark.parametrize("with_lse", [False])
     def test_gradients(self, case: Case, with_lse: bool) -> None:
@@ -159,8 +151,9 @@ class TestCpu(BackendSuite):
         [
             (DECODE, torch.float64, "float64"),
             (replace(DECODE, head_dim=300), torch.float32, "256"),
+            (Case("wide_group", q_heads=300, kv_heads=1), torch.float32, "256 query heads"),
         ],
-        ids=["float64", "head_dim"],
+        ids=["float64", "head_dim", "group"],
     )
     def test_refusals(self, case: Case, dtype: torch.dtype, why: str) -> None:
         with pytest.raises(pa.PrefixAttnError, match=why):
@@ -174,7 +167,11 @@ class TestCpu(BackendSuite):
 
     @pytest.mark.parametrize("head_dim", [1, 5, 24, 80, 256])
     def test_any_head_dim(self, head_dim: int) -> None:
-        for case in (DECODE, Case("many_queries", q_heads=20, q_len=3, kv_len=270, prefix_lens=(7, 0, 520))):
+        for case in (
+            DECODE,
+            Case("many_queries", q_heads=20, q_len=3, kv_len=270, prefix_lens=(7, 0, 520)),
+            Case("long_prefill", q_len=300, kv_len=300, prefix_lens=(7, 0, 520), starts=(0, 10, 299, 300)),
+        ):
             inputs = make(replace(case, head_dim=head_dim))
             exact, eager = oracle(inputs), oracle(inputs, torch.float32)
             assert_close("out", self.run(inputs)[0], eager[0], exact[0])

@@ -51,7 +51,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_what_it_should(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = ("kernels/decode.py", "kernels/decode_cpu.cpp", "string_tasks/heldout.jsonl", "benchmarks/compare.py")
+    wanted = ("kernels/decode.py", "kernels/cpu/attention.cpp", "string_tasks/heldout.jsonl", "benchmarks/compare.py")
     assert {f"prefix_attn/{name}" for name in wanted} <= names
     assert not [
         name for name in names if name.startswith(("prefix_attn/benchmarks/results", "prefix_attn/benchmarks/fig"))

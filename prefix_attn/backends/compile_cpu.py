@@ -20,7 +20,7 @@ import torch
 
 import prefix_attn.kernels
 
-SOURCE = Path(next(iter(prefix_attn.kernels.__path__))) / "decode_cpu.cpp"
+SOURCES = Path(next(iter(prefix_attn.kernels.__path__))) / "cpu"
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = (
     "-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
@@ -42,8 +42,9 @@ def library(head_dim: int, dtype: torch.dtype) -> ctypes.CDLL:
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise CompileError(f"no C++ compiler ({', '.join(COMPILERS)}) is on the PATH; install one, or set CXX")
-    command = [compiler, *FLAGS, f"-DHEAD_DIM={head_dim}", f"-DELEMENT={ELEMENTS[dtype]}", str(SOURCE)]
-    path = cache_folder() / f"decode_cpu-{head_dim}-{ELEMENTS[dtype].lower()}-{_key(command)}.so"
+    variant = f"-DHEAD_DIM={head_dim}", f"-DELEMENT={ELEMENTS[dtype]}"
+    command = [compiler, *FLAGS, *variant, str(SOURCES / "attention.cpp")]
+    path = cache_folder() / f"attention-{head_dim}-{ELEMENTS[dtype].lower()}-{_key(compiler, *FLAGS, *variant)}.so"
     if not path.exists():
         _compile(command, path)
     try:
@@ -69,13 +70,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prefix_attn"
 
 
-def _key(command: list[str]) -> str:
+def _key(*command: str) -> str:
     """What the machine code depends on: source, command, and this processor, since -march=native means it."""
     processor = Path("/proc/cpuinfo")
     features = {line for line in processor.read_text().splitlines() if line.startswith(("flags", "Features"))} if (
         processor.exists()
     ) else {platform.processor()}  # fmt: skip
-    parts = [SOURCE.read_text(), *command, platform.machine(), *sorted(features)]
+    parts = [*(file.read_text() for file in sorted(SOURCES.iterdir())), *command, platform.machine(), *sorted(features)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""Decode on a CPU through kernels/decode_cpu.cpp, which is compiled on first use; forward only."""
+"""Attention on a CPU through kernels/cpu/attention.cpp, which is compiled on first use; forward only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from prefix_attn.backends.compile_cpu import ELEMENTS, library, missing
 from prefix_attn.checks import check_values
-from prefix_attn.regime import DECODE_ROWS, use_decode
 from prefix_attn.types import AttentionCall
 
 #: Ids and key bounds are in the host's memory.
@@ -21,8 +20,11 @@ CHECKS_VALUES = True
 #: What the kernel returns for them.
 OUT_OF_RANGE = 1
 
-#: `Call` in kernels/decode_cpu.cpp: pointers, integers, floats.
-_CALL = struct.Struct("13P 28q 2d")
+#: Query heads that share a kv head.
+MAX_GROUP = 256
+
+#: `Call` in kernels/cpu/part.h: pointers, integers, floats.
+_CALL = struct.Struct("14P 29q 2d")
 
 
 def refusal(call: AttentionCall) -> str | None:
@@ -32,10 +34,8 @@ def refusal(call: AttentionCall) -> str | None:
         return f"its kernel runs on CPUs, not on {q.device.type!r}"
     if q.dtype not in ELEMENTS:
         return f"its kernel accumulates in float32 and takes {', '.join(map(str, ELEMENTS))}, not {q.dtype}"
-    if not use_decode(call.q_len, call.group):
-        return f"{call.q_len} queries a row are a prefill; its kernel takes {DECODE_ROWS} rows per kv head at most"
-    if call.relative_bias is not None:
-        return "its kernel does not know relative_bias"
+    if call.group > MAX_GROUP:
+        return f"its kernel takes {MAX_GROUP} query heads per kv head at most, not {call.group}"
     if call.needs_grad:
         return "it has no backward, and a tensor requires grad"
     if not (call.k.stride(3) == call.v.stride(3) == prefix.k.stride(2) == prefix.v.stride(2) == 1):
@@ -56,18 +56,19 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     batch, q_heads, q_len, head_dim = q.shape
     out = torch.empty_like(q)
     lse = q.new_empty((batch, q_heads, q_len), dtype=torch.float32) if call.return_lse else None
-    sinks = None if call.sinks is None else call.sinks.float().contiguous()
-    integers = [x if x is None else x.contiguous() for x in (call.kv_start, call.kv_len)]
+    sinks, bias = (None if x is None else x.float().contiguous() for x in (call.sinks, call.relative_bias))
+    kv_start, kv_len = (None if x is None else x.contiguous() for x in (call.kv_start, call.kv_len))
     starts, lens, ids = prefix.starts.contiguous(), prefix.lens.contiguous(), call.task_ids.contiguous()
     arguments = _CALL.pack(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), prefix.k.data_ptr(), prefix.v.data_ptr(), out.data_ptr(),
-        _pointer(lse), starts.data_ptr(), lens.data_ptr(), ids.data_ptr(), *map(_pointer, integers), _pointer(sinks),
-        batch, k.shape[1], call.group, q_len, k.shape[2], lens.shape[0],
+        _pointer(lse), starts.data_ptr(), lens.data_ptr(), ids.data_ptr(), _pointer(kv_start), _pointer(kv_len),
+        _pointer(sinks), _pointer(bias),
+        batch, k.shape[1], call.group, q_len, k.shape[2], lens.shape[0], 0 if bias is None else bias.shape[1] // 2,
         *q.stride(), *out.stride(), *k.stride()[:3], *v.stride()[:3], *prefix.k.stride()[:2], *prefix.v.stride()[:2],
         call.window or 0, call.causal, call.batch_invariant, torch.get_num_threads(),
         call.scale, call.softcap or 0.0,
     )  # fmt: skip
-    status = library(head_dim, q.dtype).decode(arguments)
+    status = library(head_dim, q.dtype).attention(arguments)
     if status == OUT_OF_RANGE:
         check_values(call)
     if status != 0:
