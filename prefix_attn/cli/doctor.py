@@ -160,7 +160,7 @@ def decode_steps() -> Table:
     title = f"Decode on {device}: a layer of Llama-3-8B in bfloat16, {OWN_KEYS} own keys a row"
     rows = table(title, "rows", "tasks", "prefix", "runs", "why", "MB", "GFLOP", "floor", "gain")
     rows.caption = "floor: nothing can be faster; gain: over a prefix copied into every row, both at their floor"
-    zero = torch.zeros((), device=device, dtype=torch.bfloat16)  # only shapes and lengths matter
+    zero = torch.zeros(128, device=device, dtype=torch.bfloat16)  # only shapes and lengths matter
     said = ""
     for batch, tasks, m in STEPS:
         lens = torch.full((tasks,), m, dtype=torch.int32, device=device)
