@@ -151,9 +151,13 @@ class ModelHook:
         """The attention calls of one token without tasks, behind a cache; see `Sources`."""
         tokens = torch.ones((1, 1), dtype=torch.long, device=self.model.device)
         mask = torch.ones((1, cache.get_seq_length() + 1), dtype=torch.long, device=self.model.device)
+        positions = {}
+        if "position_ids" in inspect.signature(self.model.forward).parameters:
+            # some families count by what they keep of the last sequence, when none are given
+            positions["position_ids"] = torch.full_like(tokens, cache.get_seq_length())
         self.recorded = []
         try:
-            self.model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
+            self.model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **positions)
             return self.recorded
         finally:
             self.recorded = None

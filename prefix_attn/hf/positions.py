@@ -6,6 +6,7 @@ positions up in a table, ``embed_positions``; there hooks put each row's own.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any
 
@@ -68,7 +69,8 @@ def counts_otherwise(model: nn.Module) -> bool:
 
 def _counting_tokens(model: nn.Module) -> nn.Module | None:
     """The module of RoBERTa and its kin that counts tokens other than padding, from padding_idx + 1."""
-    return next((x for x in model.modules() if hasattr(x, "create_position_ids_from_inputs_embeds")), None)
+    ways = ("create_position_ids_from_input_ids", "create_position_ids_from_inputs_embeds")
+    return next((x for x in model.modules() if all(hasattr(x, way) for way in ways)), None)
 
 
 def _default_positions(q_len: int, past: Any, inputs: Tensor, attention_mask: Any, decoder: nn.Module) -> Tensor:
@@ -77,7 +79,9 @@ def _default_positions(q_len: int, past: Any, inputs: Tensor, attention_mask: An
         padding: Any = from_ids.padding_idx
         theirs: Any = from_ids
         if inputs.is_floating_point():
-            counted = theirs.create_position_ids_from_inputs_embeds(inputs, padding)
+            count = theirs.create_position_ids_from_inputs_embeds
+            behind = {"past_key_values_length": past} if len(inspect.signature(count).parameters) == 3 else {}
+            counted = count(inputs, padding_idx=padding, **behind)
         else:
             counted = theirs.create_position_ids_from_input_ids(inputs, padding, past)
         assert isinstance(counted, Tensor)

@@ -42,6 +42,7 @@ class Result:
     """What became of one type.
 
     Attributes:
+        images: whether it is the class that reads images and text, not the causal LM.
         status: "exact", "slow", "refused", or "failed" (neither right nor refused: a bug of ours).
         reason: why it is not exact.
         errors: largest error of each comparison, relative to the largest logit.
@@ -51,6 +52,7 @@ class Result:
     """
 
     model_type: str
+    images: bool = False
     status: str = "failed"
     reason: str = ""
     errors: dict[str, float] = field(default_factory=dict)
