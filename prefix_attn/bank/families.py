@@ -10,7 +10,7 @@ from typing import Any
 from prefix_attn.errors import UnsupportedModel
 
 _READS_IMAGES = (
-    "its encoder reads an image; of encoder-decoder models those take a prefix whose encoder reads text or sound alone"
+    "its encoder reads an image; of encoder-decoder models only some take a prefix whose encoder reads text or sound"
 )
 _NEEDS_AN_IMAGE = "it does not run without an image; its {0} does: make a bank for model.{0}, and patch that"
 _CODEBOOKS = (
@@ -40,6 +40,10 @@ NO_PLACE = {
     "git": "it takes what its cache holds in front of the text for an image, of a fixed number of tokens",
     "idefics": "its layers attend to an image in every pass",
     "kosmos-2": _NEEDS_AN_IMAGE.format("text_model"),
+    "minimax": (
+        "transformers' cache for it takes the length of padding masks from its first layer, which keeps no keys, and "
+        "loses the states of its linear layers when beams change places, so that there is no right result to equal"
+    ),
     "pi0": "it writes the movements of a robot, and no text",
     "prophetnet": "behind a cache it takes one token at a time, so that no prompt fits behind a prefix",
     "t5gemma2": "its decoder attends to its own tokens and to the encoder's in one softmax, with one cache for both",

@@ -20,7 +20,7 @@ from prefix_attn.hf.continuous import GenerateBatch, InitContinuousBatching
 from prefix_attn.hf.generate import Generate, PrepareInputs, checked_for_batch
 from prefix_attn.hf.masks import request_mask, scope
 from prefix_attn.hf.positions import look_up_rows, restore_rows, rows, shifted_positions
-from prefix_attn.hf.sources import Call, Sources
+from prefix_attn.hf.sources import NO_INTERFACE, Call, Sources
 from prefix_attn.hf.verify import verify_a_text
 from prefix_attn.hf.wiring import PROBE, Wired
 from prefix_attn.plan import BatchPlan
@@ -90,6 +90,8 @@ class DecoderPatch:
             pass  # the pass went on without tasks
         except FAILURES as error:
             raise UnsupportedModel(f"{type(model).__name__}: does not run on tokens alone ({error})") from error
+        if not decoder_of(model)._can_set_attn_implementation():
+            raise UnsupportedModel(f"{type(model).__name__}: {NO_INTERFACE}")
         raise UnsupportedModel(f"{type(model).__name__}: its forward does not pass task_ids on to its decoder")
 
 

@@ -130,6 +130,12 @@ def look_up_rows(
     return None if rows.positions is None else (args, kwargs | {"position_ids": rows.positions.reshape(-1)})
 
 
+def turn_rows(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Pre-hook of RoFormer's layers: what was looked up, their third argument, from ``[1, 1, batch, q_len, dim]`` to
+    ``[batch, 1, q_len, dim]``."""
+    return None if rows.positions is None else (*args[:2], args[2][0, 0][:, None], *args[3:])
+
+
 def restore_rows(table: Any, args: tuple[Any, ...], embeddings: Tensor) -> Tensor | None:
     """Hook behind it: from a list of embeddings to ``[batch, q_len, hidden]``."""
     return None if rows.positions is None else embeddings.reshape(*rows.positions.shape, -1)

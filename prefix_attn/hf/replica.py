@@ -23,7 +23,7 @@ from prefix_attn.errors import PrefixAttnError, ShapeError, UnsupportedModel
 from prefix_attn.hf.adapters import pop_task_ids
 from prefix_attn.hf.caches import MARK, check_tasks_of
 from prefix_attn.hf.generate import Generate, PrepareInputs, checked_for_batch
-from prefix_attn.hf.positions import look_up_rows, restore_rows, rows, shifted_positions
+from prefix_attn.hf.positions import look_up_rows, restore_rows, rows, shifted_positions, turn_rows
 from prefix_attn.hf.sources import fill
 from prefix_attn.hf.verify import TOKENS, check_close, of_all_heads, some_tokens
 
@@ -59,6 +59,11 @@ class ReplicaPatch:
         for table in self.hook.tables:
             self.handles.append(table.register_forward_pre_hook(look_up_rows, with_kwargs=True))
             self.handles.append(table.register_forward_hook(restore_rows))
+        self.handles += [
+            module.register_forward_pre_hook(turn_rows)
+            for module in decoder.modules()
+            if type(module).__name__ == "RoFormerLayer"
+        ]
         model.generate = Generate(model, bank)
         model.prepare_inputs_for_generation = PrepareInputs(model, "")
 

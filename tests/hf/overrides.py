@@ -56,6 +56,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "index_n_heads": 2,
         "index_head_dim": 16,
     },
+    "mllama_text_model": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
     "bamba": {"num_hidden_layers": 3, "attn_layer_indices": [1]},
     "jamba": {"num_hidden_layers": 3, "attn_layer_period": 2, "attn_layer_offset": 1},
     "granitemoehybrid": {
@@ -117,7 +118,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "glm_ocr_text", "glm4v_text"), sections(1, 1, 2)
     ),
-    **dict.fromkeys(("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"), {"vision_start_token_id": 98}),
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 98},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 98},
     **dict.fromkeys(
         ("paddleocr_vl_text", "cosmos3_edge_text", "qwen3_omni_moe_text"), sections(2, 2, 4) | {"head_dim": 16}
     ),
@@ -131,6 +133,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granite4_vision": {
         "deepstack_layer_map": [[0, 0]],
         "downsample_rate": "1/2",
+        "text_config": {"model_type": "granite4_vision_text"},
         "vision_config": {"hidden_size": 64},  # a head of the projector has 64 dims
     },
     "granite_docling": {"vision_config": {"out_hidden_size": 32}},
@@ -140,6 +143,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
     "kosmos_2_5_text_model": {"embed_dim": 32, "layers": 2},
-    "gemma4_assistant": {"text_config": NO_INPUT_PER_LAYER},
+    "gemma4_assistant": {"text_config": NO_INPUT_PER_LAYER | {"num_kv_shared_layers": 5}},
+    "doge": {"keep_window_size": 12},  # of the 25 slots that the survey fills
     "step3p5": {"sliding_window": 12},
 }

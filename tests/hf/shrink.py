@@ -24,7 +24,9 @@ from tests.hf.overrides import OVERRIDES, REQUIRED
 CAUSAL = dict(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()))
 
 #: Every type that reads images and text and writes text, and its class, but for those whose class is a causal LM's.
-IMAGE_TEXT = {t: name for t, name in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()) if CAUSAL.get(t) != name}
+IMAGE_TEXT = {
+    t: name for t, name in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()) if CAUSAL.get(t) != name
+}
 
 #: Types whose vision tower is one of timm, which need not be installed; they get another.
 TIMM = ("fast_vlm", "gemma3n", "perception_lm")
@@ -80,6 +82,7 @@ EVEN_IF_NONE = (
     "num_key_value_heads", "num_experts_per_tok", "head_dim", "n_group", "topk_group", "pad_token_id", "bos_token_id",
     "eos_token_id",
 )  # fmt: skip
+
 
 def tiny_kwargs(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     """Arguments that make ``config_class`` tiny."""
@@ -175,7 +178,9 @@ def tiny_random_model(model_type: str, class_name: str = "") -> Any:
     if model.can_generate():
         model.generation_config.forced_eos_token_id = model.generation_config.forced_bos_token_id = None
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.15)  # the default of 0.02 makes attention, and so every prefix, invisible
+            elif name.endswith(".self_attn.A"):
+                parameter.normal_()  # how Doge weighs tokens when it drops some; its zeros would weigh all alike
     return model

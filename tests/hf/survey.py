@@ -31,6 +31,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import prefix_attn as pa
+from prefix_attn.bank.families import NO_PLACE
 from prefix_attn.hf.decoder import decoder_of
 from prefix_attn.hf.verify import replicated
 from tests.hf.conftest import LENGTHS, TASKS, padded_inputs
@@ -49,6 +50,12 @@ MODES: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 3, "num_return_sequences": 2},
 }
 
+#: In every mode.
+GENERATE = {
+    "max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": -1, "output_logits": True, "output_scores": True,
+    "return_dict_in_generate": True,
+}  # fmt: skip
+
 
 class Wrong(Exception):
     """A comparison that failed."""
@@ -57,11 +64,14 @@ class Wrong(Exception):
 def examine(model_type: str, images: bool = False) -> Result:
     """Build, patch and compare one type; ``images``: its class that reads images and text, not its causal LM."""
     result = Result(model_type, images=images)
+    class_name = (IMAGE_TEXT if images else CAUSAL)[model_type]
     try:
-        model = tiny_random_model(model_type, (IMAGE_TEXT if images else CAUSAL)[model_type])
+        model = tiny_random_model(model_type, class_name)
         reference = copy.deepcopy(model)
     except Exception as error:
-        result.status, result.reason = "refused", f"cannot be built: {_line(error)}"
+        known = NO_PLACE.get(getattr(transformers, class_name).config_class.model_type)
+        result.status = "refused" if known else "untested"
+        result.reason = f"{model_type}: {known}" if known else f"cannot be built here: {_line(error)}"
         return result
     _set_eager(reference)
     try:
@@ -112,19 +122,22 @@ def compare(model: Any, reference: Any, bank: pa.PrefixBank, result: Result) -> 
             raise Wrong(f"the prefix of {task} changes nothing")
     for name, options in MODES.items():
         generated = _generate(model, reference, name, inputs, options, result)
-        if generated is not None:
-            _compare_generated(generated, replica, inputs, options, name, result)
+        if generated is None:
+            continue
+        try:
+            _compare_generated(generated, replica, TASKS, options, name, result)
+        except Wrong:
+            if not _wrong_unpatched(replica, options, name):
+                raise
+            del result.errors[name]
+            result.absent[name] = "the family's own differs from what its logits say, unpatched and without a prefix"
     _compare_with_peft(model, reference, bank, inputs, ours, result)
 
 
 def _generate(model: Any, reference: Any, name: str, inputs: Any, options: Any, result: Result) -> Any:
     """The patched model's output; None where the family cannot do it unpatched either."""
-    options = options | {
-        "max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": -1, "output_logits": True,
-        "output_scores": True, "return_dict_in_generate": True,
-    }  # fmt: skip
     try:
-        return model.generate(**inputs, **options, task_ids=TASKS)
+        return model.generate(**inputs, **GENERATE, **options, task_ids=TASKS)
     except pa.PrefixAttnError as refusal:
         if name == "greedy":
             raise
@@ -132,23 +145,34 @@ def _generate(model: Any, reference: Any, name: str, inputs: Any, options: Any, 
         return None
     except Exception as error:
         try:
-            reference.generate(**inputs, **options)
+            reference.generate(**inputs, **GENERATE, **options)
         except Exception as its_own:
             result.absent[name] = _line(its_own)
             return None
         raise Wrong(f"{name}: {_line(error)}") from error
 
 
+def _wrong_unpatched(replica: Replica, options: Any, name: str) -> bool:
+    """Whether the family fails the same comparison by itself."""
+    out = copy.deepcopy(replica.model).generate(**padded_inputs(), **GENERATE, **options)
+    try:
+        _compare_generated(out, replica, [None] * len(TASKS), options, name, Result(""))
+    except Wrong:
+        return True
+    return False
+
+
 def _compare_generated(
-    out: Any, replica: Replica, inputs: dict[str, Tensor], options: Any, name: str, result: Result
+    out: Any, replica: Replica, tasks: list[str | None], options: Any, name: str, result: Result
 ) -> None:
     """Each step's logits, or each beam's score, against the replica, fed in the same steps."""
     copies = options.get("num_return_sequences", 1)
     tokens = out.sequences
-    mask = inputs["attention_mask"].repeat_interleave(copies, 0)
+    mask = padded_inputs()["attention_mask"].repeat_interleave(copies, 0)
     mask = torch.cat([mask, mask.new_ones(len(mask), tokens.shape[1] - mask.shape[1])], dim=1)
     for row in range(len(tokens)):
-        theirs = replica.steps(TASKS[row // copies], tokens[row : row + 1], mask[row : row + 1])
+        i = row // copies
+        theirs = replica.steps(i, tasks[i], tokens[row : row + 1], mask[row : row + 1])
         if copies == 1:
             _record(result, name, torch.stack([logits[row] for logits in out.logits]), theirs)
         else:
@@ -184,14 +208,13 @@ class Replica:
         handle.remove()
         return seen[0]
 
-    def steps(self, task: str | None, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Logits ``[NEW_TOKENS, vocab]`` from which generate chose the last tokens of one padded row."""
+    def steps(self, row: int, task: str | None, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Logits ``[NEW_TOKENS, vocab]`` from which generate chose the last tokens of a row of the padded batch."""
         m = 0 if task is None else self.bank.prefix_len(task)
         mask = torch.cat([mask.new_ones(1, m), mask], dim=1)
         cache, begin, steps = self._cache(task), 0, []
         ends = range(tokens.shape[1] - NEW_TOKENS, tokens.shape[1])
         for end, positions in zip(ends, self.positions, strict=True):
-            row = TASKS.index(task)
             options = {} if positions is None else {"position_ids": positions[..., row : row + 1, :] + m}
             steps.append(self._forward(tokens[:, begin:end], mask[:, : m + end], cache, options)[0, -1])
             begin = end
@@ -208,7 +231,7 @@ class Replica:
 
         model = copy.deepcopy(self.model)  # some keep something of the last sequence
         model.register_forward_pre_hook(note, with_kwargs=True)
-        model.generate(**padded_inputs(), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1)
+        model.generate(**padded_inputs(), **GENERATE)
         return seen
 
     def _forward(self, tokens: Tensor, mask: Tensor, cache: DynamicCache, options: dict[str, Any]) -> Tensor:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from tests.hf.shrink import MODEL_TYPES
+from prefix_attn.bank.families import NO_PLACE
+from tests.hf.shrink import CAUSAL, IMAGE_TEXT
 from tests.hf.survey import examine
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -24,17 +25,38 @@ FAMILIES = {
     "roberta": "exact",  # positions counted from the tokens
     "mbart": "exact",  # positions looked up in a table
     "gpt_neo": "slow",  # no attention interface
+    "roformer": "slow",  # one rotary table for all rows
+    "doge": "slow",  # masks made of the values of all keys
     "inkling_text": "slow",  # a bias that depends on the query
     "mpt": "slow",  # ALiBi, and no cache unless asked for
     "moshi": "refused",  # cache and mask disagree
     "deepseek_v32": "refused",  # an indexer chooses the keys
+    "cpmant": "refused",  # a prompt of its own
+}
+
+#: The same of models of images and text, given text.
+WITH_IMAGES = {
+    "llava": "exact",
+    "mllama": "exact",  # layers that attend to images, left out without any
+    "paligemma": "exact",  # positions from 1
+    "exaone4_5": "exact",  # positions are slots, padding included
+    "qwen2_vl": "exact",  # positions along three axes
+    "qwen2_5_omni_thinker": "exact",  # behind a cache it knows no positions unless they are given
+    "evolla": "exact",  # an encoder of proteins that counts tokens
+    "inkling2": "slow",
+    "blip-2": "refused",  # no pass without an image
+    "udop": "refused",  # encoder-decoder
 }
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_one_family_of_each_kind(model_type: str) -> None:
-    result = examine(model_type)
-    assert result.status == FAMILIES[model_type], result.reason
+@pytest.mark.parametrize(("model_type", "images"), [*((t, False) for t in FAMILIES), *((t, True) for t in WITH_IMAGES)])
+def test_one_family_of_each_kind(model_type: str, images: bool) -> None:
+    if model_type not in (IMAGE_TEXT if images else CAUSAL):
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    result = examine(model_type, images)
+    assert result.status == (WITH_IMAGES if images else FAMILIES)[model_type], result.reason
+    if result.status == "slow":
+        assert result.why_slow
     if result.status != "refused":
         assert {"forward", "greedy", "beams"} <= result.errors.keys() | result.absent.keys()
 
@@ -45,6 +67,11 @@ def test_the_page_has_a_row_for_every_type() -> None:
     assert version is not None
     if not transformers.__version__.startswith(version[1] + "."):
         pytest.skip(f"docs/models.md was made with transformers {version[1]}, this is {transformers.__version__}")
-    rows = re.findall(r"^\| ([\w-]+) \|", text, re.MULTILINE)
-    assert sorted(set(rows) - {"type"}) == list(MODEL_TYPES)
+    causal, images = text.split("## Vision-language models")
+    for part, types in ((causal, CAUSAL), (images, IMAGE_TEXT)):
+        rows = re.findall(r"^\| ([\w.-]+) \|", part, re.MULTILINE)
+        assert sorted(set(rows) - {"type"}) == list(types)
     assert "failed" not in text.replace("0 failed", "")
+    reasons = text.replace("cannot be built here: ModuleNotFoundError", "")
+    assert not re.search(r"^\| .*Error: ", reasons, re.MULTILINE)
+    assert all(reason in text for reason in NO_PLACE.values())
