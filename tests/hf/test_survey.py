@@ -55,6 +55,7 @@ def test_one_family_of_each_kind(model_type: str, images: bool) -> None:
         pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     result = examine(model_type, images)
     assert result.status == (WITH_IMAGES if images else FAMILIES)[model_type], result.reason
+    assert "Error" not in result.reason
     if result.status == "slow":
         assert result.why_slow
     if result.status != "refused":
