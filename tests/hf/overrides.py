@@ -137,6 +137,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "vision_config": {"hidden_size": 64},  # a head of the projector has 64 dims
     },
     "granite_docling": {"vision_config": {"out_hidden_size": 32}},
+    "inkling_vision": {"patch_size": 4, "num_hidden_layers": 6},  # with fewer layers than scales it needs scipy
     "inkling2": {"vision_config": {"text_hidden_size": 32}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0], "text_hidden_size": 32}},
     "muse_spark": {"audio_config": {"out_hidden_size": 32}},

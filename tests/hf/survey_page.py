@@ -14,7 +14,8 @@ HEAD = """\
 With transformers {version}:
 
 - of {causal} causal-LM types {causal_statuses};
-- of {images} other types that read images and text (`AutoModelForImageTextToText`), given text only: {images_statuses}.
+- of {images} other types that read images and text (`AutoModelForImageTextToText`), given text only:
+  {images_statuses}.
 
 The largest error of any comparison is {worst:.0e} of the largest logit, in float32.
 
@@ -30,8 +31,9 @@ holds the row's prefix, fed in the same steps; and the forward pass with PEFT.
 - **refused**: `pa.patch` or `PrefixBank.for_model` raises `UnsupportedModel` with the reason.
 - **untested**: cannot be built here, so nothing is claimed.
 
-Images and sound go with a prefix where they leave the mask causal (tested on llava, qwen2_vl and qwen3_vl); where their
-tokens see each other, or text attends to them in layers of their own, a pass with them is refused.
+Images go with a prefix where they leave the mask causal (`tests/hf/test_images.py`: llava, qwen2_vl, qwen3_vl). Where
+their tokens see each other (gemma3), or text attends to them in layers of their own (mllama), a pass with images is
+refused. Sound is not tested.
 """
 
 TABLE = """
