@@ -114,6 +114,28 @@ def overflow(row: int, m: int, tokens: int, limit: int) -> ContextOverflow:
     )
 
 
+def tables_of_positions(decoder: Any) -> list[Any]:
+    """The modules that embed positions in a decoder that takes none itself.
+
+    Raises:
+        UnsupportedModel: they take none either.
+    """
+    if takes_positions(decoder):
+        return []
+    tables = [module for name, module in decoder.named_modules() if name.rpartition(".")[2] == "embed_positions"]
+    if not all(map(takes_positions, tables)):
+        raise UnsupportedModel(
+            f"{type(decoder).__name__}: it counts positions by itself, and rows with prefixes of different lengths "
+            "need their own"
+        )
+    return tables
+
+
+def takes_positions(module: Any) -> bool:
+    """Whether positions can be given to a module."""
+    return "position_ids" in inspect.signature(module.forward).parameters
+
+
 class _Rows(threading.local):
     """The decoder's positions ``[batch, q_len]`` in the pass under way in this thread; None: the model's own."""
 

@@ -278,7 +278,7 @@ def _compare_with_peft(
                 theirs = peft_model(**{name: x[row : row + 1] for name, x in inputs.items()}).logits[0]
             errors.append((ours[row][real[row]], theirs[real[row]]))
     except Exception as error:
-        result.absent["PEFT"] = f"fails itself: {_line(error)}"
+        result.absent["PEFT"] = f"PEFT fails itself: {_line(error)}"
         return
     for pair in errors:
         _record(result, "PEFT", *pair)

@@ -9,6 +9,7 @@ import pytest
 import transformers
 
 from prefix_attn.bank.families import NO_PLACE
+from tests.hf.overrides import OVERRIDES
 from tests.hf.shrink import CAUSAL, IMAGE_TEXT
 from tests.hf.survey import examine
 
@@ -60,6 +61,13 @@ def test_one_family_of_each_kind(model_type: str, images: bool) -> None:
         assert result.why_slow
     if result.status != "refused":
         assert {"forward", "greedy", "beams"} <= result.errors.keys() | result.absent.keys()
+
+
+def test_positions_that_cannot_be_given_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OVERRIDES, "trocr", {"use_learned_position_embeddings": False})
+    result = examine("trocr")
+    assert result.status == "refused"
+    assert "counts positions by itself" in result.reason
 
 
 def test_the_page_has_a_row_for_every_type() -> None:
