@@ -17,10 +17,7 @@ _CODEBOOKS = (
     "its tokens are audio codes: a sequence takes a row of input for each codebook, but one of the cache, and all "
     "sequences of a batch share one list of positions, which prefixes of different lengths would part"
 )
-_DRAFTS = (
-    "it drafts for another model, whose keys and values it reads, and keeps none of its own; patch that model, and "
-    "give it this one as assistant_model"
-)
+_DRAFTS = "it drafts for another model, whose keys and values it reads, and keeps none of its own"
 
 NO_PLACE = {
     **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), _NEEDS_AN_IMAGE.format("language_model")),

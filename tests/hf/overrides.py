@@ -143,6 +143,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "muse_spark": {"audio_config": {"out_hidden_size": 32}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
+    "kosmos_2_text_model": {"embed_dim": 32, "layers": 2},
     "kosmos_2_5_text_model": {"embed_dim": 32, "layers": 2},
     "gemma4_assistant": {"text_config": NO_INPUT_PER_LAYER | {"num_kv_shared_layers": 5}},
     "doge": {"keep_window_size": 12},  # of the 25 slots that the survey fills

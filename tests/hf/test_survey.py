@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import transformers
 
+import prefix_attn as pa
 from prefix_attn.bank.families import NO_PLACE
 from tests.hf.overrides import OVERRIDES
-from tests.hf.shrink import CAUSAL, IMAGE_TEXT
-from tests.hf.survey import examine
+from tests.hf.shrink import CAUSAL, IMAGE_TEXT, tiny_random_model
+from tests.hf.survey import compare, examine, random_bank
+from tests.hf.survey_page import Result
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -61,6 +65,20 @@ def test_one_family_of_each_kind(model_type: str, images: bool) -> None:
         assert result.why_slow
     if result.status != "refused":
         assert {"forward", "greedy", "beams"} <= result.errors.keys() | result.absent.keys()
+
+
+@pytest.mark.parametrize(("model_type", "part"), [("blip-2", "language_model"), ("kosmos-2", "text_model")])
+def test_the_part_that_reads_text_of_a_model_that_needs_an_image(model_type: str, part: str) -> None:
+    model = tiny_random_model(model_type, IMAGE_TEXT[model_type])
+    with pytest.raises(pa.UnsupportedModel, match=f"model.{part}"):
+        pa.PrefixBank.for_model(model)
+    reference, model = copy.deepcopy(getattr(model, part)), getattr(model, part)
+    reference.set_attn_implementation("eager")
+    bank = random_bank(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pa.SlowModel)
+        pa.patch(model, bank)
+    compare(model, reference, bank, Result(model_type))
 
 
 def test_positions_that_cannot_be_given_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
