@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from prefix_attn.bank.families import refuse_without_place
 from prefix_attn.bank.fingerprint import Fingerprint
 from prefix_attn.bank.forward import cached_kv, text_config, unwrap
 from prefix_attn.bank.geometry import CROSS, DECODER, ENCODER, Geometry, context_limit
@@ -48,9 +49,11 @@ class Base:
 
         Raises:
             UnsupportedModel: the model does not keep plain keys and values in every layer, or is spread over devices.
+                Or a prefix has no place in its family.
         """
         model = unwrap(model)
         config = text_config(model)
+        refuse_without_place(model)
         if config.is_encoder_decoder:
             decoder, cross = decoder_kv(model)
             key_values, limit = decoder + cross, decoder_positions(config)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from prefix_attn.bank.forward import evaluating
+from prefix_attn.bank.forward import FAILURES, evaluating
 from prefix_attn.bank.geometry import Geometry, LayerGeometry, LayerKV, context_limit, setting
 from prefix_attn.errors import UnsupportedModel
 
@@ -26,16 +26,16 @@ def decoder_kv(model: Any) -> tuple[list[LayerKV], list[LayerKV]]:
     from transformers.cache_utils import DynamicLayer
 
     decoder, family = model.get_decoder(), model.config.model_type
-    weight = decoder.get_input_embeddings().weight
-    states = torch.zeros(1, 1, model.get_encoder().config.hidden_size, dtype=weight.dtype, device=weight.device)
     caches = DynamicCache(), DynamicCache()
     try:
+        weight = decoder.get_input_embeddings().weight
+        states = torch.zeros(1, 1, model.get_encoder().config.hidden_size, dtype=weight.dtype, device=weight.device)
         with torch.no_grad(), evaluating(model):
             decoder(
                 input_ids=torch.zeros(1, 1, dtype=torch.int64, device=weight.device), encoder_hidden_states=states,
                 past_key_values=EncoderDecoderCache(*caches), use_cache=True,
             )  # fmt: skip
-    except (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+    except FAILURES as error:
         raise UnsupportedModel(
             f"model: the decoder of {family} does not run with a plain EncoderDecoderCache "
             f"({type(error).__name__}: {error})"

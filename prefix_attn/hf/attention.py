@@ -112,6 +112,7 @@ def prefix_attention_forward(
         raise KeywordsLost(f"{layer}: the attention layer was called outside a pass of the patched model")
     if batch.bank is None or batch.task_ids is None:
         if batch.recorded is not None:
+            _refuse_masks_of_heads(layer, attention_mask)
             batch.recorded.append(Call(module, key, value))
         original = original_attention(module, batch.implementation)
         return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -163,6 +164,14 @@ def original_attention(module: nn.Module, implementation: str) -> Callable[..., 
     return function
 
 
+def _refuse_masks_of_heads(layer: str, mask: Tensor | None) -> None:
+    """For the family's own mask ``[batch, heads or 1, q_len, kv_len]``."""
+    if mask is not None and mask.ndim == 4 and mask.shape[1] != 1:
+        raise UnsupportedModel(
+            f"{layer}: makes a mask for each head out of the keys and values in its cache, and a prefix is not there"
+        )
+
+
 def refuse_what_would_be_wrong(layer: str, dropout: float, kwargs: dict[str, Any]) -> None:
     """Raise `UnsupportedModel` for what the fused operation cannot give."""
     if dropout:
@@ -173,4 +182,6 @@ def refuse_what_would_be_wrong(layer: str, dropout: float, kwargs: dict[str, Any
     if kwargs.get("output_attentions"):
         raise UnsupportedModel(f"{layer}: attention weights are never built; drop output_attentions=True, or unpatch")
     if kwargs.get("position_bias") is not None:
-        raise UnsupportedModel(f"{layer}: a position bias has no counterpart for prefix tokens")
+        raise UnsupportedModel(
+            f"{layer}: adds a bias of its own to the scores of the tokens in its cache, and a prefix is not there"
+        )

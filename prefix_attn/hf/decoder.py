@@ -19,8 +19,15 @@ from prefix_attn.hf.configs import OwnConfigs
 from prefix_attn.hf.continuous import GenerateBatch, InitContinuousBatching
 from prefix_attn.hf.generate import Generate, PrepareInputs, checked_for_batch
 from prefix_attn.hf.masks import request_mask, scope
-from prefix_attn.hf.positions import look_up_rows, restore_rows, rows, shifted_positions
-from prefix_attn.hf.sources import Call, Sources
+from prefix_attn.hf.positions import (
+    look_up_rows,
+    restore_rows,
+    rows,
+    shifted_positions,
+    tables_of_positions,
+    takes_positions,
+)
+from prefix_attn.hf.sources import NO_INTERFACE, Call, Sources
 from prefix_attn.hf.verify import verify_a_text
 from prefix_attn.hf.wiring import PROBE, Wired
 from prefix_attn.plan import BatchPlan
@@ -34,6 +41,7 @@ class DecoderPatch:
         AttentionMaskInterface.register(NAME, request_mask)
         self.bank = bank
         decoder = decoder_of(model)
+        tables = tables_of_positions(decoder)
         implementation = decoder.config._attn_implementation
         self.configs = OwnConfigs(model)
         self.configs.select(decoder.modules(), NAME)
@@ -45,7 +53,7 @@ class DecoderPatch:
         ]
         self.handles += [module.register_forward_hook(remember_tasks, with_kwargs=True) for module in outermost]
         self.handles.append(decoder.register_forward_pre_hook(PositionsHook(self.hook), with_kwargs=True))
-        for table in tables_of_positions(decoder):
+        for table in tables:
             self.handles.append(table.register_forward_pre_hook(look_up_rows, with_kwargs=True))
             self.handles.append(table.register_forward_hook(restore_rows))
         if self.hook.by_scope:
@@ -90,6 +98,8 @@ class DecoderPatch:
             pass  # the pass went on without tasks
         except FAILURES as error:
             raise UnsupportedModel(f"{type(model).__name__}: does not run on tokens alone ({error})") from error
+        if not decoder_of(model)._can_set_attn_implementation():
+            raise UnsupportedModel(f"{type(model).__name__}: {NO_INTERFACE}")
         raise UnsupportedModel(f"{type(model).__name__}: its forward does not pass task_ids on to its decoder")
 
 
@@ -151,9 +161,13 @@ class ModelHook:
         """The attention calls of one token without tasks, behind a cache; see `Sources`."""
         tokens = torch.ones((1, 1), dtype=torch.long, device=self.model.device)
         mask = torch.ones((1, cache.get_seq_length() + 1), dtype=torch.long, device=self.model.device)
+        positions = {}
+        if takes_positions(self.model):
+            # some families count by what they keep of the last sequence, when none are given
+            positions["position_ids"] = torch.full_like(tokens, cache.get_seq_length())
         self.recorded = []
         try:
-            self.model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
+            self.model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **positions)
             return self.recorded
         finally:
             self.recorded = None
@@ -181,17 +195,10 @@ class PositionsHook:
             self.hook.bank, batch.task_ids, inputs, kwargs.get("position_ids"), kwargs.get("attention_mask"),
             kwargs.get("past_key_values"), decoder,
         )  # fmt: skip
-        if "position_ids" in inspect.signature(decoder.forward).parameters:
+        if takes_positions(decoder):
             return args, kwargs | {"position_ids": positions}
         rows.positions = positions.expand(inputs.shape[0], -1)
         return None
-
-
-def tables_of_positions(decoder: Any) -> list[Any]:
-    """The modules that embed positions in a decoder that takes none itself."""
-    if "position_ids" in inspect.signature(decoder.forward).parameters:
-        return []
-    return [module for name, module in decoder.named_modules() if name.rpartition(".")[2] == "embed_positions"]
 
 
 def _takes_keywords(module: Any) -> bool:

@@ -6,6 +6,7 @@ positions up in a table, ``embed_positions``; there hooks put each row's own.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any
 
@@ -68,7 +69,8 @@ def counts_otherwise(model: nn.Module) -> bool:
 
 def _counting_tokens(model: nn.Module) -> nn.Module | None:
     """The module of RoBERTa and its kin that counts tokens other than padding, from padding_idx + 1."""
-    return next((x for x in model.modules() if hasattr(x, "create_position_ids_from_inputs_embeds")), None)
+    ways = ("create_position_ids_from_input_ids", "create_position_ids_from_inputs_embeds")
+    return next((x for x in model.modules() if all(hasattr(x, way) for way in ways)), None)
 
 
 def _default_positions(q_len: int, past: Any, inputs: Tensor, attention_mask: Any, decoder: nn.Module) -> Tensor:
@@ -77,7 +79,9 @@ def _default_positions(q_len: int, past: Any, inputs: Tensor, attention_mask: An
         padding: Any = from_ids.padding_idx
         theirs: Any = from_ids
         if inputs.is_floating_point():
-            counted = theirs.create_position_ids_from_inputs_embeds(inputs, padding)
+            count = theirs.create_position_ids_from_inputs_embeds
+            behind = {"past_key_values_length": past} if len(inspect.signature(count).parameters) == 3 else {}
+            counted = count(inputs, padding_idx=padding, **behind)
         else:
             counted = theirs.create_position_ids_from_input_ids(inputs, padding, past)
         assert isinstance(counted, Tensor)
@@ -110,6 +114,28 @@ def overflow(row: int, m: int, tokens: int, limit: int) -> ContextOverflow:
     )
 
 
+def tables_of_positions(decoder: Any) -> list[Any]:
+    """The modules that embed positions in a decoder that takes none itself.
+
+    Raises:
+        UnsupportedModel: they take none either.
+    """
+    if takes_positions(decoder):
+        return []
+    tables = [module for name, module in decoder.named_modules() if name.rpartition(".")[2] == "embed_positions"]
+    if not all(map(takes_positions, tables)):
+        raise UnsupportedModel(
+            f"{type(decoder).__name__}: it counts positions by itself, and rows with prefixes of different lengths "
+            "need their own"
+        )
+    return tables
+
+
+def takes_positions(module: Any) -> bool:
+    """Whether positions can be given to a module."""
+    return "position_ids" in inspect.signature(module.forward).parameters
+
+
 class _Rows(threading.local):
     """The decoder's positions ``[batch, q_len]`` in the pass under way in this thread; None: the model's own."""
 
@@ -124,6 +150,12 @@ def look_up_rows(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook of a module that embeds positions and takes one list of them: give it those of all rows."""
     return None if rows.positions is None else (args, kwargs | {"position_ids": rows.positions.reshape(-1)})
+
+
+def turn_rows(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Pre-hook of RoFormer's layers: what was looked up, their third argument, from ``[1, 1, batch, q_len, dim]`` to
+    ``[batch, 1, q_len, dim]``."""
+    return None if rows.positions is None else (*args[:2], args[2][0, 0][:, None], *args[3:])
 
 
 def restore_rows(table: Any, args: tuple[Any, ...], embeddings: Tensor) -> Tensor | None:

@@ -23,7 +23,15 @@ from prefix_attn.errors import PrefixAttnError, ShapeError, UnsupportedModel
 from prefix_attn.hf.adapters import pop_task_ids
 from prefix_attn.hf.caches import MARK, check_tasks_of
 from prefix_attn.hf.generate import Generate, PrepareInputs, checked_for_batch
-from prefix_attn.hf.positions import look_up_rows, restore_rows, rows, shifted_positions
+from prefix_attn.hf.positions import (
+    look_up_rows,
+    restore_rows,
+    rows,
+    shifted_positions,
+    tables_of_positions,
+    takes_positions,
+    turn_rows,
+)
 from prefix_attn.hf.sources import fill
 from prefix_attn.hf.verify import TOKENS, check_close, of_all_heads, some_tokens
 
@@ -59,6 +67,11 @@ class ReplicaPatch:
         for table in self.hook.tables:
             self.handles.append(table.register_forward_pre_hook(look_up_rows, with_kwargs=True))
             self.handles.append(table.register_forward_hook(restore_rows))
+        self.handles += [
+            module.register_forward_pre_hook(turn_rows)
+            for module in decoder.modules()
+            if type(module).__name__ == "RoFormerLayer"
+        ]
         model.generate = Generate(model, bank)
         model.prepare_inputs_for_generation = PrepareInputs(model, "")
 
@@ -114,7 +127,7 @@ class ReplicaPatch:
         logits = []
         for begin, end in ((0, TOKENS), (TOKENS, TOKENS + 1)):
             positions = {}
-            if "position_ids" in inspect.signature(model.forward).parameters:
+            if takes_positions(model):
                 counted = (mask.cumsum(1) - 1).clamp(min=0)[:, behind:]
                 positions["position_ids"] = counted[:, begin:end]
             out = model(
@@ -141,11 +154,7 @@ class ReplicaHook:
     def __init__(self, bank: PrefixBank, decoder: Any) -> None:
         self.bank = bank
         self.decoder = decoder
-        self.tables = [
-            module
-            for name, module in decoder.named_modules()
-            if name.rpartition(".")[2] == "embed_positions" and not _takes_positions(decoder)
-        ]
+        self.tables = tables_of_positions(decoder)
 
     def __call__(
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -171,7 +180,7 @@ class ReplicaHook:
         if own is None:
             own = torch.ones(inputs.shape[0], cache.get_seq_length() + inputs.shape[1], device=inputs.device)
         positions = shifted_positions(self.bank, ids, inputs, given.get("position_ids"), own, cache, self.decoder)
-        if _takes_positions(model):
+        if takes_positions(model):
             given["position_ids"] = positions
         elif self.tables:
             rows.positions = positions.expand(inputs.shape[0], -1)
@@ -233,10 +242,6 @@ def _refuse_unmasked_windows(model: Any) -> None:
             "the family's cache forgets what its masks would show, so what a query sees of a prefix would depend on "
             "how the tokens were cut into passes"
         )
-
-
-def _takes_positions(module: Any) -> bool:
-    return "position_ids" in inspect.signature(module.forward).parameters
 
 
 def _refuse_what_would_be_wrong(model: Any, given: dict[str, Any], without_cache: bool) -> None:

@@ -25,6 +25,8 @@ from prefix_attn.types import PrefixKV
 #: The attribute of an attention module that holds a `Source` for each of its calls in a pass, in their order.
 SOURCES = "_prefix_attn_sources"
 
+NO_INTERFACE = "the family does not use transformers' attention interface, so its attention cannot be replaced"
+
 
 class Source(NamedTuple):
     """What one attention call reads: layer ``layer`` of the bank, or the ``layer``-th of the prefixes made from it.
@@ -84,10 +86,7 @@ class Sources:
                 read.add(layer)
             self.sources[call.module] = (*self.sources.get(call.module, ()), source)
         if not self.sources:
-            raise UnsupportedModel(
-                f"{type(model).__name__}: the family does not use transformers' attention interface, so its attention "
-                "cannot be replaced"
-            )
+            raise UnsupportedModel(f"{type(model).__name__}: {NO_INTERFACE}")
         kept = {i for i, (k, _) in enumerate(key_values) if k.shape[0]}
         if not self._made and read != kept:
             raise UnsupportedModel(

@@ -79,6 +79,7 @@ def test_layers_that_keep_something_else(family: str) -> None:
 
 @pytest.mark.parametrize(("family", "words"), [
     ("rwkv", "keeps no keys and values"), ("deepseek_v32", "more than a key and a value for each token"),
+    ("git", "for an image"), ("prophetnet", "one token at a time"),
 ])  # fmt: skip
 def test_models_without_plain_keys_and_values_are_refused(family: str, words: str) -> None:
     with pytest.raises(UnsupportedModel, match=words):

@@ -1,8 +1,8 @@
-"""A tiny random model of any causal-LM type that transformers knows, from its default config.
+"""A tiny random model of any type that transformers knows, causal or of images and text, from its default config.
 
 Every config of transformers is a dataclass; sizes keep the meaning of their names across families, so one table makes
 them small. Lists with one entry per layer are cut to one layer of each kind (at least two layers). What a family needs
-beyond that stands in `OVERRIDES`.
+beyond that stands in overrides.py.
 """
 
 from __future__ import annotations
@@ -13,15 +13,28 @@ from typing import Any
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
-#: Every causal-LM type of the installed transformers.
-MODEL_TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+from tests.hf.overrides import OVERRIDES, REQUIRED
+
+#: Every causal-LM type of the installed transformers, and its class.
+CAUSAL = dict(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()))
+
+#: Every type that reads images and text and writes text, and its class, but for those whose class is a causal LM's.
+IMAGE_TEXT = {
+    t: name for t, name in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items()) if CAUSAL.get(t) != name
+}
+
+#: Types whose vision tower is one of timm, which need not be installed; they get another.
+TIMM = ("fast_vlm", "gemma3n", "perception_lm")
 
 MAX_LAYERS = 6
 LAYER_COUNTS = (
     "num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "num_encoder_layers",
-    "num_decoder_layers", "num_blocks",
+    "num_decoder_layers", "num_blocks", "depth",
 )  # fmt: skip
 
 #: Config attribute -> tiny value, wherever a config has the attribute and does not leave it None.
@@ -70,108 +83,10 @@ EVEN_IF_NONE = (
     "eos_token_id",
 )  # fmt: skip
 
-SHARED_KV = {"num_hidden_layers": 5, "num_kv_shared_layers": 2, "layer_types": [
-    "sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]}  # fmt: skip
-
-#: Where the default config has only one of the kinds of layers that the family knows.
-BOTH_WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 12}
-
-#: Model type -> config arguments that its sizes need to fit together.
-OVERRIDES: dict[str, dict[str, Any]] = {
-    "dots3_note_text": {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "n_group": 1,
-        "topk_group": 1,
-        "swa_num_attention_heads": 4,
-        "swa_num_key_value_heads": 4,
-        "swa_q_lora_rank": 24,
-        "swa_kv_lora_rank": 16,
-        "swa_head_dim": 16,
-        "swa_qk_nope_head_dim": 8,
-        "swa_v_head_dim": 12,
-    },
-    "dots3_note": {
-        "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32},
-        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32},
-    },
-    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
-    **dict.fromkeys(("laguna", "mellum", "ministral"), BOTH_WINDOWS),
-    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "smollm3"), BOTH_WINDOWS | {"use_sliding_window": True}),
-    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"], "sliding_window": 12},
-    "lfm2": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
-    "minimax_m3_vl_text": {
-        "layer_types": ["full_attention", "minimax_m3_sparse"],
-        "index_n_heads": 2,
-        "index_head_dim": 16,
-    },
-    "bamba": {"num_hidden_layers": 3, "attn_layer_indices": [1]},
-    "jamba": {"num_hidden_layers": 3, "attn_layer_period": 2, "attn_layer_offset": 1},
-    "granitemoehybrid": {
-        "num_hidden_layers": 3,
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-    },
-    "lfm2_moe": {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
-    "codegen": {"rotary_dim": 4},
-    "gptj": {"rotary_dim": 4},
-    "dots1": BOTH_WINDOWS | {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "helium": {"head_dim": 8},
-    "hunyuan_v1_dense": {"head_dim": 8},
-    "hunyuan_v1_moe": {"head_dim": 8},
-    "gemma3n_text": SHARED_KV
-    | {"activation_sparsity_pattern": [0.0] * 5, "intermediate_size": 48, "hidden_size_per_layer_input": 8},
-    "gemma4_text": SHARED_KV
-    | {"hidden_size_per_layer_input": 8, "global_head_dim": 24, "num_global_key_value_heads": 1},
-    "gemma4_unified_text": SHARED_KV | {"global_head_dim": 24, "num_global_key_value_heads": 1},
-    "cohere_compass_text": {
-        "layer_types": ["sliding_attention", "full_attention"],
-        "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
-            "full_attention": None,
-        },
-    },
-    "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
-        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
-    },
-    "longcat_flash": {"head_dim": 8},
-    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
-    "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 12},
-    "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 16), "attention_head_size": 8},
-    "xlnet": {"d_head": 8},
-    "xmod": {"default_language": "en_XX"},
-    "zamba": {
-        "num_hidden_layers": 6,
-        "layers_block_type": [
-            "linear_attention",
-            "linear_attention",
-            "hybrid",
-            "linear_attention",
-            "hybrid",
-            "linear_attention",
-        ],
-    },
-    "nemotron_h": {"n_routed_experts": 4, "n_groups": 1},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 16,
-        "indexer_budget": 8,
-        "indexer_compress_ratio": 2,
-        "ngram_vocab_size_base": 200,
-        "ple_embed_dim": 16,
-        "split_ngram_parts": 1,
-    },
-}
-
-#: Parts of a multimodal model that see no text: not built when the family allows it.
-OTHER_SENSES = ("vision_config", "audio_config", "vq_config")
-
 
 def tiny_kwargs(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     """Arguments that make ``config_class`` tiny."""
-    default = config_class()
+    default = config_class(**REQUIRED.get(config_class.model_type, {}))
     names = {field.name for field in fields(config_class)}
     kwargs = {
         name: value
@@ -229,7 +144,7 @@ def tiny_config(model_type: str) -> Any:
     for name, value in OVERRIDES.get(model_type, {}).items():
         kwargs[name] = kwargs[name] | value if isinstance(kwargs.get(name), dict) and isinstance(value, dict) else value
     config = config_class(**kwargs)
-    if model_type == "gemma3n":  # its own vision tower is one of timm, which need not be installed
+    if model_type in TIMM:
         tower = transformers.SiglipVisionConfig(
             hidden_size=32,
             intermediate_size=48,
@@ -238,24 +153,34 @@ def tiny_config(model_type: str) -> Any:
             rms_norm_eps=1e-6,
             vocab_size=8,
             vocab_offset=99,
+            model_args={"embed_dim": 32},
         )
         object.__setattr__(config, "vision_config", tower)
     return config
 
 
-def tiny_random_model(model_type: str) -> Any:
-    """A random model in float32, ready for inference; the same for the same type."""
+def tiny_random_model(model_type: str, class_name: str = "") -> Any:
+    """A random model in float32, ready for inference; the same for the same arguments.
+
+    Args:
+        model_type: whose default config is made tiny.
+        class_name: of the model; by default that of the type's causal LM.
+    """
     torch.manual_seed(0)
     config = tiny_config(model_type)
-    model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
-    if model_class.config_class is not type(config):
-        config = config.get_text_config(decoder=True)  # the class takes the config of this part only
+    model_class = getattr(transformers, class_name or CAUSAL[model_type])
+    text = config.get_text_config(decoder=True)
+    if type(config) is not model_class.config_class is type(text):
+        config = text  # the class takes the config of this part only
     if hasattr(config, "is_decoder") and not config.is_decoder:
         config.is_decoder = True
     model = model_class(config).float().eval()
-    model.generation_config.forced_eos_token_id = model.generation_config.forced_bos_token_id = None
+    if model.can_generate():
+        model.generation_config.forced_eos_token_id = model.generation_config.forced_bos_token_id = None
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.15)  # the default of 0.02 makes attention, and so every prefix, invisible
+            elif name.endswith(".self_attn.A"):
+                parameter.normal_()  # how Doge weighs tokens when it drops some; its zeros would weigh all alike
     return model

@@ -1,23 +1,25 @@
-"""Which causal-LM types of the installed transformers the patch serves: every one is built tiny, patched and compared.
+"""Which types of the installed transformers the patch serves: every one is built tiny, patched and compared.
 
     python -m tests.hf.survey --write docs/models.md     # all types; interrupted, it goes on where it stopped
     python -m tests.hf.survey --only llama --only jamba
     old/bin/python -m tests.hf.survey --results build/old.jsonl     # then --older build/old.jsonl tells it on the page
 
-The reference is the family's own eager formula over a plain cache that holds the prefix, one row at a time, and PEFT
-where it supports the family. A mode of generate is left out only where the family fails in it without the patch.
+The types are the causal LMs, and those that read images and text, which get text only. The reference is the family's
+own eager formula over a plain cache that holds the prefix, one row at a time, at the positions that its own generate
+gives, moved by the prefix; and PEFT where it supports the family. A mode of generate is left out only where the family
+fails in it without the patch.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import json
 import multiprocessing
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,9 +31,11 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import prefix_attn as pa
+from prefix_attn.bank.families import NO_PLACE
+from prefix_attn.hf.decoder import decoder_of
 from prefix_attn.hf.verify import replicated
 from tests.hf.conftest import LENGTHS, TASKS, padded_inputs
-from tests.hf.shrink import MODEL_TYPES, tiny_random_model
+from tests.hf.shrink import CAUSAL, IMAGE_TEXT, tiny_random_model
 from tests.hf.survey_page import Result, page
 
 #: Largest error allowed, relative to the largest logit: a hundred roundings of float32.
@@ -46,19 +50,28 @@ MODES: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 3, "num_return_sequences": 2},
 }
 
+#: In every mode.
+GENERATE = {
+    "max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": -1, "output_logits": True, "output_scores": True,
+    "return_dict_in_generate": True,
+}  # fmt: skip
+
 
 class Wrong(Exception):
     """A comparison that failed."""
 
 
-def examine(model_type: str) -> Result:
-    """Build, patch and compare one type."""
-    result = Result(model_type)
+def examine(model_type: str, images: bool = False) -> Result:
+    """Build, patch and compare one type; ``images``: its class that reads images and text, not its causal LM."""
+    result = Result(model_type, images=images)
+    class_name = (IMAGE_TEXT if images else CAUSAL)[model_type]
     try:
-        model = tiny_random_model(model_type)
+        model = tiny_random_model(model_type, class_name)
         reference = copy.deepcopy(model)
     except Exception as error:
-        result.status, result.reason = "refused", f"cannot be built: {_line(error)}"
+        known = NO_PLACE.get(getattr(transformers, class_name).config_class.model_type)
+        result.status = "refused" if known else "untested"
+        result.reason = f"{model_type}: {known}" if known else f"cannot be built here: {_line(error)}"
         return result
     _set_eager(reference)
     try:
@@ -75,8 +88,8 @@ def examine(model_type: str) -> Result:
     except Exception as error:
         result.reason = f"crashed: {_line(error)}"
     else:
-        slow = any(issubclass(warning.category, pa.SlowModel) for warning in caught)
-        result.status = "slow" if slow else "exact"
+        slow = [str(warning.message) for warning in caught if issubclass(warning.category, pa.SlowModel)]
+        result.status, result.reason = ("slow", slow[0]) if slow else ("exact", "")
     return result
 
 
@@ -109,19 +122,22 @@ def compare(model: Any, reference: Any, bank: pa.PrefixBank, result: Result) -> 
             raise Wrong(f"the prefix of {task} changes nothing")
     for name, options in MODES.items():
         generated = _generate(model, reference, name, inputs, options, result)
-        if generated is not None:
-            _compare_generated(generated, replica, inputs, options, name, result)
+        if generated is None:
+            continue
+        try:
+            _compare_generated(generated, replica, TASKS, options, name, result)
+        except Wrong:
+            if not _wrong_unpatched(replica, options, name):
+                raise
+            del result.errors[name]
+            result.absent[name] = "the family's own differs from what its logits say, unpatched and without a prefix"
     _compare_with_peft(model, reference, bank, inputs, ours, result)
 
 
 def _generate(model: Any, reference: Any, name: str, inputs: Any, options: Any, result: Result) -> Any:
     """The patched model's output; None where the family cannot do it unpatched either."""
-    options = options | {
-        "max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": -1, "output_logits": True,
-        "output_scores": True, "return_dict_in_generate": True,
-    }  # fmt: skip
     try:
-        return model.generate(**inputs, **options, task_ids=TASKS)
+        return model.generate(**inputs, **GENERATE, **options, task_ids=TASKS)
     except pa.PrefixAttnError as refusal:
         if name == "greedy":
             raise
@@ -129,23 +145,34 @@ def _generate(model: Any, reference: Any, name: str, inputs: Any, options: Any, 
         return None
     except Exception as error:
         try:
-            reference.generate(**inputs, **options)
+            reference.generate(**inputs, **GENERATE, **options)
         except Exception as its_own:
             result.absent[name] = _line(its_own)
             return None
         raise Wrong(f"{name}: {_line(error)}") from error
 
 
+def _wrong_unpatched(replica: Replica, options: Any, name: str) -> bool:
+    """Whether the family fails the same comparison by itself."""
+    out = copy.deepcopy(replica.model).generate(**padded_inputs(), **GENERATE, **options)
+    try:
+        _compare_generated(out, replica, [None] * len(TASKS), options, name, Result(""))
+    except Wrong:
+        return True
+    return False
+
+
 def _compare_generated(
-    out: Any, replica: Replica, inputs: dict[str, Tensor], options: Any, name: str, result: Result
+    out: Any, replica: Replica, tasks: list[str | None], options: Any, name: str, result: Result
 ) -> None:
     """Each step's logits, or each beam's score, against the replica, fed in the same steps."""
     copies = options.get("num_return_sequences", 1)
     tokens = out.sequences
-    mask = inputs["attention_mask"].repeat_interleave(copies, 0)
+    mask = padded_inputs()["attention_mask"].repeat_interleave(copies, 0)
     mask = torch.cat([mask, mask.new_ones(len(mask), tokens.shape[1] - mask.shape[1])], dim=1)
     for row in range(len(tokens)):
-        theirs = replica.steps(TASKS[row // copies], tokens[row : row + 1], mask[row : row + 1])
+        i = row // copies
+        theirs = replica.steps(i, tasks[i], tokens[row : row + 1], mask[row : row + 1])
         if copies == 1:
             _record(result, name, torch.stack([logits[row] for logits in out.logits]), theirs)
         else:
@@ -164,23 +191,48 @@ class Replica:
     def logits(self, task: str | None, tokens: Tensor, mask: Tensor) -> Tensor:
         """Logits ``[1, len, vocab]`` of one padded row, at the family's own positions."""
         m = 0 if task is None else self.bank.prefix_len(task)
-        options: dict[str, Any] = {}
-        if self.model.config.model_type in FORGET_THE_CACHE:
-            options["position_ids"] = torch.arange(m, m + tokens.shape[1])[None]
+        positions = self._positions_without_cache(tokens, mask)
+        options = {} if positions is None else {"position_ids": positions + m}
         return self._forward(tokens, torch.cat([mask.new_ones(1, m), mask], dim=1), self._cache(task), options)
 
-    def steps(self, task: str | None, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Logits ``[NEW_TOKENS, vocab]`` from which generate chose the last tokens of one padded row."""
+    def _positions_without_cache(self, tokens: Tensor, mask: Tensor) -> Tensor | None:
+        """Position ids that a body makes for the decoder inside it; None where the decoder counts what is cached."""
+        if self.model.config.model_type in FORGET_THE_CACHE:
+            return torch.arange(tokens.shape[1])[None]
+        seen: list[Tensor | None] = []
+        handle = decoder_of(self.model).register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs.get("position_ids")), with_kwargs=True
+        )
+        with torch.no_grad():
+            self.model(input_ids=tokens, attention_mask=mask)
+        handle.remove()
+        return seen[0]
+
+    def steps(self, row: int, task: str | None, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Logits ``[NEW_TOKENS, vocab]`` from which generate chose the last tokens of a row of the padded batch."""
         m = 0 if task is None else self.bank.prefix_len(task)
         mask = torch.cat([mask.new_ones(1, m), mask], dim=1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         cache, begin, steps = self._cache(task), 0, []
-        for end in range(tokens.shape[1] - NEW_TOKENS, tokens.shape[1]):
-            options = {"position_ids": positions[:, m + begin : m + end]} if takes_positions else {}
+        ends = range(tokens.shape[1] - NEW_TOKENS, tokens.shape[1])
+        for end, positions in zip(ends, self.positions, strict=True):
+            options = {} if positions is None else {"position_ids": positions[..., row : row + 1, :] + m}
             steps.append(self._forward(tokens[:, begin:end], mask[:, : m + end], cache, options)[0, -1])
             begin = end
         return torch.stack(steps)
+
+    @cached_property
+    def positions(self) -> list[Tensor | None]:
+        """Position ids ``[..., rows, tokens]`` that generate gives the model at each step; None where it gives none."""
+        seen = []
+
+        def note(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            positions = kwargs.get("position_ids")
+            seen.append(None if positions is None else positions.expand(*positions.shape[:-2], len(TASKS), -1).clone())
+
+        model = copy.deepcopy(self.model)  # some keep something of the last sequence
+        model.register_forward_pre_hook(note, with_kwargs=True)
+        model.generate(**padded_inputs(), **GENERATE)
+        return seen
 
     def _forward(self, tokens: Tensor, mask: Tensor, cache: DynamicCache, options: dict[str, Any]) -> Tensor:
         with torch.no_grad():
@@ -226,7 +278,7 @@ def _compare_with_peft(
                 theirs = peft_model(**{name: x[row : row + 1] for name, x in inputs.items()}).logits[0]
             errors.append((ours[row][real[row]], theirs[real[row]]))
     except Exception as error:
-        result.absent["PEFT"] = f"fails itself: {_line(error)}"
+        result.absent["PEFT"] = f"PEFT fails itself: {_line(error)}"
         return
     for pair in errors:
         _record(result, "PEFT", *pair)
@@ -251,32 +303,32 @@ def _line(error: BaseException) -> str:
     return text if isinstance(error, pa.PrefixAttnError) else f"{type(error).__name__}: {text}"[:200]
 
 
-def _in_child(model_type: str, queue: Any) -> None:
+def _in_child(model_type: str, images: bool, queue: Any) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    queue.put(asdict(examine(model_type)))
+    queue.put(asdict(examine(model_type, images)))
 
 
 def survey(
-    model_types: list[str], seconds: int = SECONDS, done: Callable[[Result], None] = lambda _: None
+    todo: list[tuple[str, bool]], seconds: int = SECONDS, done: Callable[[Result], None] = lambda _: None
 ) -> list[Result]:
     """Examine each type in a process of its own, so that a crash or a hang costs one type."""
     _in_parent()
     context = multiprocessing.get_context("fork")
     results = []
-    progress = tqdm(model_types)
-    for model_type in progress:
+    progress = tqdm(todo)
+    for model_type, images in progress:
         progress.set_postfix_str(model_type)
         queue = context.SimpleQueue()
-        child = context.Process(target=_in_child, args=(model_type, queue))
+        child = context.Process(target=_in_child, args=(model_type, images, queue))
         child.start()
         child.join(seconds)
         if child.is_alive():
             child.kill()
-            result = Result(model_type, reason=f"no answer in {seconds} s")
+            result = Result(model_type, images=images, reason=f"no answer in {seconds} s")
         elif queue.empty():
-            result = Result(model_type, reason=f"the process died with {child.exitcode}")
+            result = Result(model_type, images=images, reason=f"the process died with {child.exitcode}")
         else:
             result = Result(**queue.get())
         done(result)
@@ -292,10 +344,10 @@ def _in_parent() -> None:
     tiny_random_model("llama").generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=2, num_beams=2)
 
 
-def load(path: Path) -> dict[str, Result]:
-    """Kept results, by type; the last of each."""
+def load(path: Path) -> dict[tuple[str, bool], Result]:
+    """Kept results, by type and whether of images; the last of each."""
     lines = path.read_text().splitlines() if path.exists() else []
-    return {result.model_type: result for result in (Result(**json.loads(line)) for line in lines)}
+    return {(result.model_type, result.images): result for result in (Result(**json.loads(line)) for line in lines)}
 
 
 def main(
@@ -308,19 +360,20 @@ def main(
     ] = None,
     seconds: Annotated[int, typer.Option(help="Time limit of one type.")] = SECONDS,
 ) -> None:
-    """Examine the causal-LM types of the installed transformers; exit with 1 if one is neither right nor refused."""
+    """Examine all types of the installed transformers; exit with 1 if one is neither right nor refused."""
     results.parent.mkdir(parents=True, exist_ok=True)
     if fresh:
         results.unlink(missing_ok=True)
     known = load(results)
-    todo = only or [t for t in MODEL_TYPES if t not in known]
+    every = [*((t, False) for t in CAUSAL), *((t, True) for t in IMAGE_TEXT)]
+    todo = [key for key in every if (key[0] in only if only else key not in known)]
 
     def keep(result: Result) -> None:
         with results.open("a") as file:
             file.write(json.dumps(asdict(result)) + "\n")
 
     survey(todo, seconds, keep)
-    known = {t: result for t, result in sorted(load(results).items()) if t in MODEL_TYPES}
+    known = {key: result for key, result in load(results).items() if key in every}
     if write is not None:
         write.parent.mkdir(exist_ok=True)
         write.write_text(page(known.values(), ["forward", *MODES, "PEFT"], load(older).values() if older else ()))

@@ -11,8 +11,13 @@ import transformers
 HEAD = """\
 # Model families
 
-Every causal-LM type of transformers {version}, {count} in all: {statuses}. The largest error of any
-comparison is {worst:.0e} of the largest logit, in float32.
+With transformers {version}:
+
+- of {causal} causal-LM types {causal_statuses};
+- of {images} other types that read images and text (`AutoModelForImageTextToText`), given text only:
+  {images_statuses}.
+
+The largest error of any comparison is {worst:.0e} of the largest logit, in float32.
 
 Made by `python -m tests.hf.survey --fresh --write docs/models.md`; run it again after a new release of transformers.
 It builds each type from a tiny config with random weights, patches it with three prefixes of different lengths, and
@@ -24,17 +29,20 @@ holds the row's prefix, fed in the same steps; and the forward pass with PEFT.
 - **slow**: right, but with a copy of the prefix in every row's cache, as PEFT does it; `pa.patch` gives a `SlowModel`
   warning.
 - **refused**: `pa.patch` or `PrefixBank.for_model` raises `UnsupportedModel` with the reason.
+- **untested**: cannot be built here, so nothing is claimed.
 
-Text only: what images or sound change in a mask is refused.
+Images go with a prefix where they leave the mask causal (`tests/hf/test_images.py`: llava, qwen2_vl, qwen3_vl). Where
+their tokens see each other (gemma3), or text attends to them in layers of their own (mllama), a pass with images is
+refused. Sound is not tested.
 """
 
-SERVED = """
-## Exact and slow
-
+TABLE = """
 Layers: those that keep keys and values a prefix can stand in front of, of all. A number in brackets is the reason,
-below the table, why a comparison is missing.
+below the table, why a type is slow or a comparison is missing.
 
 """
+STATUSES = ("exact", "slow", "refused", "untested", "failed")
+SERVED = ("exact", "slow")
 
 
 @dataclass
@@ -42,8 +50,9 @@ class Result:
     """What became of one type.
 
     Attributes:
-        status: "exact", "slow", "refused", or "failed" (neither right nor refused: a bug of ours).
-        reason: why it is not exact.
+        images: whether it is the class that reads images and text, not the causal LM.
+        status: "exact", "slow", "refused", "untested" (not built), or "failed" (neither right nor refused: our bug).
+        reason: why it is not exact, as `pa.patch` says it.
         errors: largest error of each comparison, relative to the largest logit.
         absent: comparisons that the family, or PEFT, does not allow, and why.
         attended: layers with a prefix, of all layers.
@@ -51,12 +60,18 @@ class Result:
     """
 
     model_type: str
+    images: bool = False
     status: str = "failed"
     reason: str = ""
     errors: dict[str, float] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     attended: str = ""
     version: str = transformers.__version__
+
+    @property
+    def why_slow(self) -> str:
+        """The reason in the warning, without the class it is about."""
+        return self.reason.split(": ", 2)[2]
 
     @property
     def worst(self) -> float:
@@ -66,44 +81,59 @@ class Result:
 def page(results: Iterable[Result], comparisons: Sequence[str], older: Iterable[Result] = ()) -> str:
     """The page about all results, in Markdown; ``older``: those of an older transformers."""
     results = sorted(results, key=lambda result: result.model_type)
-    served = [r for r in results if r.status in ("exact", "slow")]
-    lines = [
-        HEAD.format(
-            version=results[0].version, count=len(results), worst=max((r.worst for r in served), default=0.0),
-            statuses=_statuses(results),
-        ) + _comparison(results, list(older)) + SERVED + f"| type | | layers | {' | '.join(comparisons)} |",
-        "|---|---|--:|" + "--:|" * len(comparisons),
-    ]  # fmt: skip
-    reasons: dict[str, int] = {}
-    for r in served:
+    causal, images = ([r for r in results if r.images == images] for images in (False, True))
+    head = HEAD.format(
+        version=results[0].version, causal=len(causal), causal_statuses=_statuses(causal), images=len(images),
+        images_statuses=_statuses(images), worst=max(r.worst for r in results),
+    )  # fmt: skip
+    return (
+        f"{head}{_comparison(results, list(older))}\n## Causal language models\n{_section(causal, comparisons)}"
+        f"\n## Vision-language models, text only\n{_section(images, comparisons)}"
+    )
+
+
+def _section(results: Sequence[Result], comparisons: Sequence[str]) -> str:
+    """The table of those that are served, the notes it refers to, and the others with their reasons."""
+    lines = [f"{TABLE}| type | | layers | {' | '.join(comparisons)} |", "|---|---|--:|" + "--:|" * len(comparisons)]
+    notes: dict[str, int] = {}
+
+    def note(reason: str) -> str:
+        return f"[{notes.setdefault(reason, len(notes) + 1)}]"
+
+    for r in results:
+        if r.status not in SERVED:
+            continue
+        status = f"slow {note(r.why_slow)}" if r.status == "slow" else r.status
         cells = [
-            f"{r.errors[name]:.0e}" if name in r.errors
-            else f"[{reasons.setdefault(r.absent.get(name, 'not reached'), len(reasons) + 1)}]"
+            f"{r.errors[name]:.0e}" if name in r.errors else note(r.absent.get(name, "not reached"))
             for name in comparisons
-        ]  # fmt: skip
-        lines.append(f"| {r.model_type} | {r.status} | {r.attended} | {' | '.join(cells)} |")
-    lines += ["", *(f"{number}. {_cell(reason)}" for reason, number in reasons.items())]
-    for status in ("refused", "failed"):
+        ]
+        lines.append(f"| {r.model_type} | {status} | {r.attended} | {' | '.join(cells)} |")
+    lines += ["", *(f"{number}. {_cell(reason)}" for reason, number in notes.items())]
+    for status in STATUSES:
         rows = [f"| {r.model_type} | {_cell(r.reason)} |" for r in results if r.status == status]
-        if rows:
-            lines += ["", f"## {status.capitalize()}", "", "| type | reason |", "|---|---|", *rows]
+        if rows and status not in SERVED:
+            lines += ["", f"### {status.capitalize()}", "", "| type | reason |", "|---|---|", *rows]
     return "\n".join(lines) + "\n"
 
 
 def _statuses(results: Sequence[Result]) -> str:
     counts = Counter(result.status for result in results)
-    return ", ".join(f"{counts[status]} {status}" for status in ("exact", "slow", "refused", "failed"))
+    return ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status] or status == "failed")
 
 
 def _comparison(results: Sequence[Result], older: Sequence[Result]) -> str:
     """What an older transformers gave, where that was asked for."""
     if not older:
         return ""
-    status = {result.model_type: result.status for result in results}
-    changed = [f"{r.model_type} ({r.status})" for r in older if status.get(r.model_type, r.status) != r.status]
+    status = {(r.model_type, r.images): r.status for r in results}
+    changed = [
+        f"{r.model_type} ({r.status})" for r in older if status.get((r.model_type, r.images), r.status) != r.status
+    ]
+    causal, images = ([r for r in older if r.images == images] for images in (False, True))
     return (
-        f"\nOn transformers {older[0].version}, which has {len(older)} of these types: {_statuses(older)}. Classed "
-        f"otherwise there: {', '.join(changed) or 'none'}.\n"
+        f"\nWith transformers {older[0].version}: of its {len(causal)} causal-LM types {_statuses(causal)};\nof its "
+        f"{len(images)} others {_statuses(images)}.\nClassed otherwise there: {', '.join(changed) or 'none'}.\n"
     )
 
 
