@@ -32,7 +32,7 @@ from prefix_attn.hf.generate import INPUTS, Generate, PrepareInputs, checked_for
 from prefix_attn.hf.masks import scope
 from prefix_attn.hf.part_attention import NAME, PLACE, PartBatch, Place, part_attention_forward, part_mask
 from prefix_attn.hf.positions import look_up_rows, restore_rows, rows, shifted_positions
-from prefix_attn.hf.relative_bias import check_buckets
+from prefix_attn.hf.relative_bias import bias_table, check_buckets
 from prefix_attn.hf.wiring import PROBE, Wired
 
 #: Families whose positions and biases are known, and tested.
@@ -63,7 +63,7 @@ class Seq2SeqPatch:
             setattr(module, PLACE, place)
         self.handles = [
             stack.register_forward_pre_hook(
-                StackHook(bank, implementations[part], part), with_kwargs=True, prepend=True
+                StackHook(bank, implementations[part], part, _bias_holders(stack)), with_kwargs=True, prepend=True
             )
             for part, stack in stacks.items()
         ]
@@ -117,7 +117,7 @@ def _places(stacks: dict[str, Any], bank: PrefixBank) -> dict[Any, Place]:
             part = ATTENTIONS[stack_part].get(name.rpartition(".")[2])
             if part is None:
                 continue
-            if getattr(module, "has_relative_attention_bias", False):
+            if module in _bias_holders(stack):
                 check_buckets(module)
                 biases[part] = module  # the layers that follow share it
             places[module] = Place(part, found[part], biases.get(part))
@@ -128,13 +128,19 @@ def _places(stacks: dict[str, Any], bank: PrefixBank) -> dict[Any, Place]:
     return places
 
 
+def _bias_holders(stack: Any) -> list[Any]:
+    """The attention layers of a stack that hold a table of relative biases."""
+    return [module for module in stack.modules() if getattr(module, "has_relative_attention_bias", False)]
+
+
 class StackHook:
     """Forward pre-hook of the encoder or the decoder: turns ``task_ids`` into a `PartBatch` for its layers."""
 
-    def __init__(self, bank: PrefixBank, implementation: str, part: str) -> None:
+    def __init__(self, bank: PrefixBank, implementation: str, part: str, bias_holders: Sequence[Any]) -> None:
         self.bank = bank
         self.implementation = implementation
         self.part = part
+        self.bias_holders = bias_holders
 
     def __call__(
         self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -160,7 +166,8 @@ class StackHook:
                 self.bank, ids, inputs, kwargs.get("position_ids"), kwargs.get("attention_mask"),
                 kwargs.get("past_key_values"), stack,
             )  # fmt: skip
-        return args, kwargs | {KEYWORD: PartBatch(self.implementation, self.bank, ids)}
+        biases = {holder: bias_table(holder, inputs.device) for holder in self.bias_holders}
+        return args, kwargs | {KEYWORD: PartBatch(self.implementation, self.bank, ids, biases)}
 
 
 class Seq2SeqGenerate(Generate):
@@ -174,6 +181,11 @@ class Seq2SeqGenerate(Generate):
             raise ShapeError(
                 "truncation: expected a decoder-only model; the input of an encoder has no prefix to make room for: "
                 "let the tokenizer cut it"
+            )
+        if setting("prefill_chunk_size", options, configs) is not None:
+            raise UnsupportedModel(
+                "prefill_chunk_size: transformers cuts the mask of the encoder's input to the length of the decoder's "
+                "chunk, so that padding is seen or tokens are not; drop it"
             )
         prompt = options.get("decoder_input_ids")
         if prompt is None:
