@@ -65,6 +65,12 @@ def encoder_geometry(model: Any) -> Geometry:
     return Geometry((LayerGeometry(heads, dim, dim),) * layers)
 
 
+def encoder_positions(model: Any) -> int | None:
+    """Positions the encoder has; None where a relative bias takes their place."""
+    config = model.get_encoder().config
+    return None if setting(config, "relative_attention_num_buckets") else context_limit(config)
+
+
 def decoder_positions(config: Any) -> int | None:
     """Positions the decoder has; None where a relative bias takes their place."""
     if setting(config, "relative_attention_num_buckets"):
