@@ -23,6 +23,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.requests import RequestState
 
 from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.geometry import DECODER
 from prefix_attn.errors import PrefixAttnError, ShapeError, UnsupportedModel
 from prefix_attn.hf.attention import KEYWORD, Batch
 from prefix_attn.hf.generate import Method
@@ -82,6 +83,10 @@ class InitContinuousBatching(Method):
             raise UnsupportedModel(
                 f"continuous batching: expected transformers {SINCE[0]}.{SINCE[1]} or newer, got "
                 f"{transformers.__version__}, whose engine works otherwise; call generate"
+            )
+        if len(set(self.bank.base.devices[DECODER])) > 1:
+            raise UnsupportedModel(
+                f"continuous batching: expected the model on one device, got {self.bank.base.placement}; call generate"
             )
         kept = getattr(self.model, "_cached_continuous_batching_manager", None)
         if kept is None:

@@ -7,6 +7,7 @@ another shape, so that neither can be taken for the other.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,23 +49,16 @@ class PartBatch:
     """What one pass through the encoder or the decoder needs to know; without a bank, whom to leave it to.
 
     Attributes:
-        biases: the table of relative biases of each module that holds one. Made before the layers run: made in a layer
-            that is checkpointed, it would not be made again when the layer is.
+        plans: for the layers of each part and device, with the task ids there.
+        biases: for each module that holds relative biases, their table on each device. Made before the layers run: made
+            in a layer that is checkpointed, it would not be made again when the layer is.
     """
 
     implementation: str
     bank: PrefixBank | None = None
     task_ids: Tensor | None = None
-    biases: dict[nn.Module, Tensor] = field(default_factory=dict)
-    _plans: dict[str, BatchPlan] = field(default_factory=dict)
-
-    def plan(self, part: str) -> BatchPlan:
-        """The batch's plan for a part; one for all its layers."""
-        assert self.bank is not None
-        assert self.task_ids is not None
-        if part not in self._plans:
-            self._plans[part] = BatchPlan(self.task_ids, self.bank.layer(0, part).lens)
-        return self._plans[part]
+    plans: Mapping[str, Mapping[torch.device, BatchPlan]] = field(default_factory=dict)
+    biases: Mapping[nn.Module, Mapping[torch.device, Tensor]] = field(default_factory=dict)
 
 
 def part_attention_forward(
@@ -96,10 +90,11 @@ def part_attention_forward(
     else:
         start, end = _unpack(layer, attention_mask)
     query, key, value, prefix, _ = under_autocast(query, key, value, batch.bank.layer(place.layer, place.part))
-    bias = None if place.bias is None else batch.biases[place.bias]
+    bias = None if place.bias is None else batch.biases[place.bias][query.device]
+    plan = batch.plans[place.part][query.device]
     out = prefix_attention(
-        query, key, value, prefix, batch.task_ids, kv_start=start, kv_len=end, causal=place.part == DECODER,
-        scale=scaling, relative_bias=bias, plan=batch.plan(place.part),
+        query, key, value, prefix, plan.task_ids, kv_start=start, kv_len=end, causal=place.part == DECODER,
+        scale=scaling, relative_bias=bias, plan=plan,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None

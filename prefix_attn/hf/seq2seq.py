@@ -166,8 +166,10 @@ class StackHook:
                 self.bank, ids, inputs, kwargs.get("position_ids"), kwargs.get("attention_mask"),
                 kwargs.get("past_key_values"), stack,
             )  # fmt: skip
-        biases = {holder: bias_table(holder, inputs.device) for holder in self.bias_holders}
-        return args, kwargs | {KEYWORD: PartBatch(self.implementation, self.bank, ids, biases)}
+        plans = {part: self.bank.plans(ids, part) for part in set(ATTENTIONS[self.part].values())}
+        tables = {holder: bias_table(holder, inputs.device) for holder in self.bias_holders}
+        biases = {holder: {there: x.to(there) for there in plans[self.part]} for holder, x in tables.items()}
+        return args, kwargs | {KEYWORD: PartBatch(self.implementation, self.bank, ids, plans, biases)}
 
 
 class Seq2SeqGenerate(Generate):
