@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
 
 import prefix_attn as pa
 from tests.devices import MISSING, TYPE, accelerators
@@ -79,6 +80,36 @@ def test_an_encoder_decoder_on_two_devices(family: str) -> None:
     pa.patch(model, bank, verify=True)
     for ours, theirs in zip(outputs(model, there(make_inputs(model)), **tokens), expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+class NoStream:
+    """A stream of a device that does one thing after another."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def wait_stream(self, other: NoStream) -> None: ...
+
+
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_offloaded_caches(family: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Own keys wait on the CPU between the passes of their layer; here without streams, in tests/gpu with them."""
+    monkeypatch.setattr(torch, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", NoStream)
+    offloaded: list[Any] = []
+    offload = CacheLayerMixin.offload
+    monkeypatch.setattr(CacheLayerMixin, "offload", lambda layer: offloaded.append(layer) or offload(layer))
+    model, inputs = tiny_model(family).to(FIRST), there(padded_inputs())
+    pa.patch(model, make_bank(model))
+    for way in ({}, {"num_beams": 2}):
+        expected = model.generate(**inputs, **GREEDY, **way, task_ids=TASKS)
+        got = model.generate(**inputs, **GREEDY, **way, task_ids=TASKS, cache_implementation=implementation)
+        assert torch.equal(got, expected)
+    assert "cpu" in {layer.keys.device.type for layer in offloaded}, "none but the next layer's keys are fetched back"
 
 
 def test_prefixes_that_the_model_makes_of_the_banks() -> None:
