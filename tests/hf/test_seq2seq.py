@@ -226,8 +226,10 @@ def test_refusals(patched: Any) -> None:
                 patched(**inputs, decoder_input_ids=tokens[:, :1], past_key_values=cache, **others)
     if patched._prefix_attn.bank.context_limit is not None:
         inputs = make_inputs(patched)
+        hook = patched.get_encoder().register_forward_pre_hook(lambda *_: pytest.fail("the encoder ran"))
         with pytest.raises(pa.ContextOverflow, match="row 3: a prefix of 7 tokens and 60 of its own"):
             patched.generate(**inputs, task_ids=[None, None, None, "decoder", None, None], max_new_tokens=60)
+        hook.remove()
         with torch.no_grad(), pytest.raises(pa.ContextOverflow, match="row 3"):
             patched(**inputs, decoder_input_ids=decoder_tokens(length=58),
                     task_ids=[None, None, None, "decoder", None, None])  # fmt: skip
