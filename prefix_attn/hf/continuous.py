@@ -78,15 +78,15 @@ class InitContinuousBatching(Method):
     def __call__(
         self, generation_config: Any = None, continuous_batching_config: Any = None, workload_hints: Any = None
     ) -> Any:
+        if len(set(self.bank.base.devices[DECODER])) > 1:
+            raise UnsupportedModel(
+                f"continuous batching: expected the model on one device, got {self.bank.base.placement}; call generate"
+            )
         version = tuple(int(x) for x in transformers.__version__.split(".")[:2])
         if version < SINCE:
             raise UnsupportedModel(
                 f"continuous batching: expected transformers {SINCE[0]}.{SINCE[1]} or newer, got "
                 f"{transformers.__version__}, whose engine works otherwise; call generate"
-            )
-        if len(set(self.bank.base.devices[DECODER])) > 1:
-            raise UnsupportedModel(
-                f"continuous batching: expected the model on one device, got {self.bank.base.placement}; call generate"
             )
         kept = getattr(self.model, "_cached_continuous_batching_manager", None)
         if kept is None:

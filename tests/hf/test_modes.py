@@ -98,7 +98,7 @@ def check_row(batch: Any, row: int, alone: Any, prompt: int) -> None:
     if scores is not None:
         assert (batch.sequences_scores[mine] - scores).abs().max() < TOLERANCE
         return
-    assert alone.logits
+    assert alone.logits or not new.numel()  # transformers 5.17 takes the token BART starts with for an end in a lookup
     for step, logits in enumerate(alone.logits):
         assert (batch.logits[step][mine] - logits).abs().max() < TOLERANCE
 
