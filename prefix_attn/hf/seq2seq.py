@@ -28,6 +28,7 @@ from prefix_attn.hf.attention import KEYWORD
 from prefix_attn.hf.caches import check_tasks_of, remember_tasks
 from prefix_attn.hf.configs import OwnConfigs
 from prefix_attn.hf.context import check_fits, new_tokens
+from prefix_attn.hf.encoder_states import StatesHook, check_tasks_of_states, remember_tasks_of_states
 from prefix_attn.hf.generate import INPUTS, Generate, PrepareInputs, checked_for_batch, setting
 from prefix_attn.hf.masks import scope
 from prefix_attn.hf.part_attention import NAME, PLACE, PartBatch, Place, part_attention_forward, part_mask
@@ -68,6 +69,8 @@ class Seq2SeqPatch:
             for part, stack in stacks.items()
         ]
         self.handles.append(stacks[DECODER].register_forward_hook(remember_tasks, with_kwargs=True))
+        self.handles.append(stacks[ENCODER].register_forward_hook(remember_tasks_of_states, with_kwargs=True))
+        self.handles.append(model.register_forward_pre_hook(StatesHook(bank), with_kwargs=True))
         if hasattr(stacks[DECODER], "embed_positions"):
             table = stacks[DECODER].embed_positions
             self.handles.append(table.register_forward_pre_hook(look_up_rows, with_kwargs=True))
@@ -174,6 +177,11 @@ class StackHook:
 
 class Seq2SeqGenerate(Generate):
     """``model.generate`` that takes ``task_ids``: one name, id or None per row of the encoder's input."""
+
+    def __call__(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+        if kwargs.get("encoder_outputs") is not None:  # before its rows are copied for beams
+            check_tasks_of_states(self.bank, kwargs["encoder_outputs"], task_ids)
+        return super().__call__(*args, task_ids=task_ids, **kwargs)
 
     def _fit(
         self, ids: Tensor, inputs: Tensor, options: dict[str, Any], configs: Sequence[Any], truncation: bool

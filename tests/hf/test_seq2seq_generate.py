@@ -61,10 +61,32 @@ def test_decoding_goes_on_from_a_cache(patched: Any) -> None:
     given = {"encoder_outputs": states, "attention_mask": inputs["attention_mask"], "past_key_values": cache}
     begun = patched.generate(**given, **options, max_new_tokens=3)
     given |= {"decoder_input_ids": begun, "decoder_attention_mask": torch.ones_like(begun)}
-    for wrong in (["decoder"] * 6, [None] * 6):
-        with pytest.raises(pa.IncompatiblePrefix, match="computed with tasks"):
+    for wrong, words in (
+        ([*ROWS[:3], "cross", *ROWS[4:]], "computed with tasks"),
+        ([None] * 6, "the encoder ran with"),
+    ):
+        with pytest.raises(pa.IncompatiblePrefix, match=words):
             patched.generate(**given, **GREEDY, task_ids=wrong)
     assert torch.equal(patched.generate(**given, **options, max_new_tokens=3), expected)
+
+
+def test_an_encoders_output_belongs_to_its_tasks(patched: Any) -> None:
+    """Of ROWS, the first, third and last have prefixes in the encoder; the decoder's alone may differ."""
+    inputs, encoder = make_inputs(patched), patched.get_encoder()
+    tokens = {"decoder_input_ids": decoder_tokens(), "attention_mask": inputs["attention_mask"]}
+    others: list[str | None] = ["decoder", "cross", None, "decoder", None, "cross"]
+    with torch.no_grad():
+        for made, asked in ((ROWS, others), (None, ROWS), (ROWS, None)):
+            states = encoder(**inputs) if made is None else encoder(**inputs, task_ids=made)
+            given: dict[str, Any] = {"encoder_outputs": states} | ({} if asked is None else {"task_ids": asked})
+            for call in (lambda: patched(**tokens, **given), lambda: patched.generate(**tokens, **GREEDY, **given),  # noqa: B023
+                         lambda: patched.generate(**tokens, **GREEDY, num_beams=2, **given)):  # fmt: skip # noqa: B023
+                with pytest.raises(pa.IncompatiblePrefix, match="the encoder ran with tasks"):
+                    call()
+        bare = patched(**tokens, encoder_outputs=encoder(**inputs), task_ids=others).logits
+        assert torch.equal(bare, patched(**inputs, decoder_input_ids=decoder_tokens(), task_ids=others).logits)
+        pa.unpatch(patched)
+        patched(**tokens, encoder_outputs=states)
 
 
 class Heard(BaseStreamer):
