@@ -45,9 +45,10 @@ class PrefixBank:
 
     def __init__(self, base: Base, capacity: Mapping[str, int] | None = None, reserve: Reserve | None = None) -> None:
         self._base = base
+        self._device = base.device
         self._parts = {
             part: Part(
-                geometry, base.dtype, base.devices[part], base.device, base.shard, (capacity or {}).get(part, 0),
+                geometry, base.dtype, base.devices[part], self._device, base.shard, (capacity or {}).get(part, 0),
                 reserve,
             )
             for part, geometry in base.geometries.items()
@@ -216,7 +217,7 @@ class PrefixBank:
             UnknownTask: a name or an id is not in the bank; lists the choices.
             DTypeError, ShapeError: not a list or an integer vector.
         """
-        return checked_ids(tasks, self._ids, self.lengths, self._base.device)
+        return checked_ids(tasks, self._ids, self.lengths, self._device)
 
     def plan(self, tasks: Sequence[str | int | None] | Tensor, part: str = DECODER) -> BatchPlan:
         """Which rows of a batch share which prefix, for all layers and steps; the ``plan`` of `prefix_attention`.
@@ -225,12 +226,11 @@ class PrefixBank:
 
         Args, Raises: as in `task_ids`; part as in `layer`.
         """
-        return self.plans(tasks, part)[self.device]
+        return self.plans(self.task_ids(tasks), part)[self.device]
 
-    def plans(self, tasks: Sequence[str | int | None] | Tensor, part: str = DECODER) -> dict[torch.device, BatchPlan]:
-        """`plan` on each device that layers are on."""
-        ids = self.task_ids(tasks)
-        return {device: BatchPlan(ids.to(device), lens) for device, lens in self._parts[part].lens.items()}
+    def plans(self, task_ids: Tensor, part: str = DECODER) -> dict[torch.device, BatchPlan]:
+        """`plan` for each device that layers are on, of ids that `task_ids` returned."""
+        return {device: BatchPlan(task_ids.to(device), lens) for device, lens in self._parts[part].lens.items()}
 
     def prefix_len(self, name: str, part: str = DECODER) -> int:
         """Tokens of a task's prefix in a part; UnknownTask where there is no such task."""
@@ -280,7 +280,7 @@ class PrefixBank:
     @property
     def device(self) -> torch.device:
         """Where task ids are; each layer's prefixes are where that layer is."""
-        return self._base.device
+        return self._device
 
     @property
     def context_limit(self) -> int | None:
