@@ -45,16 +45,20 @@ class PrefixBank:
 
     def __init__(self, base: Base, capacity: Mapping[str, int] | None = None, reserve: Reserve | None = None) -> None:
         self._base = base
+        self._device = base.device
         self._parts = {
-            part: Part(geometry, base.dtype, base.device, base.shard, (capacity or {}).get(part, 0), reserve)
+            part: Part(
+                geometry, base.dtype, base.devices[part], self._device, base.shard, (capacity or {}).get(part, 0),
+                reserve,
+            )
             for part, geometry in base.geometries.items()
-        }
+        }  # fmt: skip
         self._tasks: list[_Task | None] = []  # by id; None was removed
         self._ids: dict[str, int] = {}
 
     @classmethod
     def for_model(cls, model: Any, reserve: tuple[int, int] | None = None) -> PrefixBank:
-        """An empty bank in the dtype and on the device of a transformers model.
+        """An empty bank in the dtype of a transformers model, each layer on the device of the model's.
 
         The model may be plain, patched or PEFT-wrapped; it (of an encoder-decoder model the decoder) runs on one token,
         and its parameters are sampled.
@@ -175,7 +179,7 @@ class PrefixBank:
 
     def _insert(self, name: str, key_values: KeyValues, provenance: Provenance, what: str) -> int:
         self._check_new(name)
-        ours = prepared_parts(key_values, self._base.geometries, self.dtype, self.device, what)
+        ours = prepared_parts(key_values, self._base.geometries, self.dtype, self._base.devices, what)
         self._base.check_context(ours[DECODER][0][0].shape[1], what)
         stored: list[Part] = []
         try:
@@ -213,7 +217,7 @@ class PrefixBank:
             UnknownTask: a name or an id is not in the bank; lists the choices.
             DTypeError, ShapeError: not a list or an integer vector.
         """
-        return checked_ids(tasks, self._ids, self.lengths, self._base.device)
+        return checked_ids(tasks, self._ids, self.lengths, self._device)
 
     def plan(self, tasks: Sequence[str | int | None] | Tensor, part: str = DECODER) -> BatchPlan:
         """Which rows of a batch share which prefix, for all layers and steps; the ``plan`` of `prefix_attention`.
@@ -222,7 +226,11 @@ class PrefixBank:
 
         Args, Raises: as in `task_ids`; part as in `layer`.
         """
-        return BatchPlan(self.task_ids(tasks), self._parts[part].lens)
+        return self.plans(self.task_ids(tasks), part)[self.device]
+
+    def plans(self, task_ids: Tensor, part: str = DECODER) -> dict[torch.device, BatchPlan]:
+        """`plan` for each device that layers are on, of ids that `task_ids` returned."""
+        return {device: BatchPlan(task_ids.to(device), lens) for device, lens in self._parts[part].lens.items()}
 
     def prefix_len(self, name: str, part: str = DECODER) -> int:
         """Tokens of a task's prefix in a part; UnknownTask where there is no such task."""
@@ -239,7 +247,7 @@ class PrefixBank:
 
         Never written: each change makes a new one.
         """
-        return self._parts[DECODER].lens
+        return self._parts[DECODER].lens[self.device]
 
     @property
     def lengths(self) -> list[int]:
@@ -271,7 +279,8 @@ class PrefixBank:
 
     @property
     def device(self) -> torch.device:
-        return self._base.device
+        """Where task ids are; each layer's prefixes are where that layer is."""
+        return self._device
 
     @property
     def context_limit(self) -> int | None:
@@ -368,7 +377,7 @@ class PrefixBank:
         )
         shard = self._base.shard
         held = f"rank {shard.rank} of {shard.size}, " if shard.size > 1 else ""
-        head = f"PrefixBank({count}, {layers}, {kind} on {self.device}, {held}"
+        head = f"PrefixBank({count}, {layers}, {kind} on {self._base.placement}, {held}"
         width = max((len(name) for name in self._ids), default=0)
         sizes = usage.tasks.items()
         rows = [f"  {name:{width}}  {self._tokens(name)} tokens  {readable(size)}" for name, size in sizes]

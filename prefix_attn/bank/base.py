@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ import torch
 from prefix_attn.bank.families import refuse_without_place
 from prefix_attn.bank.fingerprint import Fingerprint
 from prefix_attn.bank.forward import cached_kv, text_config, unwrap
-from prefix_attn.bank.geometry import CROSS, DECODER, ENCODER, Geometry, context_limit
-from prefix_attn.bank.seq2seq import decoder_kv, decoder_positions, encoder_geometry
+from prefix_attn.bank.geometry import CROSS, DECODER, ENCODER, Geometry, context_limit, devices_of
+from prefix_attn.bank.seq2seq import decoder_kv, decoder_positions, encoder_devices, encoder_geometry
 from prefix_attn.bank.shard import Shard
 from prefix_attn.bank.window import SlidingWindow
 from prefix_attn.errors import ContextOverflow, IncompatiblePrefix, UnsupportedModel
@@ -24,7 +25,8 @@ class Base:
 
     Attributes:
         geometries: kv_heads and head_dim of every layer, for each part (parts.py) of the model; the decoder first.
-        dtype, device: those of the keys and values in the model's attention.
+        dtype: of the keys and values in the model's attention.
+        devices: of every layer's keys and values, for each part; several where the model is spread (``device_map``).
         context_limit: positions the model has, or None.
         fingerprint: digests of config and weights.
         model_type: transformers' name of the architecture.
@@ -35,7 +37,7 @@ class Base:
 
     geometries: Mapping[str, Geometry]
     dtype: torch.dtype
-    device: torch.device
+    devices: Mapping[str, tuple[torch.device, ...]]
     context_limit: int | None
     fingerprint: Fingerprint
     model_type: str
@@ -48,8 +50,8 @@ class Base:
         """Describe a transformers model, PEFT-wrapped, patched or plain; runs it on one token.
 
         Raises:
-            UnsupportedModel: the model does not keep plain keys and values in every layer, or is spread over devices.
-                Or a prefix has no place in its family.
+            UnsupportedModel: the model does not keep plain keys and values in every layer, or not in one dtype, or a
+                prefix has no place in its family.
         """
         model = unwrap(model)
         config = text_config(model)
@@ -60,20 +62,24 @@ class Base:
             geometries = {
                 DECODER: Geometry.of(decoder), ENCODER: encoder_geometry(model), CROSS: Geometry.of(cross),
             }  # fmt: skip
+            devices = {
+                DECODER: devices_of(decoder), ENCODER: encoder_devices(model, decoder[0][0].device),
+                CROSS: devices_of(cross),
+            }  # fmt: skip
         else:
             key_values, limit = cached_kv(model, torch.zeros(1, 1, dtype=torch.int64)), context_limit(config)
-            geometries = {DECODER: Geometry.of(key_values)}
+            geometries, devices = {DECODER: Geometry.of(key_values)}, {DECODER: devices_of(key_values)}
         shard = Shard.of(model, config, geometries[DECODER])
         geometries = {part: shard.whole(geometry) for part, geometry in geometries.items()}
-        places = {(x.dtype, x.device) for pair in key_values for x in pair if x.shape[0]}
-        if len(places) != 1:
-            found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in places))
-            raise UnsupportedModel(f"model: expected all layers in one dtype and on one device, got {found}")
-        dtype, device = places.pop()
+        dtypes = {x.dtype for pair in key_values for x in pair if x.shape[0]}
+        if len(dtypes) != 1:
+            raise UnsupportedModel(
+                f"model: expected all layers in one dtype, got {', '.join(sorted(map(str, dtypes)))}; load it in one"
+            )
         return cls(
             geometries=geometries,
-            dtype=dtype,
-            device=device,
+            dtype=dtypes.pop(),
+            devices=devices,
             context_limit=limit,
             fingerprint=Fingerprint.of(model, config, geometries),
             model_type=config.model_type,
@@ -86,6 +92,22 @@ class Base:
     def geometry(self) -> Geometry:
         """That of the decoder's self-attention."""
         return self.geometries[DECODER]
+
+    @property
+    def device(self) -> torch.device:
+        """That of the decoder's first layer with keys, where a batch's task ids are kept."""
+        return self.devices[DECODER][self.geometry.attending[0]]
+
+    @property
+    def placement(self) -> str:
+        """`devices` in words."""
+        everywhere = {device for layers in self.devices.values() for device in layers}
+        if len(everywhere) == 1:
+            return str(self.device)
+        return "; ".join(
+            f"{part}: " + ", ".join(f"{len(list(run))} layers on {device}" for device, run in groupby(layers))
+            for part, layers in self.devices.items()
+        )
 
     def check_context(self, tokens: int, what: str) -> None:
         """Raise `ContextOverflow` unless a prefix of ``tokens`` leaves room for at least one token of a request."""
@@ -101,7 +123,7 @@ class Base:
         pairs: tuple[tuple[str, object, object], ...] = (
             ("geometry", mine, theirs),
             ("dtype", self.dtype, other.dtype),
-            ("device", self.device, other.device),
+            ("device", self.placement, other.placement),
             ("shard", self.shard, other.shard),
         )
         for what, expected, got in pairs:

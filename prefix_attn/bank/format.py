@@ -52,7 +52,7 @@ def write_prefix(path: Path, key_values: Mapping[str, Sequence[LayerKV]], base: 
     from prefix_attn import __version__
 
     tensors = {
-        f"{_prefixed(part)}{name}.{i}": x.clone(memory_format=torch.contiguous_format)
+        f"{prefixed(part)}{name}.{i}": x.clone(memory_format=torch.contiguous_format)
         for part, layers in key_values.items()
         for i, pair in enumerate(layers)
         for name, x in zip("kv", pair, strict=True)
@@ -60,7 +60,7 @@ def write_prefix(path: Path, key_values: Mapping[str, Sequence[LayerKV]], base: 
     metadata = {
         "format": FORMAT,
         "format_version": VERSION,
-        **{f"{_prefixed(part)}geometry": geometry.to_json() for part, geometry in base.geometries.items()},
+        **{f"{prefixed(part)}geometry": geometry.to_json() for part, geometry in base.geometries.items()},
         "dtype": str(base.dtype).removeprefix("torch."),
         "position_mode": POSITION_MODE,
         "base_config": base.fingerprint.config,
@@ -76,7 +76,7 @@ def write_prefix(path: Path, key_values: Mapping[str, Sequence[LayerKV]], base: 
     os.replace(partial, path)
 
 
-def _prefixed(part: str) -> str:
+def prefixed(part: str) -> str:
     """What stands in front of a part's names in a file."""
     return "" if part == DECODER else f"{part}."
 
@@ -91,14 +91,14 @@ def read_prefix(path: Path, base: Base, check_base: bool) -> tuple[dict[str, lis
     tensors, metadata = read_safetensors(path)
     _check_metadata(path.name, metadata, base, check_base)
     layers = {part: len(geometry.layers) for part, geometry in base.geometries.items()}
-    expected = {f"{_prefixed(part)}{name}.{i}" for part, n in layers.items() for i in range(n) for name in "kv"}
+    expected = {f"{prefixed(part)}{name}.{i}" for part, n in layers.items() for i in range(n) for name in "kv"}
     if tensors.keys() != expected:
         raise IncompatiblePrefix(
             f"{path.name}: expected tensors k.<layer> and v.<layer> for {sum(layers.values())} layers, got "
             f"{len(tensors)} tensors: {sorted(tensors)[:4]} ..."
         )
     key_values = {
-        part: [(tensors[f"{_prefixed(part)}k.{i}"], tensors[f"{_prefixed(part)}v.{i}"]) for i in range(n)]
+        part: [(tensors[f"{prefixed(part)}k.{i}"], tensors[f"{prefixed(part)}v.{i}"]) for i in range(n)]
         for part, n in layers.items()
     }
     for part, geometry in base.geometries.items():
@@ -120,7 +120,7 @@ def _check_metadata(file: str, metadata: Mapping[str, str], base: Base, check_ba
             )
     for part, ours in base.geometries.items():
         try:
-            geometry = Geometry.from_json(metadata.get(f"{_prefixed(part)}geometry", ""))
+            geometry = Geometry.from_json(metadata.get(f"{prefixed(part)}geometry", ""))
         except (TypeError, ValueError) as error:
             raise IncompatiblePrefix(f"{file}: its geometry is unreadable ({error}); the file is damaged") from error
         if geometry != ours:

@@ -111,6 +111,11 @@ class Geometry:
         return tokens or 0
 
 
+def devices_of(key_values: Sequence[LayerKV]) -> tuple[torch.device, ...]:
+    """The device of each layer's keys and values."""
+    return tuple(k.device for k, _ in key_values)
+
+
 def _layer(kv_heads: int, head_dim: int, v_head_dim: int | None = None) -> LayerGeometry:
     return LayerGeometry(int(kv_heads), int(head_dim), int(head_dim if v_head_dim is None else v_head_dim))
 

@@ -4,8 +4,8 @@ A decoder-only model has one part, ``decoder``. An encoder-decoder model has thr
 encoder's self-attention, and the decoder's attention to the encoder's output (``cross``). All parts share the tasks'
 ids; lengths and layers are each part's own.
 
-Per layer a part holds two tensors ``[kv_heads, capacity, width]``; task t owns tokens ``starts[t] .. starts[t] +
-lens[t] - 1`` of each, and all layers share ``starts`` and ``lens``.
+Per layer a part holds two tensors ``[kv_heads, capacity, width]`` on the layer's device; task t owns tokens ``starts[t]
+.. starts[t] + lens[t] - 1`` of each, and all layers of a device share ``starts`` and ``lens``.
 """
 
 from __future__ import annotations
@@ -27,10 +27,16 @@ from prefix_attn.types import PrefixKV, align
 KeyValues = Sequence[LayerKV | None] | Mapping[str, Sequence[LayerKV | None]]
 
 
+#: The device of each layer, for each part.
+Devices = Mapping[str, Sequence[torch.device]]
+
+
 def prepared_parts(
-    key_values: KeyValues, geometries: Mapping[str, Geometry], dtype: torch.dtype, device: torch.device, what: str
+    key_values: KeyValues, geometries: Mapping[str, Geometry], dtype: torch.dtype, devices: Devices, what: str
 ) -> dict[str, list[LayerKV]]:
-    """A prefix as a bank keeps it: every part of the model, in the bank's dtype; parts it does not name get length 0.
+    """A prefix as a bank keeps it: every part of the model, in the bank's dtype and on each layer's device.
+
+    Parts it does not name get length 0.
 
     Raises:
         IncompatiblePrefix: a part that the model does not have, or layers, shapes or values (not finite) that do not
@@ -46,8 +52,12 @@ def prepared_parts(
         name = f"{what}[{part!r}]" if isinstance(key_values, Mapping) and len(geometries) > 1 else what
         layers = geometry.filled(named.get(part, geometry.empty()))
         geometry.check(layers, name)
-        parts[part] = [(k.detach().to(device, dtype), v.detach().to(device, dtype)) for k, v in layers]
-        finite = torch.stack([k.isfinite().all() & v.isfinite().all() for k, v in parts[part]]).tolist()
+        parts[part] = [
+            (k.detach().to(device, dtype), v.detach().to(device, dtype))
+            for (k, v), device in zip(layers, devices[part], strict=True)
+        ]
+        checks = [k.isfinite().all() & v.isfinite().all() for k, v in parts[part]]
+        finite = torch.stack([check.to(checks[0].device) for check in checks]).tolist()
         if not all(finite):
             i = finite.index(False)
             raise IncompatiblePrefix(
@@ -63,6 +73,13 @@ class Reserve(NamedTuple):
     tokens: int
 
 
+class SpanTable(NamedTuple):
+    """By id, on one device: int32 ``[tasks]`` each."""
+
+    lens: Tensor
+    starts: Tensor
+
+
 class Part:
     """The packed, ragged prefixes of all tasks in one part; the bank's `add` and `remove` keep the parts in step.
 
@@ -70,17 +87,17 @@ class Part:
     """
 
     def __init__(
-        self, geometry: Geometry, dtype: torch.dtype, device: torch.device, shard: Shard, capacity: int = 0,
-        reserve: Reserve | None = None,
+        self, geometry: Geometry, dtype: torch.dtype, devices: Sequence[torch.device], home: torch.device, shard: Shard,
+        capacity: int = 0, reserve: Reserve | None = None,
     ) -> None:  # fmt: skip
         self.geometry = shard.local(geometry)
-        self._device, self._shard, self._reserve = device, shard, reserve
+        self._devices, self._home, self._shard, self._reserve = devices, home, shard, reserve
         if reserve is not None:
             capacity = align(reserve.tokens)
-        self._storage = Storage(self.geometry, dtype, device, capacity, fixed=reserve is not None)
+        self._storage = Storage(self.geometry, dtype, devices, capacity, fixed=reserve is not None)
         self._spans: list[Span | None] = []  # by id; None was removed
         self._layers: list[PrefixKV] = []
-        self._lens, self._starts = self._tables()
+        self._tables = self._new_tables()
         self._tabulate()
 
     def append(self, key_values: Sequence[LayerKV]) -> None:
@@ -128,39 +145,46 @@ class Part:
         return self._layers[i]
 
     def _lend(self, longest: int | None) -> list[PrefixKV]:
-        return [PrefixKV(k, v, self._starts, self._lens, longest) for k, v in self._storage.lend()]
+        tables = (self._tables[device] for device in self._devices)
+        return [
+            PrefixKV(k, v, table.starts, table.lens, longest)
+            for (k, v), table in zip(self._storage.lend(), tables, strict=True)
+        ]
 
     def _tabulate(self) -> None:
         """Write the span tables anew: to new tensors, so that a `PrefixKV` that was handed out stays what it is, or,
         with a reserve, in place."""
         self.lengths = [-1 if span is None else span.length for span in self._spans]
-        lens, starts = self._tables()
+        tables = self._new_tables()
         if self._reserve is None:
-            self._lens, self._starts, self._layers = lens, starts, []
+            self._tables, self._layers = tables, []
             return
-        self._lens.copy_(lens)
-        self._starts.copy_(starts)
+        for device, table in tables.items():
+            self._tables[device].lens.copy_(table.lens)
+            self._tables[device].starts.copy_(table.starts)
         self._layers = self._lend(None)  # without the longest prefix, on which what is captured must not depend
 
-    def _tables(self) -> tuple[Tensor, Tensor]:
-        """Lengths and starts by id; ids that are reserved but not given are like removed ones."""
+    def _new_tables(self) -> dict[torch.device, SpanTable]:
+        """Lengths and starts on every device; ids that are reserved but not given are like removed ones."""
         free = 0 if self._reserve is None else self._reserve.tasks - len(self._spans)
         spans = [*self._spans, *[None] * free]
         lens = [-1 if span is None else span.length for span in spans]
         starts = [0 if span is None else span.start for span in spans]
         with torch.inference_mode(False):
-            lens_table, starts_table = (torch.tensor(x, dtype=torch.int32, device=self._device) for x in (lens, starts))
-        return lens_table, starts_table
+            return {
+                device: SpanTable(*(torch.tensor(x, dtype=torch.int32, device=device) for x in (lens, starts)))
+                for device in dict.fromkeys((self._home, *self._devices))
+            }
 
     @property
-    def lens(self) -> Tensor:
-        """int32 ``[tasks]`` on the device, by id; -1 for a removed task.
+    def lens(self) -> dict[torch.device, Tensor]:
+        """int32 ``[tasks]`` on every device, by id; -1 for a removed task.
 
-        Each change makes a new one; with a reserve it is written in place, and has an entry for every id there can be.
+        Each change makes new ones; with a reserve they are written in place, with an entry for every id there can be.
         """
-        return self._lens
+        return {device: table.lens for device, table in self._tables.items()}
 
     @property
     def nbytes(self) -> int:
         """Bytes of every tensor, tables included."""
-        return self._storage.nbytes + self._starts.nbytes + self._lens.nbytes
+        return self._storage.nbytes + sum(table.lens.nbytes + table.starts.nbytes for table in self._tables.values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from prefix_attn.bank.forward import FAILURES, evaluating
 from prefix_attn.bank.geometry import Geometry, LayerGeometry, LayerKV, context_limit, setting
@@ -63,6 +64,21 @@ def encoder_geometry(model: Any) -> Geometry:
         )
     dim = setting(config, "head_dim") or hidden // heads
     return Geometry((LayerGeometry(heads, dim, dim),) * layers)
+
+
+def encoder_devices(model: Any, elsewhere: torch.device) -> tuple[torch.device, ...]:
+    """The device of each layer of the encoder; ``elsewhere`` for one whose weights are brought for each call."""
+    encoder = model.get_encoder()
+    count = len(encoder_geometry(model).layers)
+    lists = (child for child in encoder.children() if isinstance(child, nn.ModuleList) and len(child) == count)
+    weights = ((p.device for p in layer.parameters() if not p.is_meta) for layer in next(lists, [nn.Module()] * count))
+    return tuple(next(devices, elsewhere) for devices in weights)
+
+
+def encoder_positions(model: Any) -> int | None:
+    """Positions the encoder has; None where a relative bias takes their place."""
+    config = model.get_encoder().config
+    return None if setting(config, "relative_attention_num_buckets") else context_limit(config)
 
 
 def decoder_positions(config: Any) -> int | None:

@@ -1,5 +1,7 @@
 """Memory of a bank: per layer two tensors ``[kv_heads, capacity, width]``, shared out in spans of whole tokens.
 
+Each layer's are on that layer's device; the spans are the same everywhere.
+
 A span never moves inside its memory, and memory that was lent out is never written where a borrower may look: the space
 of a removed span waits (is pinned) until the live spans are copied to new memory, which nobody has borrowed yet.
 
@@ -35,17 +37,18 @@ class Storage:
     """Keys and values of every layer; zero where nothing was written."""
 
     def __init__(
-        self, geometry: Geometry, dtype: torch.dtype, device: torch.device, capacity: int, fixed: bool
+        self, geometry: Geometry, dtype: torch.dtype, devices: Sequence[torch.device], capacity: int, fixed: bool
     ) -> None:
-        self._geometry, self._dtype, self._device, self._fixed = geometry, dtype, device, fixed
+        self._geometry, self._dtype, self._devices, self._fixed = geometry, dtype, devices, fixed
         self._spans: list[Span] = []
         self._new_memory(capacity)
 
     def _new_memory(self, capacity: int) -> None:
         shapes = [(layer.kv_heads, capacity, layer.width) for layer in self._geometry.layers]
+        places = list(zip(shapes, self._devices, strict=True))
         with torch.inference_mode(False):  # memory made in inference mode could not be written outside it
-            k = [torch.zeros(shape, dtype=self._dtype, device=self._device) for shape in shapes]
-            v = [torch.zeros(shape, dtype=self._dtype, device=self._device) for shape in shapes]
+            k = [torch.zeros(shape, dtype=self._dtype, device=device) for shape, device in places]
+            v = [torch.zeros(shape, dtype=self._dtype, device=device) for shape, device in places]
         for span in self._spans:
             _write(k, v, span, self.read(span))
         self._capacity, self._k, self._v = capacity, k, v

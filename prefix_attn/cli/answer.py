@@ -8,15 +8,19 @@ from typing import Any
 import torch
 
 from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.seq2seq import encoder_positions
 from prefix_attn.cli.requests import Line, Row, cut
 from prefix_attn.errors import ContextOverflow, PrefixAttnError, UnknownTask
 
-#: Settings of sampling that a checkpoint may bring along; transformers warns of them when nothing is sampled.
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+#: Settings of sampling and beams that a checkpoint may bring along; transformers warns of them where they mean nothing.
+NOT_GREEDY = (
+    "temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "early_stopping",
+    "length_penalty",
+)  # fmt: skip
 
 
 class Answerer:
-    """Greedy answers of a patched model.
+    """Greedy answers of a patched model, of a prompt for its decoder or, where it has one, for its encoder.
 
     Args:
         model: patched with ``bank``; its generation settings are made greedy.
@@ -30,12 +34,13 @@ class Answerer:
         self.tokenizer = tokenizer
         self.bank = bank
         self.made_from_text = made_from_text
+        self.encodes: bool = model.config.is_encoder_decoder
         settings = model.generation_config
         end = tokenizer.eos_token_id if settings.eos_token_id is None else settings.eos_token_id
         self.ends: list[int] = [] if end is None else [end] if isinstance(end, int) else list(end)
         pads = [token for token in (tokenizer.pad_token_id, *self.ends) if token is not None]
         self.pad: int = pads[0] if pads else 0
-        settings.update(do_sample=False, num_beams=1, **dict.fromkeys(SAMPLING))
+        settings.update(do_sample=False, num_beams=1, **dict.fromkeys(NOT_GREEDY))
 
     def row(self, index: int, line: Line, new_tokens: int) -> Row:
         """Make a line ready to run.
@@ -57,18 +62,26 @@ class Answerer:
         if not tokens:
             raise PrefixAttnError("prompt: expected at least one token, got none")
         prefix = 0 if line.task is None else self.bank.prefix_len(line.task)
-        row = Row(index, line.task, tokens, prefix, line.new_tokens or new_tokens)
+        row = Row(index, line.task, tokens, prefix, line.new_tokens or new_tokens, self.encodes)
         self._check_context(row)
         return row
 
     def _check_context(self, row: Row) -> None:
+        if self.encodes:
+            most = encoder_positions(self.model)
+            if most is not None and len(row.tokens) > most:
+                raise ContextOverflow(
+                    f"prompt: {len(row.tokens)} tokens exceed the encoder's {most} positions; shorten the prompt"
+                )
         limit = self.bank.context_limit
         # The last new token is never fed back, so it needs no position.
-        room = row.new_tokens if limit is None else limit + 1 - row.prefix - len(row.tokens)
+        room = row.new_tokens if limit is None else limit + 1 - row.prefix - row.start
         if row.new_tokens > room:
             advice = f"lower max_new_tokens to {room}" if room > 0 else "shorten the prompt"
-            raise ContextOverflow(f"prompt: {len(row.tokens)} tokens, a prefix of {row.prefix} and {row.new_tokens} "
-                                  f"new tokens exceed the model's {limit} positions; {advice}")  # fmt: skip
+            start = "a start token" if self.encodes else f"{len(row.tokens)} tokens"
+            raise ContextOverflow(f"prompt: {start}, a prefix of {row.prefix} and {row.new_tokens} new tokens exceed "
+                                  f"the {'decoder' if self.encodes else 'model'}'s {limit} positions; "
+                                  f"{advice}")  # fmt: skip
 
     def answer(self, rows: Sequence[Row]) -> list[tuple[str, int]]:
         """Text and number of new tokens (its end included) of each row of one batch.
@@ -80,8 +93,10 @@ class Answerer:
         ids = torch.full((len(rows), width), self.pad)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
-            ids[i, width - len(row.tokens) :] = torch.tensor(row.tokens)
-            mask[i, width - len(row.tokens) :] = 1
+            start = 0 if self.encodes else width - len(row.tokens)  # an encoder may count positions from the left
+            tokens = slice(start, start + len(row.tokens))
+            ids[i, tokens] = torch.tensor(row.tokens)
+            mask[i, tokens] = 1
         device = self.model.device
         try:
             sequences = self.model.generate(
@@ -95,6 +110,6 @@ class Answerer:
         except torch.OutOfMemoryError as error:
             raise PrefixAttnError(f"--batch-size: {len(rows)} rows of {width} tokens exceed the memory of {device}; "
                                   "run again with a smaller one, which continues the output") from error  # fmt: skip
-        generated = sequences[:, width:].tolist()
+        generated = sequences[:, 1 if self.encodes else width :].tolist()
         kept = [cut(tokens, row.new_tokens, self.ends) for tokens, row in zip(generated, rows, strict=True)]
         return [(self.tokenizer.decode(tokens, skip_special_tokens=True), len(tokens)) for tokens in kept]

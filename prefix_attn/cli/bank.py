@@ -117,9 +117,16 @@ def print_table(folder: Path) -> None:
     for column in table.columns[1:3]:
         column.justify = "right"
     for name, header in headers.items():
-        cells = (name, f"{header.tokens:,}", f"{header.bytes:,}", header.source, header.base)
+        cells = (name, in_parts(header.tokens), f"{header.bytes:,}", header.source, header.base)
         table.add_row(*map(Text, cells))
     table.add_section()
-    tokens, size = (sum(getattr(header, key) for header in headers.values()) for key in ("tokens", "bytes"))
-    table.add_row("total", f"{tokens:,}", f"{size:,}")
+    tokens = sum(sum(header.tokens.values()) for header in headers.values())
+    table.add_row("total", f"{tokens:,}", f"{sum(header.bytes for header in headers.values()):,}")
     console.out.print(table)
+
+
+def in_parts(tokens: dict[str, int]) -> str:
+    """Tokens of a prefix; where a model has several parts, by part."""
+    if len(tokens) == 1:
+        return f"{next(iter(tokens.values())):,}"
+    return " + ".join(f"{count:,} {part}" for part, count in tokens.items() if count) or "0"

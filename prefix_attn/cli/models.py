@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging
 
 from prefix_attn.bank import PrefixBank
-from prefix_attn.bank.format import INDEX, read_index
+from prefix_attn.bank.format import INDEX, prefixed, read_index
+from prefix_attn.bank.geometry import CROSS, DECODER, ENCODER
 from prefix_attn.cli import console
 from prefix_attn.cli.options import Dtype
 from prefix_attn.errors import IncompatiblePrefix, PrefixAttnError
 
 
 def load_model(name: str, dtype: Dtype = Dtype.AUTO, device: str = "auto") -> Any:
-    """A causal language model in evaluation mode.
+    """A language model, causal or with an encoder as its config says, in evaluation mode.
 
     Raises:
         PrefixAttnError: there is no such model or device; says which.
@@ -31,7 +32,9 @@ def load_model(name: str, dtype: Dtype = Dtype.AUTO, device: str = "auto") -> An
         logging.disable_progress_bar()
     kind = "auto" if dtype is Dtype.AUTO else getattr(torch, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(checked_name(name), dtype=kind)
+        seq2seq = AutoConfig.from_pretrained(checked_name(name)).is_encoder_decoder
+        auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+        model = auto.from_pretrained(name, dtype=kind)
     except (OSError, ValueError) as error:
         raise _unloadable(name, error) from error
     try:
@@ -92,13 +95,13 @@ class Header:
     """What the head of a prefix file says, its tensors unread.
 
     Attributes:
-        tokens: of the prefix.
+        tokens: of the prefix in each part of the model ("decoder"; with an encoder also "encoder" and "cross").
         bytes: of its keys and values, as stored.
         source: "tensors", "text" or "peft:<folder>".
         base: name of the model it was made for.
     """
 
-    tokens: int
+    tokens: dict[str, int]
     bytes: int
     source: str
     base: str
@@ -108,10 +111,12 @@ class Header:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
+                shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
             item = getattr(torch, metadata["dtype"]).itemsize
-            size = item * sum(prod(shape) for shape in shapes)
-            return cls(shapes[0][1], size, metadata["source"], metadata["base_model"])
+            size = item * sum(prod(shape) for shape in shapes.values())
+            first = {part: shapes.get(f"{prefixed(part)}k.0") for part in (DECODER, ENCODER, CROSS)}
+            tokens = {part: shape[1] for part, shape in first.items() if shape is not None}
+            return cls(tokens, size, metadata["source"], metadata["base_model"])
         except (OSError, SafetensorError, LookupError, AttributeError) as error:
             raise IncompatiblePrefix(f"{path.name}: expected a prefix file of this package, but its header cannot be "
                                      f"read ({console.error_line(error)})") from error  # fmt: skip

@@ -48,6 +48,7 @@ class Row:
         tokens: ids of the prompt.
         prefix: tokens of the task's prefix.
         new_tokens: the most that are asked for.
+        encoded: whether the prompt is for an encoder.
     """
 
     index: int
@@ -55,6 +56,12 @@ class Row:
     tokens: Sequence[int]
     prefix: int
     new_tokens: int
+    encoded: bool = False
+
+    @property
+    def start(self) -> int:
+        """Tokens in front of the new ones: the prompt's, or the one that a decoder with an encoder starts with."""
+        return 1 if self.encoded else len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -165,7 +172,7 @@ def plan_batches(rows: Iterable[Row], batch_size: int, limit: int | None = None)
 
 
 def _fit(batch: Sequence[Row], limit: int | None) -> bool:
-    own = max(len(row.tokens) for row in batch) + max(row.new_tokens for row in batch)
+    own = max(row.start for row in batch) + max(row.new_tokens for row in batch)
     return limit is None or max(row.prefix for row in batch) + own - 1 <= limit
 
 

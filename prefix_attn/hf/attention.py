@@ -7,7 +7,7 @@ model that asks for something the operation does not do, or builds a mask of a k
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,6 +53,7 @@ class Batch:
     """What one forward pass needs to know: whose prefixes, or, without tasks, the implementation to leave it to.
 
     Attributes:
+        plans: for the layers of each device, with the task ids there.
         made: prefixes that the model makes of the bank's, see `Sources`.
         strict: refuse keywords of attention calls that are not known.
         recorded: where to note the calls of a pass without tasks, if anywhere.
@@ -62,7 +63,7 @@ class Batch:
     implementation: str
     bank: PrefixBank | None = None
     task_ids: Tensor | None = None
-    plan: BatchPlan | None = None
+    plans: Mapping[torch.device, BatchPlan] = field(default_factory=dict)
     packed: PackedRows | None = None  # in continuous batching
     made: tuple[PrefixKV, ...] = ()
     strict: bool = False
@@ -137,9 +138,10 @@ def prefix_attention_forward(
         assert mask is not None
         v_head_dim = value.shape[3]
         width = max(query.shape[3], v_head_dim)
+        plan = batch.plans[query.device]
         attended = prefix_attention(
-            widened(query, width), widened(key, width), widened(value, width), prefix, batch.task_ids,
-            kv_start=mask.kv_start, kv_len=mask.kv_len, window=mask.window, plan=batch.plan, **options,
+            widened(query, width), widened(key, width), widened(value, width), prefix, plan.task_ids,
+            kv_start=mask.kv_start, kv_len=mask.kv_len, window=mask.window, plan=plan, **options,
         )  # fmt: skip
         assert isinstance(attended, Tensor)
         out = attended[..., :v_head_dim]

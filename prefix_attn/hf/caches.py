@@ -31,7 +31,7 @@ def check_tasks_of(cache: Any, task_ids: Tensor | None) -> None:
     if cache is None or torch.compiler.is_compiling():
         return
     seen: Tensor | None = getattr(cache, MARK, None)
-    if seen is not None and seen is not task_ids and _has_tokens(cache):
+    if seen is not None and seen is not task_ids and has_tokens(cache):
         if task_ids is None:
             same = not bool((seen >= 0).any())
         else:
@@ -51,6 +51,7 @@ def remember_tasks(decoder: Any, args: Any, kwargs: dict[str, Any], output: Any)
         setattr(cache, MARK, batch.task_ids)
 
 
-def _has_tokens(cache: Any) -> bool:
+def has_tokens(cache: Any) -> bool:
+    """Whether a cache holds tokens; False where only its device knows (a static one)."""
     length = cache.get_seq_length()
     return isinstance(length, int) and length > 0

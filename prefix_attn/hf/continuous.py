@@ -23,6 +23,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.requests import RequestState
 
 from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.geometry import DECODER
 from prefix_attn.errors import PrefixAttnError, ShapeError, UnsupportedModel
 from prefix_attn.hf.attention import KEYWORD, Batch
 from prefix_attn.hf.generate import Method
@@ -77,6 +78,10 @@ class InitContinuousBatching(Method):
     def __call__(
         self, generation_config: Any = None, continuous_batching_config: Any = None, workload_hints: Any = None
     ) -> Any:
+        if len(set(self.bank.base.devices[DECODER])) > 1:
+            raise UnsupportedModel(
+                f"continuous batching: expected the model on one device, got {self.bank.base.placement}; call generate"
+            )
         version = tuple(int(x) for x in transformers.__version__.split(".")[:2])
         if version < SINCE:
             raise UnsupportedModel(
@@ -205,7 +210,7 @@ class _WithTasks:
         device, bank = inputs["position_ids"].device, self._bank
         ids = torch.tensor([r.task for r in self._requests], dtype=torch.int32, device=device)
         q_lens = torch.tensor([r.q_len for r in self._requests], device=device)
-        positions = inputs["position_ids"] + prefix_lengths(bank, ids).repeat_interleave(q_lens)
+        positions = inputs["position_ids"] + prefix_lengths(bank.lens, ids).repeat_interleave(q_lens)
         batch = Batch("", bank, ids, packed=PackedRows(self._requests, bank.lens))
         no_mask = torch.empty((1, 1, 1, 1), device=device)  # four axes: transformers hands it on, and nobody reads it
         return self._model(**inputs | {"position_ids": positions, "attention_mask": no_mask, KEYWORD: batch})

@@ -30,7 +30,6 @@ from prefix_attn.hf.positions import (
 from prefix_attn.hf.sources import NO_INTERFACE, Call, Sources
 from prefix_attn.hf.verify import verify_a_text
 from prefix_attn.hf.wiring import PROBE, Wired
-from prefix_attn.plan import BatchPlan
 
 
 class DecoderPatch:
@@ -148,9 +147,7 @@ class ModelHook:
         check_tasks_of(kwargs.get("past_key_values"), ids)
         made = self.sources.made_of(self.bank) if self.sources is not None else []
         scope.implementation, rows.positions = None, None
-        batch = Batch(
-            self.implementation, self.bank, ids, BatchPlan(ids, self.bank.lens), made=tuple(made), strict=self.strict
-        )
+        batch = Batch(self.implementation, self.bank, ids, self.bank.plans(ids), made=tuple(made), strict=self.strict)
         return args, kwargs | self._passed_down(batch)
 
     def _passed_down(self, batch: Batch) -> dict[str, Batch]:

@@ -7,6 +7,7 @@ another shape, so that neither can be taken for the other.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,6 @@ from prefix_attn.bank.geometry import CROSS, DECODER
 from prefix_attn.errors import UnsupportedModel
 from prefix_attn.hf.attention import KEYWORD, original_attention, refuse_what_would_be_wrong, under_autocast
 from prefix_attn.hf.masks import RequestMask, request_mask, row_spans, scope
-from prefix_attn.hf.relative_bias import bias_table
 from prefix_attn.plan import BatchPlan
 
 #: Our name in transformers' registries.
@@ -46,27 +46,19 @@ class Place:
 
 @dataclass(frozen=True)
 class PartBatch:
-    """What one pass through the encoder or the decoder needs to know; without a bank, whom to leave it to."""
+    """What one pass through the encoder or the decoder needs to know; without a bank, whom to leave it to.
+
+    Attributes:
+        plans: for the layers of each part and device, with the task ids there.
+        biases: for each module that holds relative biases, their table on each device. Made before the layers run: made
+            in a layer that is checkpointed, it would not be made again when the layer is.
+    """
 
     implementation: str
     bank: PrefixBank | None = None
     task_ids: Tensor | None = None
-    _plans: dict[str, BatchPlan] = field(default_factory=dict)
-    _biases: dict[nn.Module, Tensor] = field(default_factory=dict)
-
-    def plan(self, part: str) -> BatchPlan:
-        """The batch's plan for a part; one for all its layers."""
-        assert self.bank is not None
-        assert self.task_ids is not None
-        if part not in self._plans:
-            self._plans[part] = BatchPlan(self.task_ids, self.bank.layer(0, part).lens)
-        return self._plans[part]
-
-    def bias(self, holder: nn.Module | None) -> Tensor | None:
-        """The table of relative biases that ``holder`` keeps; one for all layers that share it."""
-        if holder is not None and holder not in self._biases:
-            self._biases[holder] = bias_table(holder)
-        return None if holder is None else self._biases[holder]
+    plans: Mapping[str, Mapping[torch.device, BatchPlan]] = field(default_factory=dict)
+    biases: Mapping[nn.Module, Mapping[torch.device, Tensor]] = field(default_factory=dict)
 
 
 def part_attention_forward(
@@ -98,9 +90,11 @@ def part_attention_forward(
     else:
         start, end = _unpack(layer, attention_mask)
     query, key, value, prefix, _ = under_autocast(query, key, value, batch.bank.layer(place.layer, place.part))
+    bias = None if place.bias is None else batch.biases[place.bias][query.device]
+    plan = batch.plans[place.part][query.device]
     out = prefix_attention(
-        query, key, value, prefix, batch.task_ids, kv_start=start, kv_len=end, causal=place.part == DECODER,
-        scale=scaling, relative_bias=batch.bias(place.bias), plan=batch.plan(place.part),
+        query, key, value, prefix, plan.task_ids, kv_start=start, kv_len=end, causal=place.part == DECODER,
+        scale=scaling, relative_bias=bias, plan=plan,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None

@@ -21,11 +21,11 @@ from prefix_attn.plan import recording
 COUNTED_BY_MASK = ("opt",)
 
 
-def prefix_lengths(bank: PrefixBank, task_ids: Tensor) -> Tensor:
-    """Prefix tokens of each row, int ``[batch]`` on the device; 0 for a row without task."""
-    if not len(bank.lens):
+def prefix_lengths(lens: Tensor, task_ids: Tensor) -> Tensor:
+    """Prefix tokens of each row, int ``[batch]`` on the device, by a bank's ``lens``; 0 for a row without task."""
+    if not len(lens):
         return torch.zeros_like(task_ids)
-    return torch.where(task_ids >= 0, bank.lens[task_ids.clamp(min=0).long()], 0)
+    return torch.where(task_ids >= 0, lens[task_ids.clamp(min=0).long()], 0)
 
 
 def shifted_positions(
@@ -55,7 +55,7 @@ def shifted_positions(
         raise UnsupportedModel(
             f"position_ids: expected [batch, q_len] or [axes, batch, q_len], got {list(position_ids.shape)}"
         )
-    m = prefix_lengths(bank, task_ids).to(position_ids.device)
+    m = prefix_lengths(bank.lens, task_ids).to(position_ids.device)
     shifted = position_ids + m[:, None]
     _check_context(bank, shifted if shifted.ndim == 2 else shifted.amax(dim=0), m, past, q_len)
     return shifted

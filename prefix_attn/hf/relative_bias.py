@@ -18,11 +18,14 @@ from torch import Tensor
 from prefix_attn.errors import UnsupportedModel
 
 
-def bias_table(attention: Any) -> Tensor:
-    """The biases of an attention layer that holds T5's embedding: ``[heads, 2R + 1]``, entry ``R + distance``."""
-    weight = attention.relative_attention_bias.weight  # [buckets, heads]
+def bias_table(attention: Any, device: torch.device) -> Tensor:
+    """The biases of an attention layer that holds T5's embedding: ``[heads, 2R + 1]``, entry ``R + distance``.
+
+    Args:
+        device: that of the stack's input (the embedding itself may be offloaded until it is called).
+    """
     reach = attention.relative_attention_max_distance
-    buckets = _buckets(attention, torch.arange(-reach, reach + 1, device=weight.device))
+    buckets = _buckets(attention, torch.arange(-reach, reach + 1, device=device))
     table: Tensor = attention.relative_attention_bias(buckets).T
     return table
 

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.forward import FAILURES, cached_kv, evaluating
+from prefix_attn.bank.geometry import DECODER
 from prefix_attn.errors import PrefixAttnError, ShapeError, UnsupportedModel
 from prefix_attn.hf.adapters import pop_task_ids
 from prefix_attn.hf.caches import MARK, check_tasks_of
@@ -218,7 +219,10 @@ class ReplicaHook:
         prefixes = []
         for task, m in zip(ids.tolist(), lengths, strict=True):
             layers = self.bank.key_values(names[task]) if task >= 0 else nothing
-            prefixes.append([(self._padded(k, longest - m), self._padded(v, longest - m)) for k, v in layers])
+            prefixes.append([
+                (self._padded(k, longest - m, device), self._padded(v, longest - m, device))
+                for (k, v), device in zip(layers, self.bank.base.devices[DECODER], strict=True)
+            ])  # fmt: skip
         fill(cache, prefixes)
         cache.__class__ = ReplicaCache
         setattr(cache, MARK, ids)
@@ -226,8 +230,8 @@ class ReplicaHook:
         slot = torch.arange(longest, device=ids.device)
         cache.prefix_mask = (slot >= longest - torch.tensor(lengths, device=ids.device)[:, None]).long()
 
-    def _padded(self, x: Tensor, padding: int) -> Tensor:
-        zeros = x.new_zeros(x.shape[0], padding, x.shape[2], dtype=self.bank.dtype, device=self.bank.device)
+    def _padded(self, x: Tensor, padding: int, device: torch.device) -> Tensor:
+        zeros = x.new_zeros(x.shape[0], padding, x.shape[2], dtype=self.bank.dtype, device=device)
         return torch.cat([zeros, x.to(zeros)], dim=1)
 
 

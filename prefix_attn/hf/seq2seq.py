@@ -28,11 +28,12 @@ from prefix_attn.hf.attention import KEYWORD
 from prefix_attn.hf.caches import check_tasks_of, remember_tasks
 from prefix_attn.hf.configs import OwnConfigs
 from prefix_attn.hf.context import check_fits, new_tokens
+from prefix_attn.hf.encoder_states import StatesHook, check_tasks_of_states, remember_tasks_of_states
 from prefix_attn.hf.generate import INPUTS, Generate, PrepareInputs, checked_for_batch, setting
 from prefix_attn.hf.masks import scope
 from prefix_attn.hf.part_attention import NAME, PLACE, PartBatch, Place, part_attention_forward, part_mask
 from prefix_attn.hf.positions import look_up_rows, restore_rows, rows, shifted_positions
-from prefix_attn.hf.relative_bias import check_buckets
+from prefix_attn.hf.relative_bias import bias_table, check_buckets
 from prefix_attn.hf.wiring import PROBE, Wired
 
 #: Families whose positions and biases are known, and tested.
@@ -63,11 +64,13 @@ class Seq2SeqPatch:
             setattr(module, PLACE, place)
         self.handles = [
             stack.register_forward_pre_hook(
-                StackHook(bank, implementations[part], part), with_kwargs=True, prepend=True
+                StackHook(bank, implementations[part], part, _bias_holders(stack)), with_kwargs=True, prepend=True
             )
             for part, stack in stacks.items()
         ]
         self.handles.append(stacks[DECODER].register_forward_hook(remember_tasks, with_kwargs=True))
+        self.handles.append(stacks[ENCODER].register_forward_hook(remember_tasks_of_states, with_kwargs=True))
+        self.handles.append(model.register_forward_pre_hook(StatesHook(bank), with_kwargs=True))
         if hasattr(stacks[DECODER], "embed_positions"):
             table = stacks[DECODER].embed_positions
             self.handles.append(table.register_forward_pre_hook(look_up_rows, with_kwargs=True))
@@ -117,7 +120,7 @@ def _places(stacks: dict[str, Any], bank: PrefixBank) -> dict[Any, Place]:
             part = ATTENTIONS[stack_part].get(name.rpartition(".")[2])
             if part is None:
                 continue
-            if getattr(module, "has_relative_attention_bias", False):
+            if module in _bias_holders(stack):
                 check_buckets(module)
                 biases[part] = module  # the layers that follow share it
             places[module] = Place(part, found[part], biases.get(part))
@@ -128,13 +131,19 @@ def _places(stacks: dict[str, Any], bank: PrefixBank) -> dict[Any, Place]:
     return places
 
 
+def _bias_holders(stack: Any) -> list[Any]:
+    """The attention layers of a stack that hold a table of relative biases."""
+    return [module for module in stack.modules() if getattr(module, "has_relative_attention_bias", False)]
+
+
 class StackHook:
     """Forward pre-hook of the encoder or the decoder: turns ``task_ids`` into a `PartBatch` for its layers."""
 
-    def __init__(self, bank: PrefixBank, implementation: str, part: str) -> None:
+    def __init__(self, bank: PrefixBank, implementation: str, part: str, bias_holders: Sequence[Any]) -> None:
         self.bank = bank
         self.implementation = implementation
         self.part = part
+        self.bias_holders = bias_holders
 
     def __call__(
         self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -160,11 +169,19 @@ class StackHook:
                 self.bank, ids, inputs, kwargs.get("position_ids"), kwargs.get("attention_mask"),
                 kwargs.get("past_key_values"), stack,
             )  # fmt: skip
-        return args, kwargs | {KEYWORD: PartBatch(self.implementation, self.bank, ids)}
+        plans = {part: self.bank.plans(ids, part) for part in set(ATTENTIONS[self.part].values())}
+        tables = {holder: bias_table(holder, inputs.device) for holder in self.bias_holders}
+        biases = {holder: {there: x.to(there) for there in plans[self.part]} for holder, x in tables.items()}
+        return args, kwargs | {KEYWORD: PartBatch(self.implementation, self.bank, ids, plans, biases)}
 
 
 class Seq2SeqGenerate(Generate):
     """``model.generate`` that takes ``task_ids``: one name, id or None per row of the encoder's input."""
+
+    def __call__(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+        if kwargs.get("encoder_outputs") is not None:  # before its rows are copied for beams
+            check_tasks_of_states(self.bank, kwargs["encoder_outputs"], task_ids)
+        return super().__call__(*args, task_ids=task_ids, **kwargs)
 
     def _fit(
         self, ids: Tensor, inputs: Tensor, options: dict[str, Any], configs: Sequence[Any], truncation: bool
@@ -174,6 +191,11 @@ class Seq2SeqGenerate(Generate):
             raise ShapeError(
                 "truncation: expected a decoder-only model; the input of an encoder has no prefix to make room for: "
                 "let the tokenizer cut it"
+            )
+        if setting("prefill_chunk_size", options, configs) is not None:
+            raise UnsupportedModel(
+                "prefill_chunk_size: transformers cuts the mask of the encoder's input to the length of the decoder's "
+                "chunk, so that padding is seen or tokens are not; drop it"
             )
         prompt = options.get("decoder_input_ids")
         if prompt is None:

@@ -122,7 +122,8 @@ class Sources:
         for i, nothing in self._made:
             parts = {task: _prefix_of(recorded[i]) for task, recorded in calls.items()}
             packed = PrefixKV.pack([parts.get(task, nothing) for task in range(max(len(lens), 1))])
-            result.append(PrefixKV(packed.k, packed.v, packed.starts[: len(lens)], lens, packed.max_len))
+            there = lens.to(packed.k.device)
+            result.append(PrefixKV(packed.k, packed.v, packed.starts[: len(lens)], there, packed.max_len))
         return result
 
     def _calls_behind(self, key_values: Sequence[LayerKV]) -> list[Call]:
@@ -156,4 +157,5 @@ def _prefix_of(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _reads(call: Call, pair: LayerKV, m: int) -> bool:
-    return torch.equal(call.key[0, :, :m], pair[0]) and torch.equal(call.value[0, :, :m], pair[1])
+    same_place = call.key.device == pair[0].device
+    return same_place and torch.equal(call.key[0, :, :m], pair[0]) and torch.equal(call.value[0, :, :m], pair[1])

@@ -84,5 +84,5 @@ def replicated_attention(
     options = {}
     if place.bias is not None:  # the family's own bias, for prefix and tokens as one sequence
         holder: Any = place.bias
-        options["position_bias"] = holder.compute_bias(total, total)[:, :, -q_len:]
+        options["position_bias"] = holder.compute_bias(total, total)[:, :, -q_len:].to(query.device)
     return original_attention(module, "eager")(module, query, k, v, mask, scaling=scaling, dropout=0.0, **options)

@@ -125,6 +125,13 @@ def test_batches_hold_every_row_once_and_none_past_the_context(
         assert all(row.prefix + width + new - 1 <= limit for row in batch)
 
 
+def test_an_encoders_prompts_take_no_positions_of_the_decoder() -> None:
+    """20 positions: a start token, a prefix of 8 and 12 new tokens, the last of which needs none."""
+    made = [Row(i, None, [0] * 50, 8, 12, encoded=True) for i in range(4)]
+    assert plan_batches(made, 4, limit=20) == [made]
+    assert len(plan_batches(made, 4, limit=19)) == 4
+
+
 def test_rows_of_like_work_share_a_batch() -> None:
     made = [Row(i, None, [0] * n, 0, new) for i, (n, new) in enumerate([(9, 4), (1, 4), (5, 50), (2, 4)])]
     assert [[row.index for row in batch] for batch in plan_batches(made, 2)] == [[1, 3], [0, 2]]

@@ -92,3 +92,13 @@ def test_static_cache_compiled() -> None:
     expected = model.generate(**inputs, **GREEDY, task_ids=TASKS)
     got = model.generate(**inputs, **GREEDY, task_ids=TASKS, cache_implementation="static")
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
+def test_offloaded_caches(model: Any, implementation: str) -> None:
+    """Own keys wait on the CPU between the passes of their layer."""
+    inputs = on_device(padded_inputs())
+    for way in ({}, {"num_beams": 2}):
+        expected = model.generate(**inputs, **GREEDY, **way, task_ids=TASKS)
+        offloaded = GREEDY | way | {"cache_implementation": implementation, "disable_compile": True}
+        assert torch.equal(model.generate(**inputs, **offloaded, task_ids=TASKS), expected)

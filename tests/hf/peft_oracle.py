@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 
+import prefix_attn as pa
 from tests.hf.families import geometry, random_prefix, tiny_model
 
 
@@ -37,6 +38,13 @@ class PeftOracle:
                        for name, path in self.paths.items()}  # fmt: skip
         self.bare = tiny_model(family)
 
+    def bank(self, model: Any) -> pa.PrefixBank:
+        """A bank of all the tasks, loaded from what PEFT saved."""
+        bank = pa.PrefixBank.for_model(model)
+        for name, path in self.paths.items():
+            bank.load(name, path)
+        return bank
+
     def model(self, task: str | None) -> Any:
         """PEFT's model with the task's adapter; the bare model for None."""
         return self.bare if task is None else self.models[task]
@@ -47,7 +55,7 @@ class PeftOracle:
 
     def generate(self, task: str | None, **kwargs: Any) -> Any:
         """Generate with the task's adapter alone."""
-        return self.model(task).generate(**kwargs, output_logits=True, return_dict_in_generate=True)
+        return self.model(task).generate(**({"output_logits": True} | kwargs), return_dict_in_generate=True)
 
     def logits(self, task: str | None, **kwargs: Any) -> torch.Tensor:
         """Logits of one forward pass."""

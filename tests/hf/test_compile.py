@@ -81,7 +81,6 @@ def test_decode_as_one_graph(family: str) -> None:
 @pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler: inductor cannot compile for this CPU"
 )
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own use
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decode_compiled_by_inductor(family: str) -> None:
     check(family, "inductor")

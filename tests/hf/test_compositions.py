@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 import prefix_attn as pa
 from tests.hf.conftest import TASKS, make_bank, padded_inputs, replica
 from tests.hf.families import tiny_model
+from tests.hf.replica import replicated
+from tests.hf.test_seq2seq import ROWS, decoder_tokens, make_inputs
+from tests.hf.test_seq2seq import TASKS as PART_LENGTHS
+from tests.hf.test_seq2seq import make_bank as make_seq2seq_bank
+from tests.seq2seq import random_parts, tiny_seq2seq
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 ADAPTERS = ["first", "second", "__base__", "second"]
@@ -65,6 +71,32 @@ def test_lora_per_row_with_a_prefix_per_row() -> None:
     pa.unpatch(wrapper)
     assert not wrapper._forward_pre_hooks
     assert "generate" not in model.__dict__
+
+
+@pytest.mark.parametrize(("family", "targets"), [("t5", ["q", "v"]), ("bart", ["q_proj", "v_proj"])])
+def test_lora_on_an_encoder_decoder(family: str, targets: list[str]) -> None:
+    """An adapter and a task for each row, through the wrapper's forward and generate; prefixes in all parts."""
+    model = tiny_seq2seq(family)
+    bank = make_seq2seq_bank(model)
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules=targets, task_type="SEQ_2_SEQ_LM", init_lora_weights=False)
+    wrapper = get_peft_model(model, config, "first").eval()
+    pa.patch(wrapper, bank)
+    inputs, tokens = make_inputs(model), decoder_tokens()
+    adapters = ["first", "__base__"] * 3
+    with torch.no_grad():
+        logits = wrapper(**inputs, decoder_input_ids=tokens, task_ids=ROWS, adapter_names=adapters).logits
+        made = wrapper.generate(**inputs, **GREEDY, task_ids=ROWS, adapter_names=adapters)
+        for row, task in enumerate(ROWS):
+            parts = {} if task is None else random_parts(bank, PART_LENGTHS[task], list(PART_LENGTHS).index(task))
+            alone = {name: x[row : row + 1] for name, x in inputs.items()}
+            pa.unpatch(wrapper)
+            with wrapper.disable_adapter() if row % 2 else nullcontext(), replicated(model, parts):
+                expected = model(**alone, decoder_input_ids=tokens[row : row + 1]).logits[0]
+                theirs = model.generate(**alone, **GREEDY)[0]
+            pa.patch(wrapper, bank)
+            torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
+            assert torch.equal(made[row, : len(theirs)], theirs)
 
 
 def test_wrappers_that_are_refused() -> None:
@@ -131,3 +163,22 @@ def test_layers_offloaded_to_disk(tmp_path: Path) -> None:
     assert any(p.is_meta for p in offloaded.parameters())
     pa.patch(offloaded, bank, verify=True)
     assert torch.equal(offloaded.generate(**padded_inputs(), **GREEDY, task_ids=TASKS), expected)
+
+
+def test_an_encoder_decoder_offloaded_to_disk(tmp_path: Path) -> None:
+    """Among what is on disk is the table of T5's relative biases."""
+    model = tiny_seq2seq("t5")
+    bank = make_seq2seq_bank(model)
+    expected = pa.patch(model, bank).generate(**make_inputs(model), **GREEDY, task_ids=ROWS)
+    pa.unpatch(model)
+    model.save_pretrained(tmp_path / "model")
+    places = {"shared": "cpu", "lm_head": "cpu"}
+    for stack in ("encoder", "decoder"):
+        places |= {f"{stack}.{name}": "cpu" for name in ("embed_tokens", "final_layer_norm", "dropout")}
+        places[f"{stack}.block"] = "disk"
+    offloaded = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload", dtype=torch.float32
+    )
+    assert offloaded.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.is_meta
+    pa.patch(offloaded, bank)
+    assert torch.equal(offloaded.generate(**make_inputs(model), **GREEDY, task_ids=ROWS), expected)

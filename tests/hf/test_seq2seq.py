@@ -226,8 +226,10 @@ def test_refusals(patched: Any) -> None:
                 patched(**inputs, decoder_input_ids=tokens[:, :1], past_key_values=cache, **others)
     if patched._prefix_attn.bank.context_limit is not None:
         inputs = make_inputs(patched)
+        hook = patched.get_encoder().register_forward_pre_hook(lambda *_: pytest.fail("the encoder ran"))
         with pytest.raises(pa.ContextOverflow, match="row 3: a prefix of 7 tokens and 60 of its own"):
             patched.generate(**inputs, task_ids=[None, None, None, "decoder", None, None], max_new_tokens=60)
+        hook.remove()
         with torch.no_grad(), pytest.raises(pa.ContextOverflow, match="row 3"):
             patched(**inputs, decoder_input_ids=decoder_tokens(length=58),
                     task_ids=[None, None, None, "decoder", None, None])  # fmt: skip
@@ -259,27 +261,6 @@ def test_beams_and_an_encoder_run_apart(patched: Any) -> None:
         logits = [patched(**given, decoder_input_ids=decoder_tokens(), task_ids=ROWS).logits
                   for given in (inputs, mask | {"encoder_outputs": states})]  # fmt: skip
     assert torch.equal(*logits)
-
-
-@pytest.mark.parametrize("family", ["t5", "bart"])
-def test_gradients_equal_a_replicas(family: str) -> None:
-    """Training the model's weights under fixed prefixes."""
-    model = tiny_seq2seq(family, dropout_rate=0.0, attention_dropout=0.0)
-    bank = make_bank(model)
-    inputs, tokens = make_inputs(model), decoder_tokens()
-
-    def gradients(**options: Any) -> dict[str, Tensor]:
-        model.zero_grad()
-        model(
-            **one_row(inputs, 0), decoder_input_ids=tokens[:1], use_cache=False, **options
-        ).logits.square().sum().backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-    with replicated(model, random_parts(bank, TASKS["all"], 0)):
-        expected = gradients()
-    pa.patch(model, bank)
-    for name, grad in gradients(task_ids=["all"]).items():
-        torch.testing.assert_close(grad, expected[name], rtol=1e-3, atol=1e-4 * float(expected[name].abs().max()))
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])

@@ -1,0 +1,66 @@
+"""Copies of a patched model, and threads that share one, for every way in which a pass's tasks reach the layers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import prefix_attn as pa
+from tests.hf.conftest import TASKS, padded_inputs
+from tests.hf.shrink import tiny_random_model
+from tests.hf.survey import random_bank
+
+#: As a keyword; with positions in a table; by the thread's scope; as prefixes made of the bank's; as copies in a cache.
+FAMILIES = ("llama", "opt", "nemotron", "deepseek_v3", "gptj")
+
+
+@pytest.fixture(params=FAMILIES)
+def patched(request: pytest.FixtureRequest) -> Any:
+    model = tiny_random_model(request.param)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pa.SlowModel)
+        return pa.patch(model, random_bank(model))
+
+
+def generate(model: Any, tasks: list[str | None] | None = TASKS) -> Tensor:
+    options: dict[str, Any] = {} if tasks is None else {"task_ids": tasks}
+    tokens: Tensor = model.generate(**padded_inputs(), max_new_tokens=6, do_sample=False, **options)
+    return tokens
+
+
+def test_copies_work_on_their_own(patched: Any) -> None:
+    expected = generate(patched)
+    for twin in (copy.deepcopy(patched), pickle.loads(pickle.dumps(patched))):
+        assert torch.equal(generate(twin), expected)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+        assert torch.equal(generate(patched), expected)
+        pa.unpatch(twin)
+        assert torch.equal(generate(patched), expected)
+
+
+def test_two_threads_with_different_tasks(patched: Any) -> None:
+    """And a third without any."""
+    calls: dict[str, list[str | None] | None] = {"mixed": TASKS, "one": ["nine"] * 4, "none": None}
+    wanted = {name: generate(patched, tasks) for name, tasks in calls.items()}
+    assert not torch.equal(wanted["one"], wanted["none"])
+    failures: list[str] = []
+
+    def work(name: str) -> None:
+        got = [generate(patched, calls[name]) for _ in range(4)]
+        failures.extend(name for tokens in got if not torch.equal(tokens, wanted[name]))
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
