@@ -59,7 +59,7 @@ def decode_rows(rows: int) -> int:
 @cache
 def config_for(kind: str, head_dim: int, dtype: torch.dtype, device: torch.device, rows: int = 0) -> TileConfig:
     """`default_config` for a q of this dtype and device."""
-    block_m = {"decode": decode_rows(rows), "biased_decode": decode_rows(rows), "grouped": rows}.get(kind, 0)
+    block_m = {"decode": decode_rows(rows), "grouped": rows}.get(kind.removeprefix("biased_"), 0)
     tuned = tuned_configs(device).get(tuned_key(kind, head_dim, dtype, block_m))
     return tuned or heuristic(kind, head_dim, dtype.itemsize, target_of(device), block_m)
 

@@ -33,6 +33,7 @@ from prefix_attn.kernels.merge import merge_chunks
 from prefix_attn.kernels.primitives import (
     attend_keys,
     normalise,
+    open_bias,
     open_row,
     query_rows,
     runtime_jit,
@@ -44,14 +45,15 @@ from prefix_attn.kernels.primitives import (
 @triton.jit
 def prefix_item(
     item, q_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
-    starts_ptr, lens_ptr, kv_len_ptr, tasks_ptr, members_ptr,
+    starts_ptr, lens_ptr, kv_len_ptr, bias_ptr, tasks_ptr, members_ptr,
     stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
     stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
     stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
-    stride_kv_len, batch, kv_heads, q_len, kv_capacity, num_tasks, tiles, chunks,
-    window, scale_log2, softcap_inner,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, MIN_TILES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    stride_kv_len, stride_bias_head, stride_bias_entry,
+    batch, kv_heads, q_len, kv_capacity, num_tasks, tiles, chunks,
+    window, scale_log2, softcap_inner, bias_reach, bias_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, BIAS_OF_SLOTS: tl.constexpr,
+    MIN_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Partial results of one tile of gathered query rows over one chunk of their task's prefix."""
     # Tiles vary fastest: those of one task lie side by side and read the same keys.
@@ -79,13 +81,17 @@ def prefix_item(
         rows_q = (b64 * stride_q_batch + h64 * stride_q_head + i64 * stride_q_seq) * ALIGN  # [BLOCK_M]
         q = tl.load(q_ptr + rows_q[:, None] + offs_d[None, :] * stride_q_dim, mask=mask_q, other=0.0)
 
+        own_end = tl.zeros([BLOCK_M], tl.int32) + kv_capacity
+        if kv_len_ptr is not None:
+            own_end = tl.load(kv_len_ptr + b64 * stride_kv_len, mask=mask_m, other=0)
+        query = own_end - q_len + offs_i
+        bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, h64[:, None],
+                         (kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)[:, None])  # fmt: skip
+
         lo, first = tl.full([], 0, tl.int32), None
         full_lo = lo
         if window is not None:
-            own_end = tl.zeros([BLOCK_M], tl.int32) + kv_capacity
-            if kv_len_ptr is not None:
-                own_end = tl.load(kv_len_ptr + b64 * stride_kv_len, mask=mask_m, other=0)
-            first = prefix_len + own_end - q_len + offs_i - window + 1  # [BLOCK_M], the first slot a query sees
+            first = prefix_len + query - window + 1  # [BLOCK_M], the first slot a query sees
             # A row whose kv_len is an error becomes NaN elsewhere; here it must not widen what the others read.
             sound = mask_m & (own_end >= 0) & (own_end <= kv_capacity)
             lo = tl.minimum(tl.maximum(tl.min(tl.where(sound, first, prefix_len), 0), 0), prefix_len)
@@ -109,12 +115,14 @@ def prefix_item(
         for n in tl.range(full_begin, full_begin + skip):
             acc, row_sum, row_max = attend_keys(
                 acc, row_sum, row_max, q, lo + n * BLOCK_N, prefix_len, None, None, keys, scale_log2, softcap_inner,
-                None, None, MASKED=False, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
+                bias, prefix_len, MASKED=False, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N,
+                BLOCK_D=BLOCK_D)  # fmt: skip
         for edge in tl.range(begin, end - skip):
             n = tl.where(edge < full_begin, edge, edge + skip)
             acc, row_sum, row_max = attend_keys(
                 acc, row_sum, row_max, q, lo + n * BLOCK_N, prefix_len, first, None, keys, scale_log2, softcap_inner,
-                None, None, MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
+                bias, prefix_len, MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N,
+                BLOCK_D=BLOCK_D)  # fmt: skip
 
         out, lse = normalise(acc, row_sum, row_max, False)
         member = tl.load(member_ptrs, volatile=True)  # again, for it would fill registers during the loops
@@ -128,17 +136,17 @@ def prefix_item(
 @triton.jit
 def request_item(
     item, q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
-    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, planned_ptr,
+    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, bias_ptr, planned_ptr,
     stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
     stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
     stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
     stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
     stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
-    stride_task_ids, stride_kv_start, stride_kv_len,
+    stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
     batch, kv_heads, q_len, kv_capacity, num_tasks, row_tiles, prefix_chunks, own_chunks,
-    window, scale_log2, softcap_inner,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, MIN_TILES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    window, scale_log2, softcap_inner, bias_reach, bias_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, BIAS_OF_SLOTS: tl.constexpr,
+    MIN_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Partial results of one tile of a row's query rows over one chunk of its own keys."""
     b = item % batch
@@ -169,6 +177,8 @@ def request_item(
     broken = broken | ((planned != task) & ((planned >= 0) | (prefix_len > 0)))
     past = own_end - q_len
     query = past + offs_i  # [BLOCK_M]
+    bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h[:, None],
+                     (kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)[:, None])  # fmt: skip
     lo, hi, _, _ = visible_span(
         own_start, own_end, past + row_tile * BLOCK_M // GROUP,
         past + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1), window, CAUSAL)  # fmt: skip
@@ -186,7 +196,7 @@ def request_item(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for n in tl.range(begin, tl.minimum(begin + per_chunk, key_tiles)):
         acc, row_sum, row_max = attend_keys(
-            acc, row_sum, row_max, q, lo + n * BLOCK_N, hi, first, last, keys, scale_log2, softcap_inner, None, None,
+            acc, row_sum, row_max, q, lo + n * BLOCK_N, hi, first, last, keys, scale_log2, softcap_inner, bias, 0,
             MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
 
     out, lse = normalise(acc, row_sum, row_max, broken)
@@ -205,17 +215,17 @@ def request_item(
 @runtime_jit
 def grouped_kernel(
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
-    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, planned_ptr, tasks_ptr, members_ptr,
+    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, bias_ptr, planned_ptr, tasks_ptr, members_ptr,
     stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
     stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
     stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
     stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
     stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
-    stride_task_ids, stride_kv_start, stride_kv_len,
+    stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
     batch, kv_heads, q_len, kv_capacity, num_tasks, tiles, row_tiles, prefix_chunks, own_chunks,
-    prefix_items, request_items, window, scale_log2, softcap_inner,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, MIN_TILES: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    prefix_items, request_items, window, scale_log2, softcap_inner, bias_reach, bias_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, BIAS_OF_SLOTS: tl.constexpr,
+    MIN_TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Normalised ``out[c, b, h, i]`` and base-2 ``lse[c, b, h, i]`` of the prefix chunks, then the own chunks c.
 
@@ -229,28 +239,29 @@ def grouped_kernel(
     if on_prefix:
         prefix_item(
             item, q_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
-            starts_ptr, lens_ptr, kv_len_ptr, tasks_ptr, members_ptr,
+            starts_ptr, lens_ptr, kv_len_ptr, bias_ptr, tasks_ptr, members_ptr,
             stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
             stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
             stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
-            stride_kv_len, batch, kv_heads, q_len, kv_capacity, num_tasks, tiles, prefix_chunks,
-            window, scale_log2, softcap_inner,
-            GROUP=GROUP, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, MIN_TILES=MIN_TILES,
+            stride_kv_len, stride_bias_head, stride_bias_entry,
+            batch, kv_heads, q_len, kv_capacity, num_tasks, tiles, prefix_chunks,
+            window, scale_log2, softcap_inner, bias_reach, bias_scale,
+            GROUP=GROUP, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BIAS_OF_SLOTS=BIAS_OF_SLOTS, MIN_TILES=MIN_TILES,
             BLOCK_M=BLOCK_P, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
     else:
         request_item(
             item, q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
-            task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, planned_ptr,
+            task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, bias_ptr, planned_ptr,
             stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
             stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
             stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
             stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
             stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
-            stride_task_ids, stride_kv_start, stride_kv_len,
+            stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
             batch, kv_heads, q_len, kv_capacity, num_tasks, row_tiles, prefix_chunks, own_chunks,
-            window, scale_log2, softcap_inner,
-            GROUP=GROUP, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, CAUSAL=CAUSAL, MIN_TILES=MIN_TILES,
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
+            window, scale_log2, softcap_inner, bias_reach, bias_scale,
+            GROUP=GROUP, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, CAUSAL=CAUSAL, BIAS_OF_SLOTS=BIAS_OF_SLOTS,
+            MIN_TILES=MIN_TILES, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
 
 
 def grouped_attention(
@@ -279,8 +290,8 @@ def grouped_attention(
     partial_lse = out.new_empty(launch.shape, dtype=torch.float32)
     partial = partial_lse.new_empty((*launch.shape, head_dim))
     grouped_kernel[launch.grid](
-        **operands.tensors(), out_ptr=partial, lse_ptr=partial_lse, planned_ptr=planned, tasks_ptr=tasks,
-        members_ptr=members, **launch.arguments,
+        **operands.tensors(), out_ptr=partial, lse_ptr=partial_lse, bias_ptr=operands.relative_bias,
+        planned_ptr=planned, tasks_ptr=tasks, members_ptr=members, **launch.arguments,
     )  # fmt: skip
     merge_chunks(partial, partial_lse, out, lse, operands.sinks, group=operands.group, most_chunks=launch.shape[0])
 
@@ -303,7 +314,7 @@ def _launch(
     """A launch of grouped_kernel but for its tensors."""
     (batch, _, q_len, head_dim), (_, kv_heads, kv_capacity, _) = layout.q_shape, layout.k_shape
     rows = q_len * layout.group
-    config = config or config_for("grouped", head_dim, layout.dtype, layout.device, tile_rows)
+    config = config or config_for(layout.kind("grouped"), head_dim, layout.dtype, layout.device, tile_rows)
     block_m = decode_rows(rows)
     row_tiles = cdiv(rows, block_m)
     if chunks is None:
@@ -318,7 +329,7 @@ def _launch(
     prefix_items = tiles * kv_heads * prefix_chunks
     request_items = batch * kv_heads * row_tiles * own_chunks
     arguments = {
-        **layout.arguments(), "batch": batch, "tiles": tiles, "row_tiles": row_tiles,
+        **layout.arguments(), **layout.bias_arguments(), "batch": batch, "tiles": tiles, "row_tiles": row_tiles,
         "prefix_chunks": prefix_chunks, "own_chunks": own_chunks,
         "prefix_items": prefix_items, "request_items": request_items, "MIN_TILES": MIN_TILES,
         "BLOCK_P": tile_rows, "BLOCK_M": block_m, "BLOCK_N": config.block_n, "BLOCK_D": padded_head_dim(head_dim),

@@ -80,8 +80,8 @@ def prefill_kernel(
     past = own_end - q_len
     query = past + offs_i  # [BLOCK_M]
     # Without causal, keys past kv_len are padding behind the row: the queries stand where the slots end.
-    bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h, mask_m,
-                     kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)  # fmt: skip
+    bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h[:, None],
+                     (kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)[:, None])  # fmt: skip
     first = past + row_tile * BLOCK_M // GROUP
     last = past + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1)
     prefix, own = split_row(first, last, own_start, own_end, prefix_len, window, CAUSAL, BLOCK_N)

@@ -64,8 +64,6 @@ def choose(call: AttentionCall) -> Regime:
     """The regime of a call; costs a few multiplications and no synchronisation."""
     if not use_decode(call.q_len, call.group):
         return Regime("prefill", f"{call.q_len} queries a row, {call.q_len * call.group} rows per kv head, fill tiles")
-    if call.relative_bias is not None:
-        return Regime("inline", "relative_bias: grouped decode does not know it")
     if call.batch_invariant:
         return Regime("inline", "batch_invariant: a row is decoded as if it were alone")
     longest, tasks, batch = call.prefix.expected_max_len, call.prefix.num_tasks, call.batch

@@ -36,8 +36,8 @@ def refusal(call: AttentionCall) -> str | None:
         return f"the kernels accumulate in float32 and take {', '.join(map(str, DTYPES))}, not {call.q.dtype}"
     if not MIN_HEAD_DIM <= call.head_dim <= MAX_HEAD_DIM:
         return f"the kernels take head_dim {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, not {call.head_dim}"
-    if call.relative_bias is not None and call.needs_grad:
-        return "its backward kernels do not know relative_bias, and a tensor requires grad; use backend='torch'"
+    if call.relative_bias is not None and call.relative_bias.requires_grad and torch.is_grad_enabled():
+        return "its backward kernels have no gradient of relative_bias, which requires one; use backend='torch'"
     keys = (call.k, call.v, call.prefix.k, call.prefix.v)
     if (stride := max([max(x.stride()[-2:]) for x in keys])) > MAX_STRIDE:
         return f"keys have a stride of {stride} elements, the kernels take {MAX_STRIDE}; call .contiguous() on k and v"
