@@ -34,8 +34,8 @@ from prefix_attn.kernels.primitives import (
     open_bias,
     runtime_jit,
     score_gradients,
-    split_span,
 )
+from prefix_attn.kernels.spans import split_span
 
 #: Query tiles that are worth a part of their own of a prefix tile's sum.
 MIN_TILES = 8
@@ -119,7 +119,7 @@ def backward_own_kernel(
         hi = tl.minimum(hi, window + last - 1 - past)
         full_hi = tl.minimum(hi, window + first - past)
     hi = tl.where(first < last, tl.maximum(hi, lo), lo)
-    left, full, right = split_span(lo * GROUP, hi * GROUP, full_lo * GROUP, full_hi * GROUP, BLOCK_M)
+    left, full, right = split_span(lo * GROUP, hi * GROUP, full_lo * GROUP, full_hi * GROUP, BLOCK_M, BLOCK_M)
 
     k = load_keys(k_ptr + (b64 * stride_k_batch + h64 * stride_k_head) * ALIGN, stride_k_seq, stride_k_dim,
                   start, last, True, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)  # fmt: skip

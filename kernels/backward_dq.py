@@ -18,11 +18,10 @@ from torch import Tensor
 from prefix_attn.kernels.config import TileConfig, default_config, padded_head_dim
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands, backward_scales, strided
 from prefix_attn.kernels.primitives import (
+    again,
     cast,
     dot,
-    edge_tile,
     finish_scores,
-    full_tile,
     load_keys,
     open_bias,
     open_row,
@@ -30,9 +29,10 @@ from prefix_attn.kernels.primitives import (
     runtime_jit,
     score_gradients,
     select_keys,
-    split_row,
+    tile_of_program,
     visible_keys,
 )
+from prefix_attn.kernels.spans import edge_tile, full_tile, split_row
 
 
 @triton.jit
@@ -69,12 +69,7 @@ def backward_dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``dq[b, h, i] = scale * sum_j dx_ij k_j`` over all keys j of row b, for BLOCK_M pairs (i, h)."""
-    pid = tl.program_id(0)
-    row_tile = row_tiles - 1 - pid % row_tiles  # as in prefill: those with the most keys first
-    pid = pid // row_tiles
-    kv_head = pid % kv_heads
-    b = pid // kv_heads
-
+    row_tile, kv_head, b = tile_of_program(row_tiles, kv_heads)
     offs_i, offs_h, mask_m = query_rows(row_tile, kv_head, q_len, GROUP, BLOCK_M)  # [BLOCK_M] x 3
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
@@ -101,22 +96,25 @@ def backward_dq_kernel(
                      (kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)[:, None])  # fmt: skip
     prefix, own = split_row(
         past + row_tile * BLOCK_M // GROUP, past + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1),
-        own_start, own_end, prefix_len, window, CAUSAL, BLOCK_N)  # fmt: skip
+        own_start, own_end, prefix_len, window, CAUSAL, BLOCK_N, BLOCK_N)  # fmt: skip
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for n in tl.range(0, prefix[3] + own[3]):
-        is_own, start = full_tile(n, prefix, own, BLOCK_N)
+        is_own, start = full_tile(n, prefix, own, BLOCK_N, BLOCK_N)
         keys, end, first, last, shift = select_keys(
             is_own, query, own[1], prefix[1], prefix_len, own_keys, prefix_keys, window, CAUSAL)  # fmt: skip
         dq = add_keys(dq, q, do, lse, delta, start, keys, end, first, last, shift, scale_log2, softcap_inner, bias,
                       MASKED=False, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
     for n in tl.range(0, prefix[2] + prefix[4] + own[2] + own[4]):
-        is_own, start = edge_tile(n, prefix, own, BLOCK_N)
+        is_own, start = edge_tile(n, prefix, own, BLOCK_N, BLOCK_N)
         keys, end, first, last, shift = select_keys(
             is_own, query, own[1], prefix[1], prefix_len, own_keys, prefix_keys, window, CAUSAL)  # fmt: skip
         dq = add_keys(dq, q, do, lse, delta, start, keys, end, first, last, shift, scale_log2, softcap_inner, bias,
                       MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
 
+    offs_i, offs_h, mask_m = query_rows(again(row_tile), kv_head, q_len, GROUP, BLOCK_M)
+    i64, h64 = offs_i.to(tl.int64), offs_h.to(tl.int64)
+    mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
     rows_dq = (b64 * stride_dq_batch + h64 * stride_dq_head + i64 * stride_dq_seq) * ALIGN  # [BLOCK_M]
     dq_ptrs = dq_ptr + rows_dq[:, None] + offs_d[None, :] * stride_dq_dim
     tl.store(dq_ptrs, cast(dq * scale, dq_ptr.dtype.element_ty), mask=mask_q)

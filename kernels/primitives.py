@@ -284,69 +284,29 @@ def open_row(
 
 
 @triton.jit
+def again(x):
+    """The scalar ``x``, as a value the compiler does not know to be x: grids have one program along axis 1.
+
+    What follows from it behind a loop is worked out there, instead of filling registers during the loop.
+    """
+    return x + tl.program_id(1)
+
+
+@triton.jit
+def tile_of_program(row_tiles, kv_heads):
+    """``(row_tile, kv_head, b)`` of a program with a tile of query rows.
+
+    Tiles vary fastest, those with the most keys first: neighbours share their keys, and the short ones fill the end.
+    """
+    pid = tl.program_id(0)
+    return row_tiles - 1 - pid % row_tiles, pid // row_tiles % kv_heads, pid // row_tiles // kv_heads
+
+
+@triton.jit
 def query_rows(row_tile, kv_head, q_len, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """The (query, head) pairs of a tile, the GROUP heads of a query side by side: ``offs_i, offs_h, mask_m``."""
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     return rows // GROUP, kv_head * GROUP + rows % GROUP, rows < q_len * GROUP
-
-
-@triton.jit
-def split_span(lo, hi, full_lo, full_hi, BLOCK_N: tl.constexpr):
-    """Tiles of ``lo .. hi``, counted from lo: ``(left, full, right)``, where only the full ones need no mask."""
-    left = tl.cdiv(tl.maximum(tl.minimum(full_lo, hi) - lo, 0), BLOCK_N)
-    full = tl.maximum(full_hi - lo - left * BLOCK_N, 0) // BLOCK_N
-    return left, full, tl.cdiv(hi - lo, BLOCK_N) - left - full
-
-
-@triton.jit
-def visible_span(begin, end, first_query, last_query, window, CAUSAL: tl.constexpr):
-    """Keys of ``begin .. end`` that some query sees, ``lo .. hi``, and that all see, ``full_lo .. full_hi``.
-
-    The queries are those at positions ``first_query .. last_query``, both included.
-    """
-    lo = begin
-    full_lo = begin
-    if window is not None:
-        lo = tl.maximum(begin, first_query - window + 1)
-        full_lo = tl.maximum(begin, last_query - window + 1)
-    hi = end
-    full_hi = end
-    if CAUSAL:
-        hi = tl.minimum(end, last_query + 1)
-        full_hi = tl.minimum(end, first_query + 1)
-    return lo, tl.maximum(hi, lo), full_lo, full_hi
-
-
-@triton.jit
-def split_row(first, last, own_start, own_end, prefix_len, window, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What the queries at ``first .. last`` of a row see: ``(prefix, own)``, each ``(lo, hi, left, full, right)``.
-
-    Keys ``lo .. hi`` are tiles counted from lo, of which the full ones need no mask and lie between left and right.
-    """
-    lo, hi, full_lo, full_hi = visible_span(0, prefix_len, first + prefix_len, last + prefix_len, window, False)
-    left, full, right = split_span(lo, hi, full_lo, full_hi, BLOCK_N)
-    own_lo, own_hi, own_full_lo, own_full_hi = visible_span(own_start, own_end, first, last, window, CAUSAL)
-    own_left, own_full, own_right = split_span(own_lo, own_hi, own_full_lo, own_full_hi, BLOCK_N)
-    return (lo, hi, left, full, right), (own_lo, own_hi, own_left, own_full, own_right)
-
-
-@triton.jit
-def full_tile(n, prefix, own, BLOCK_N: tl.constexpr):
-    """Whether the n-th full tile of a row (`split_row`) is of its own keys, and the tile's first key."""
-    is_own = n >= prefix[3]
-    tile = tl.where(is_own, n - prefix[3] + own[2], n + prefix[2])
-    return is_own, tl.where(is_own, own[0], prefix[0]) + tile * BLOCK_N
-
-
-@triton.jit
-def edge_tile(n, prefix, own, BLOCK_N: tl.constexpr):
-    """Whether the n-th tile of a row that needs a mask is of its own keys, and the tile's first key."""
-    prefix_edges = prefix[2] + prefix[4]
-    is_own = n >= prefix_edges
-    tile = tl.where(is_own, n - prefix_edges, n)
-    # Left edges come first; what lies to their right is beyond the full tiles.
-    tile += tl.where(tile >= tl.where(is_own, own[2], prefix[2]), tl.where(is_own, own[3], prefix[3]), 0)
-    return is_own, tl.where(is_own, own[0], prefix[0]) + tile * BLOCK_N
 
 
 @triton.jit
