@@ -140,8 +140,8 @@ def _grouped_shape(block_d: int, itemsize: int, amd: bool, large: bool, block_m:
         return TileConfig(block_m, 16, 8, 1)  # with two stages in flight sm_90 spills
     if block_d > 128:
         return TileConfig(block_m, 32, 8, 2 if amd else 3)
-    if block_d <= 32 and not amd:
-        return TileConfig(block_m, 32 if biased else 64, 4, 3)
+    if block_d <= 32:
+        return TileConfig(block_m, 32 if biased else 64, 4, 2 if amd else 3)
     if biased and block_d == 128 and not amd:
         return TileConfig(block_m, 32, 8, 3)
     if block_m > 64:
