@@ -1,9 +1,10 @@
 """What the compiler makes of every kernel, without a GPU: registers, spills, shared memory, instructions.
 
-Each kernel is compiled for sm_80, sm_90, sm_100 and gfx942 with the configs that `kernels.config` picks, and the result
-goes to ``benchmarks/results/compile_report.{json,md}``, with the time that an H200 should need. ``--check`` fails when
-a default config spills at a head dimension up to 128, loses its tensor-core instructions or its pipelined loads, or
-overflows shared memory.
+Each kernel is compiled for sm_80, sm_90, sm_100 and gfx942 with every config that `kernels.config` picks, at each width
+of tile and a head dimension that fills none, in each dtype, and with a relative bias; the other options at once, at the
+usual head dimensions. The result goes to ``benchmarks/results/compile_report.{json,md}``, with the time that an H200
+should need. ``--check`` fails when a default config spills at a head dimension up to 128, loses its tensor-core
+instructions or its pipelined loads, or overflows shared memory.
 
     python -m benchmarks.compile_report --check
 """
@@ -21,6 +22,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,9 @@ INSTRUCTIONS = {
 
 #: Kernels of the backward pass that make products.
 BACKWARD = ("backward_dq", "backward_own", "backward_bank")
+
+#: Every width of tile, and a dimension that fills none.
+HEAD_DIMS = (16, 32, 64, 80, 128, 256)
 
 #: Arguments that are int32 arrays.
 INTEGER_TABLES = {
@@ -111,50 +116,42 @@ class Row:
 
 
 def jobs(quick: bool) -> list[Job]:
-    """Every kernel on every target: bfloat16 at all head dimensions, other dtypes and options where they matter."""
+    """Every kernel and config on every target; with ``quick`` the usual head dimensions in bfloat16."""
+    if quick:
+        return [
+            *(job for target in TARGETS for job in shapes(target, 128, "bfloat16")),
+            *(job for target in TARGETS for job in shapes(target, 64, "bfloat16", ("bias",))),
+        ]
     found = []
-    for target in TARGETS:
-        for head_dim in (64, 128) if quick else (64, 80, 128, 256):
-            found.append(Job("decode", target, head_dim, "bfloat16", rows=4))
-            found.append(Job("prefill", target, head_dim, "bfloat16"))
-            found.append(Job("grouped", target, head_dim, "bfloat16", rows=4))
-            if head_dim <= WIDE_TILE_HEAD_DIM:
-                found.append(Job("grouped", target, head_dim, "bfloat16", rows=4, tile_rows=WIDE_TILE_ROWS))
-            found += [Job(kernel, target, head_dim, "bfloat16") for kernel in BACKWARD]
-        if quick:
-            continue
-        found += [
-            Job("decode", target, 128, "float32", rows=4),
-            Job("prefill", target, 128, "float32"),
-            Job("grouped", target, 128, "float32", rows=4),
-            Job("decode", target, 128, "bfloat16", rows=64),
-            Job("decode", target, 256, "bfloat16", rows=2, group=2, options=("window", "softcap", "sinks")),
-            Job("prefill", target, 128, "bfloat16", options=("window", "kv_start", "kv_len")),
-            Job("grouped", target, 128, "bfloat16", rows=64),
-            Job(
-                "grouped",
-                target,
-                128,
-                "bfloat16",
-                rows=64,
-                tile_rows=WIDE_TILE_ROWS,
-                options=("window", "softcap", "kv_start", "kv_len"),
-            ),
-            Job("grouped", target, 128, "bfloat16", rows=4, options=("window", "softcap", "kv_start", "kv_len")),
-            Job("merge", target, 128, "bfloat16"),
-            *(Job(kernel, target, 128, "float32") for kernel in BACKWARD),
-            *(Job(kernel, target, 128, "bfloat16", options=("window", "softcap", "kv_len")) for kernel in BACKWARD),
-        ]
-    if not quick:
-        found += [
-            Job("decode", "sm_90", 128, "float16", rows=4),
-            Job("prefill", "sm_90", 128, "float16"),
-            Job("grouped", "sm_90", 128, "float16", rows=4),
-            Job("decode", "sm_90", 128, "bfloat16", rows=1, group=1),
-            Job("decode", "sm_90", 128, "bfloat16", rows=4, options=("split",)),
-            Job("prefill", "sm_90", 256, "bfloat16", group=2, options=("window", "softcap")),
-        ]
+    for target, head_dim in product(TARGETS, HEAD_DIMS):
+        for dtype in TYPES:
+            found += shapes(target, head_dim, dtype)
+            if dtype != "float16":  # which differs from bfloat16 by the name of its instructions
+                found += shapes(target, head_dim, dtype, ("bias",))
+        found.append(Job("decode", target, head_dim, "bfloat16", rows=4, options=("split",)))
+        found.append(Job("merge", target, head_dim, "bfloat16"))
+    for target, head_dim in product(TARGETS, (64, 128, 256)):
+        found += shapes(target, head_dim, "bfloat16", ("window", "softcap", "sinks", "lse", "kv_start", "kv_len"))
+        found.append(Job("grouped", target, head_dim, "bfloat16", rows=64, tile_rows=wide_tile(head_dim)))
+        found.append(Job("decode", target, head_dim, "bfloat16", rows=1, group=1))
+        found.append(Job("prefill", target, head_dim, "bfloat16", group=1, options=("window", "kv_start", "kv_len")))
     return found
+
+
+def shapes(target: str, head_dim: int, dtype: str, options: tuple[str, ...] = ()) -> list[Job]:
+    """One job for each tile config that may be chosen for a head dimension and dtype."""
+    decode = [("decode", {"rows": rows}) for rows in (4, 64)]
+    widths = {TILE_ROWS} if dtype == "float32" or "bias" in options else {TILE_ROWS, wide_tile(head_dim)}
+    grouped = [("grouped", {"rows": 4, "tile_rows": width}) for width in sorted(widths)]
+    others: list[tuple[str, dict[str, int]]] = [(kernel, {}) for kernel in ("prefill", *BACKWARD)]
+    return [
+        Job(kernel, target, head_dim, dtype, options=options, **sizes) for kernel, sizes in [*decode, *grouped, *others]
+    ]
+
+
+def wide_tile(head_dim: int) -> int:
+    """Query rows of the widest prefix tile of grouped decode in 16 bits."""
+    return WIDE_TILE_ROWS if head_dim <= WIDE_TILE_HEAD_DIM else TILE_ROWS
 
 
 def compile_job(job: Job, config: dict[str, int] | None = None) -> Row:
@@ -219,6 +216,8 @@ def specialisation(job: Job, config: dict[str, int] | None) -> tuple[Any, dict[s
     constants |= {"GROUP": job.group, "ALIGN": align, "CAUSAL": job.kernel == "prefill" or job.rows > job.group}
     constants["BIAS_OF_SLOTS"] = False
     constants |= {"BLOCK_M": config["block_m"], "BLOCK_N": config["block_n"]}
+    if job.kernel in ("prefill", "grouped"):
+        constants["BLOCK_E"] = configs.edge_keys(config["block_n"])
     if job.kernel in BACKWARD:
         kernel = getattr(backward_dq if job.kernel == "backward_dq" else backward_dkv, f"{job.kernel}_kernel")
         constants |= {f"stride_{x}_dim": 1 for x in ("do", "dq", "dk", "dv")}
@@ -311,9 +310,27 @@ def complaints(row: Row) -> list[str]:
     narrow = 6 * row.config["num_stages"] if keys_stay else 0
     if job.target.startswith("sm_") and (not ins.get("cp.async") or ins.get("cp.async narrow", 0) > narrow):
         found.append("keys are not loaded by 16-byte cp.async")
-    if ins.get("scalar load"):
+    if ins.get("scalar load", 0) > small_loads(row):
         found.append("scalar loads")
     return found
+
+
+def small_loads(row: Row) -> int:
+    """Scalar loads that belong there: of queries, where a thread has one element, and of a relative bias.
+
+    A bias takes one a score, in a loop that the compiler may copy three times.
+    """
+    from prefix_attn.kernels.config import decode_rows, padded_head_dim
+
+    job, config = row.job, row.config
+    threads = config["num_warps"] * (64 if job.target.startswith("gfx") else 32)
+    decodes = job.kernel in ("decode", "grouped")
+    queries = int(decodes and decode_rows(job.rows) * padded_head_dim(job.head_dim) <= threads)
+    if "bias" not in job.options:
+        return queries
+    loops = 1 if job.kernel in ("decode", "backward_bank") else 2
+    loops += job.kernel == "grouped"
+    return queries + 3 * loops * max(1, config["block_m"] * config["block_n"] // threads)
 
 
 def markdown(rows: Iterable[Row], version: str) -> str:
@@ -354,7 +371,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="only the default decode and prefill at D = 64 and 128")
+    parser.add_argument("--quick", action="store_true", help="only D = 128, and 64 with a relative bias, in bfloat16")
     parser.add_argument("--check", action="store_true", help="fail if a default config is unfit; name it")
     parser.add_argument("--processes", type=int, default=2, help="compilations at a time")
     parser.add_argument("--out", type=Path, default=None, help=f"folder of the report; {RESULTS} unless --quick")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.peers.problem import Point
 from prefix_attn.cost import ROOFS
-from prefix_attn.kernels.config import decode_rows, padded_head_dim
+from prefix_attn.kernels.config import decode_rows, edge_keys, padded_head_dim
 from prefix_attn.regime import L2_SPEED
 
 H200 = ROOFS["NVIDIA H200"]
@@ -72,6 +72,8 @@ def predict(kernel: str, head_dim: int, dtype: str, group: int, rows: int, confi
         return Work(MERGED_CHUNKS * partials + queries / 2, MERGED_CHUNKS * partials, 0)
 
     block_n = config["block_n"]
+    if kernel != "decode":
+        block_n = edge_keys(block_n)  # of the tiles at the ends
     prefix, own = (-(-x // block_n) * block_n for x in (p.m, p.n))  # keys in whole tiles
     pair = 4 * padded_head_dim(head_dim) * p.kv_heads  # FLOPs of a query row and a key, on all kv heads
     if kernel == "grouped":

@@ -28,12 +28,14 @@ from prefix_attn.kernels.primitives import (
     NO_LIMIT,
     cast,
     dot,
+    finish_scores,
     load_keys,
     load_row,
+    open_bias,
     runtime_jit,
     score_gradients,
-    split_span,
 )
+from prefix_attn.kernels.spans import split_span
 
 #: Query tiles that are worth a part of their own of a prefix tile's sum.
 MIN_TILES = 8
@@ -41,7 +43,7 @@ MIN_TILES = 8
 
 @triton.jit
 def add_queries(dk, dv, k, v, visible, rows_q, rows_do, rows_lse, mask_m, q_ptr, do_ptr, lse_ptr, delta_ptr,
-                stride_q_dim, stride_do_dim, scale_log2, softcap_inner,
+                stride_q_dim, stride_do_dim, scale_log2, softcap_inner, bias, key,
                 HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """``dk + dx^T @ q, dv + p^T @ dout`` for one tile of queries.
 
@@ -49,6 +51,7 @@ def add_queries(dk, dv, k, v, visible, rows_q, rows_do, rows_lse, mask_m, q_ptr,
         visible: ``[BLOCK_N, BLOCK_M]``, or None if every query sees every key.
         rows_q, rows_do, rows_lse: where each query lies in q, dout, and in lse and delta; mask_m: if it is one;
             ``[BLOCK_M]``.
+        bias, key: as in `bias_scores`, of a row of queries and a column of keys.
     """
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     mask = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
@@ -56,10 +59,9 @@ def add_queries(dk, dv, k, v, visible, rows_q, rows_do, rows_lse, mask_m, q_ptr,
     do = tl.load(do_ptr + rows_do[:, None] + offs_d[None, :] * stride_do_dim, mask=mask, other=0.0)
     lse = tl.load(lse_ptr + rows_lse, mask=mask_m, other=float("inf"))  # [BLOCK_M]
     delta = tl.load(delta_ptr + rows_lse, mask=mask_m, other=0.0)  # [BLOCK_M]
-    products = dot(k, tl.trans(q))  # [BLOCK_N, BLOCK_M]
+    scores = finish_scores(dot(k, tl.trans(q)), softcap_inner, bias, key, q.dtype == tl.float32)  # [BLOCK_N, BLOCK_M]
     dp = dot(v, tl.trans(do))  # [BLOCK_N, BLOCK_M]
-    p, dx = score_gradients(
-        products, dp, lse[None, :], delta[None, :], scale_log2, softcap_inner, q.dtype == tl.float32)  # fmt: skip
+    p, dx = score_gradients(scores, dp, lse[None, :], delta[None, :], scale_log2, softcap_inner)
     if visible is not None:
         p = tl.where(visible, p, 0.0)
         dx = tl.where(visible, dx, 0.0)
@@ -80,16 +82,17 @@ def store_keys(x, ptr, stride_seq, stride_dim, start, end, first, last, HEAD_DIM
 @runtime_jit
 def backward_own_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr,
-    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr,
+    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, bias_ptr,
     stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
     stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
     stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
     stride_do_batch, stride_do_head, stride_do_seq, stride_do_dim,
     stride_dk_batch, stride_dk_head, stride_dk_seq, stride_dk_dim,
     stride_dv_batch, stride_dv_head, stride_dv_seq, stride_dv_dim,
-    stride_task_ids, stride_kv_start, stride_kv_len,
+    stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
     kv_heads, q_len, kv_capacity, num_tasks, key_tiles, window, scale, scale_log2, softcap_inner,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr,
+    bias_reach, bias_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, BIAS_OF_SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``dk[b, h, j], dv[b, h, j]`` for BLOCK_N own keys j of row b, over the queries of h's group that see them."""
@@ -116,7 +119,7 @@ def backward_own_kernel(
         hi = tl.minimum(hi, window + last - 1 - past)
         full_hi = tl.minimum(hi, window + first - past)
     hi = tl.where(first < last, tl.maximum(hi, lo), lo)
-    left, full, right = split_span(lo * GROUP, hi * GROUP, full_lo * GROUP, full_hi * GROUP, BLOCK_M)
+    left, full, right = split_span(lo * GROUP, hi * GROUP, full_lo * GROUP, full_hi * GROUP, BLOCK_M, BLOCK_M)
 
     k = load_keys(k_ptr + (b64 * stride_k_batch + h64 * stride_k_head) * ALIGN, stride_k_seq, stride_k_dim,
                   start, last, True, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)  # fmt: skip
@@ -129,21 +132,30 @@ def backward_own_kernel(
     lse_ptr += (b64 * kv_heads + kv_head) * (q_len * GROUP)
     delta_ptr += (b64 * kv_heads + kv_head) * (q_len * GROUP)
 
+    offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    # Without causal, keys past kv_len are padding behind the row: the queries stand where the slots end.
+    stands = kv_capacity - q_len if BIAS_OF_SLOTS else past
     for n in tl.range(left, left + full):
         rows = lo * GROUP + n * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M], as all below
         i64, g64 = (rows // GROUP).to(tl.int64), (rows % GROUP).to(tl.int64)
         rows_q = (i64 * stride_q_seq + g64 * stride_q_head) * ALIGN
         rows_do = (i64 * stride_do_seq + g64 * stride_do_head) * ALIGN
+        bias = open_bias(
+            bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale,
+            (kv_head * GROUP + rows % GROUP)[None, :], (stands + rows // GROUP)[None, :])  # fmt: skip
         dk, dv = add_queries(
             dk, dv, k, v, None, rows_q, rows_do, rows, rows < hi * GROUP, q_ptr, do_ptr, lse_ptr, delta_ptr,
-            stride_q_dim, stride_do_dim, scale_log2, softcap_inner, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D)  # fmt: skip
-    offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+            stride_q_dim, stride_do_dim, scale_log2, softcap_inner, bias, offs_n[:, None],
+            HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D)  # fmt: skip
     for edge in tl.range(0, left + right):
         n = tl.where(edge < left, edge, edge + full)
         rows = lo * GROUP + n * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M], as all below
         i64, g64 = (rows // GROUP).to(tl.int64), (rows % GROUP).to(tl.int64)
         rows_q = (i64 * stride_q_seq + g64 * stride_q_head) * ALIGN
         rows_do = (i64 * stride_do_seq + g64 * stride_do_head) * ALIGN
+        bias = open_bias(
+            bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale,
+            (kv_head * GROUP + rows % GROUP)[None, :], (stands + rows // GROUP)[None, :])  # fmt: skip
         query = past + rows // GROUP
         visible = (offs_n < last)[:, None]  # [BLOCK_N, 1], [BLOCK_N, BLOCK_M] below
         if CAUSAL:
@@ -152,7 +164,8 @@ def backward_own_kernel(
             visible = visible & (query[None, :] - offs_n[:, None] < window)
         dk, dv = add_queries(
             dk, dv, k, v, visible, rows_q, rows_do, rows, rows < hi * GROUP, q_ptr, do_ptr, lse_ptr, delta_ptr,
-            stride_q_dim, stride_do_dim, scale_log2, softcap_inner, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D)  # fmt: skip
+            stride_q_dim, stride_do_dim, scale_log2, softcap_inner, bias, offs_n[:, None],
+            HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D)  # fmt: skip
 
     dk_ptr += (b64 * stride_dk_batch + h64 * stride_dk_head) * ALIGN
     dv_ptr += (b64 * stride_dv_batch + h64 * stride_dv_head) * ALIGN
@@ -165,15 +178,16 @@ def backward_own_kernel(
 @runtime_jit
 def backward_bank_kernel(
     q_ptr, prefix_k_ptr, prefix_v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr,
-    starts_ptr, lens_ptr, kv_len_ptr, order_ptr, first_ptr, readers_ptr, tile_task_ptr, tile_slot_ptr,
+    starts_ptr, lens_ptr, kv_len_ptr, bias_ptr, order_ptr, first_ptr, readers_ptr, tile_task_ptr, tile_slot_ptr,
     stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
     stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
     stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
     stride_do_batch, stride_do_head, stride_do_seq, stride_do_dim,
     stride_dk_batch, stride_dk_head, stride_dk_seq, stride_dk_dim,
     stride_dv_batch, stride_dv_head, stride_dv_seq, stride_dv_dim,
-    stride_kv_len, kv_heads, q_len, kv_capacity, tiles, parts, window, scale, scale_log2, softcap_inner,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr,
+    stride_kv_len, stride_bias_head, stride_bias_entry,
+    kv_heads, q_len, kv_capacity, tiles, parts, window, scale, scale_log2, softcap_inner, bias_reach, bias_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, BIAS_OF_SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``dk[part, h, j], dv[part, h, j]`` for BLOCK_N prefix slots j of a task, over a part of its rows' queries."""
@@ -227,16 +241,19 @@ def backward_bank_kernel(
         rows_q = (b64 * stride_q_batch + g64 * stride_q_head + i64 * stride_q_seq) * ALIGN
         rows_do = (b64 * stride_do_batch + g64 * stride_do_head + i64 * stride_do_seq) * ALIGN
         rows_lse = (b64 * kv_heads + kv_head) * (q_len * GROUP) + rows
+        slots_end = kv_capacity - q_len + rows // GROUP
+        query = slots_end
+        if kv_len_ptr is not None:
+            query = tl.load(kv_len_ptr + b64 * stride_kv_len, mask=mask_m, other=0) - q_len + rows // GROUP
+        bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, g64[None, :],
+                         (slots_end if BIAS_OF_SLOTS else query)[None, :])  # fmt: skip
         visible = None
         if window is not None:
-            query = prefix_len + kv_capacity - q_len + rows // GROUP
-            if kv_len_ptr is not None:
-                own_end = tl.load(kv_len_ptr + b64 * stride_kv_len, mask=mask_m, other=0)
-                query = prefix_len + own_end - q_len + rows // GROUP
-            visible = query[None, :] - offs_n[:, None] < window  # [BLOCK_N, BLOCK_M]
+            visible = query[None, :] + prefix_len - offs_n[:, None] < window  # [BLOCK_N, BLOCK_M]
         dk, dv = add_queries(
             dk, dv, k, v, visible, rows_q, rows_do, rows_lse, mask_m, q_ptr, do_ptr, lse_ptr, delta_ptr,
-            stride_q_dim, stride_do_dim, scale_log2, softcap_inner, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D)  # fmt: skip
+            stride_q_dim, stride_do_dim, scale_log2, softcap_inner, bias, (offs_n - prefix_len)[:, None],
+            HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D)  # fmt: skip
 
     part64 = part.to(tl.int64)
     dk_ptr += (part64 * stride_dk_batch + h64 * stride_dk_head + prefix_start * stride_dk_seq) * ALIGN
@@ -251,14 +268,14 @@ def own_key_gradients(
     operands: Operands, do: Tensor, lse: Tensor, delta: Tensor, config: TileConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """dk and dv of the rows' own keys, in the layouts of k and v; do, lse and delta are `backward.saved_rows`."""
-    config = config or default_config("backward_dkv", operands.q)
+    config = config or default_config(operands.layout().kind("backward_dkv"), operands.q)
     dk, dv = torch.empty_like(operands.k), torch.empty_like(operands.v)
     if dk.numel() == 0:
         return dk, dv
     key_tiles = triton.cdiv(operands.k.shape[2], config.block_n)
     backward_own_kernel[(key_tiles * operands.kv_heads * operands.batch,)](
         **strided(q=operands.q, k=operands.k, v=operands.v, do=do, dk=dk, dv=dv),
-        **operands.row_arguments(), **backward_scales(operands.scale, operands.softcap),
+        **operands.row_arguments(), **operands.bias_arguments(), **backward_scales(operands.scale, operands.softcap),
         lse_ptr=lse, delta_ptr=delta, key_tiles=key_tiles,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=padded_head_dim(operands.head_dim),
         num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
@@ -274,7 +291,7 @@ def bank_gradients(
 
     ``parts`` of each sum follow from shapes by default. Nothing is read back from the device.
     """
-    config = config or default_config("backward_dkv", operands.q)
+    config = config or default_config(operands.layout().kind("backward_dkv"), operands.q)
     prefix_k, prefix_v = operands.prefix_k, operands.prefix_v
     tables = bank_tiles(operands, config.block_n)
     tiles = tables.tile_task.shape[0]
@@ -291,7 +308,7 @@ def bank_gradients(
         **strided(q=operands.q, prefix_k=prefix_k, prefix_v=prefix_v, do=do, dk=dk, dv=dv),
         **{name: value for name, value in rows.items() if name not in unused},
         **{f"{name}_ptr": table for name, table in tables._asdict().items()},
-        **backward_scales(operands.scale, operands.softcap),
+        **operands.bias_arguments(), **backward_scales(operands.scale, operands.softcap),
         lse_ptr=lse, delta_ptr=delta, tiles=tiles, parts=parts,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=padded_head_dim(operands.head_dim),
         num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,

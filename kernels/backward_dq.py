@@ -18,32 +18,34 @@ from torch import Tensor
 from prefix_attn.kernels.config import TileConfig, default_config, padded_head_dim
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands, backward_scales, strided
 from prefix_attn.kernels.primitives import (
+    again,
     cast,
     dot,
-    edge_tile,
-    full_tile,
+    finish_scores,
     load_keys,
+    open_bias,
     open_row,
     query_rows,
     runtime_jit,
     score_gradients,
     select_keys,
-    split_row,
+    tile_of_program,
     visible_keys,
 )
+from prefix_attn.kernels.spans import edge_tile, full_tile, split_row
 
 
 @triton.jit
-def add_keys(dq, q, do, lse, delta, start, keys, end, first, last, scale_log2, softcap_inner,
+def add_keys(dq, q, do, lse, delta, start, keys, end, first, last, shift, scale_log2, softcap_inner, bias,
              MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
              BLOCK_D: tl.constexpr):  # fmt: skip
     """``dq + dx @ k`` for the keys ``start .. start + BLOCK_N``; the other arguments as in `attend_keys`."""
     k = load_keys(keys[0], keys[2], keys[3], start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)
     v = load_keys(keys[1], keys[4], keys[5], start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)
-    products = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+    key = (start - shift + tl.arange(0, BLOCK_N))[None, :]  # [1, BLOCK_N]
+    scores = finish_scores(dot(q, tl.trans(k)), softcap_inner, bias, key, q.dtype == tl.float32)  # [BLOCK_M, BLOCK_N]
     dp = dot(do, tl.trans(v))  # [BLOCK_M, BLOCK_N]
-    _, dx = score_gradients(
-        products, dp, lse[:, None], delta[:, None], scale_log2, softcap_inner, q.dtype == tl.float32)  # fmt: skip
+    _, dx = score_gradients(scores, dp, lse[:, None], delta[:, None], scale_log2, softcap_inner)
     if MASKED:
         dx = tl.where(visible_keys(start, end, first, last, BLOCK_N), dx, 0.0)
     return dot(cast(dx, k.dtype), k, dq)
@@ -52,7 +54,7 @@ def add_keys(dq, q, do, lse, delta, start, keys, end, first, last, scale_log2, s
 @runtime_jit
 def backward_dq_kernel(
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr,
-    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr,
+    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, bias_ptr,
     stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
     stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
     stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
@@ -60,18 +62,14 @@ def backward_dq_kernel(
     stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
     stride_do_batch, stride_do_head, stride_do_seq, stride_do_dim,
     stride_dq_batch, stride_dq_head, stride_dq_seq, stride_dq_dim,
-    stride_task_ids, stride_kv_start, stride_kv_len,
+    stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
     kv_heads, q_len, kv_capacity, num_tasks, row_tiles, window, scale, scale_log2, softcap_inner,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr,
+    bias_reach, bias_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, BIAS_OF_SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``dq[b, h, i] = scale * sum_j dx_ij k_j`` over all keys j of row b, for BLOCK_M pairs (i, h)."""
-    pid = tl.program_id(0)
-    row_tile = row_tiles - 1 - pid % row_tiles  # as in prefill: those with the most keys first
-    pid = pid // row_tiles
-    kv_head = pid % kv_heads
-    b = pid // kv_heads
-
+    row_tile, kv_head, b = tile_of_program(row_tiles, kv_heads)
     offs_i, offs_h, mask_m = query_rows(row_tile, kv_head, q_len, GROUP, BLOCK_M)  # [BLOCK_M] x 3
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
@@ -94,24 +92,29 @@ def backward_dq_kernel(
         stride_task_ids, stride_kv_start, stride_kv_len, kv_capacity, num_tasks, ALIGN)  # fmt: skip
     past = own_end - q_len
     query = past + offs_i  # [BLOCK_M]
+    bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h[:, None],
+                     (kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)[:, None])  # fmt: skip
     prefix, own = split_row(
         past + row_tile * BLOCK_M // GROUP, past + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1),
-        own_start, own_end, prefix_len, window, CAUSAL, BLOCK_N)  # fmt: skip
+        own_start, own_end, prefix_len, window, CAUSAL, BLOCK_N, BLOCK_N)  # fmt: skip
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for n in tl.range(0, prefix[3] + own[3]):
-        is_own, start = full_tile(n, prefix, own, BLOCK_N)
-        keys, end, first, last = select_keys(
+        is_own, start = full_tile(n, prefix, own, BLOCK_N, BLOCK_N)
+        keys, end, first, last, shift = select_keys(
             is_own, query, own[1], prefix[1], prefix_len, own_keys, prefix_keys, window, CAUSAL)  # fmt: skip
-        dq = add_keys(dq, q, do, lse, delta, start, keys, end, first, last, scale_log2, softcap_inner,
+        dq = add_keys(dq, q, do, lse, delta, start, keys, end, first, last, shift, scale_log2, softcap_inner, bias,
                       MASKED=False, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
     for n in tl.range(0, prefix[2] + prefix[4] + own[2] + own[4]):
-        is_own, start = edge_tile(n, prefix, own, BLOCK_N)
-        keys, end, first, last = select_keys(
+        is_own, start = edge_tile(n, prefix, own, BLOCK_N, BLOCK_N)
+        keys, end, first, last, shift = select_keys(
             is_own, query, own[1], prefix[1], prefix_len, own_keys, prefix_keys, window, CAUSAL)  # fmt: skip
-        dq = add_keys(dq, q, do, lse, delta, start, keys, end, first, last, scale_log2, softcap_inner,
+        dq = add_keys(dq, q, do, lse, delta, start, keys, end, first, last, shift, scale_log2, softcap_inner, bias,
                       MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
 
+    offs_i, offs_h, mask_m = query_rows(again(row_tile), kv_head, q_len, GROUP, BLOCK_M)
+    i64, h64 = offs_i.to(tl.int64), offs_h.to(tl.int64)
+    mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
     rows_dq = (b64 * stride_dq_batch + h64 * stride_dq_head + i64 * stride_dq_seq) * ALIGN  # [BLOCK_M]
     dq_ptrs = dq_ptr + rows_dq[:, None] + offs_d[None, :] * stride_dq_dim
     tl.store(dq_ptrs, cast(dq * scale, dq_ptr.dtype.element_ty), mask=mask_q)
@@ -121,7 +124,7 @@ def query_gradient(
     operands: Operands, do: Tensor, lse: Tensor, delta: Tensor, config: TileConfig | None = None
 ) -> Tensor:
     """dq, in q's dtype and layout; do, lse and delta are `backward.saved_rows`."""
-    config = config or default_config("backward_dq", operands.q)
+    config = config or default_config(operands.layout().kind("backward_dq"), operands.q)
     dq = torch.empty_like(operands.q)
     row_tiles = triton.cdiv(operands.q_len * operands.group, config.block_m)
     backward_dq_kernel[(row_tiles * operands.kv_heads * operands.batch,)](
@@ -129,7 +132,7 @@ def query_gradient(
             q=operands.q, k=operands.k, v=operands.v, prefix_k=operands.prefix_k, prefix_v=operands.prefix_v, do=do,
             dq=dq,
         ),
-        **operands.row_arguments(), **backward_scales(operands.scale, operands.softcap),
+        **operands.row_arguments(), **operands.bias_arguments(), **backward_scales(operands.scale, operands.softcap),
         lse_ptr=lse, delta_ptr=delta, row_tiles=row_tiles,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=padded_head_dim(operands.head_dim),
         num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,

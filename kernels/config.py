@@ -45,10 +45,15 @@ def default_config(kind: str, q: Tensor, rows: int = 0) -> TileConfig:
     """The tuned or heuristic config for q's device.
 
     Args:
-        kind: "decode", "prefill", "grouped"; "biased_decode" and "biased_prefill" with a relative bias.
+        kind: "decode", "prefill", "grouped", "backward_dq" or "backward_dkv"; after "biased_" with a relative bias.
         rows: in decode, how many query rows share the keys; in grouped decode, the rows of a prefix tile.
     """
     return config_for(kind, q.shape[3], q.dtype, q.device, rows)
+
+
+def edge_keys(block_n: int) -> int:
+    """Keys of a masked tile in prefill: at most 64, since a mask needs registers too."""
+    return min(block_n, 64)
 
 
 def decode_rows(rows: int) -> int:
@@ -59,7 +64,7 @@ def decode_rows(rows: int) -> int:
 @cache
 def config_for(kind: str, head_dim: int, dtype: torch.dtype, device: torch.device, rows: int = 0) -> TileConfig:
     """`default_config` for a q of this dtype and device."""
-    block_m = {"decode": decode_rows(rows), "biased_decode": decode_rows(rows), "grouped": rows}.get(kind, 0)
+    block_m = {"decode": decode_rows(rows), "grouped": rows}.get(kind.removeprefix("biased_"), 0)
     tuned = tuned_configs(device).get(tuned_key(kind, head_dim, dtype, block_m))
     return tuned or heuristic(kind, head_dim, dtype.itemsize, target_of(device), block_m)
 
@@ -67,10 +72,13 @@ def config_for(kind: str, head_dim: int, dtype: torch.dtype, device: torch.devic
 def heuristic(kind: str, head_dim: int, itemsize: int, target: str, block_m: int = 16) -> TileConfig:
     """A config that neither spills nor overflows shared memory on ``target``; see the compile report."""
     config = _shape(kind, padded_head_dim(head_dim), itemsize, target, block_m)
+    streamed = "block_m" if kind.endswith("backward_dkv") else "block_n"
+    if itemsize == 2 and not target.startswith("gfx"):  # a thread loads 16 bytes of a tile at once
+        least = 16 * 32 * config.num_warps // (itemsize * padded_head_dim(head_dim))
+        config = replace(config, **{streamed: max(getattr(config, streamed), least)})
     limit = shared_limit(target)
     while config.num_stages > 1 and shared_bytes(kind, config, head_dim, itemsize, target) > limit:
         config = replace(config, num_stages=config.num_stages - 1)
-    streamed = "block_m" if kind == "backward_dkv" else "block_n"
     while getattr(config, streamed) > 16 and shared_bytes(kind, config, head_dim, itemsize, target) > limit:
         config = replace(config, **{streamed: getattr(config, streamed) // 2})
     return config
@@ -90,9 +98,9 @@ def shared_bytes(kind: str, config: TileConfig, head_dim: int, itemsize: int, ta
     amd = target.startswith("gfx")
     stages = max(1, config.num_stages - 1) if amd else config.num_stages
     streamed, staying = config.block_n, config.block_m
-    if kind == "backward_dkv":
+    if kind.endswith("backward_dkv"):
         streamed, staying = staying, streamed
-    rows = 2 * stages * streamed + (0 if amd else staying * (2 if kind.startswith("backward") else 1))
+    rows = 2 * stages * streamed + (0 if amd else staying * (2 if "backward" in kind else 1))
     return rows * padded_head_dim(head_dim) * itemsize + 1024
 
 
@@ -101,9 +109,9 @@ def _shape(kind: str, block_d: int, itemsize: int, target: str, block_m: int) ->
     # Distances and entries of a relative bias take the registers of half a tile.
     biased, kind = kind.startswith("biased_"), kind.removeprefix("biased_")
     if kind == "grouped":
-        return _grouped_shape(block_d, itemsize, amd, large, block_m)
+        return _grouped_shape(block_d, itemsize, amd, large, block_m, biased)
     if kind in ("backward_dq", "backward_dkv"):
-        return _backward_shape(kind, block_d, itemsize, amd, large)
+        return _backward_shape(kind, block_d, itemsize, amd, large, biased)
     if itemsize == 4:  # full float32 products run on the ordinary cores, where tiles only cost registers
         if kind == "decode":
             return TileConfig(min(block_m, 32), 32 if block_d <= 128 else 16, 8, 2)
@@ -111,56 +119,62 @@ def _shape(kind: str, block_d: int, itemsize: int, target: str, block_m: int) ->
     if kind == "decode":
         # 16 KiB of keys and 16 KiB of values a stage: enough in flight from two programs a multiprocessor. Tiles of
         # 64 rows get wgmma where there is wgmma; elsewhere they need the registers of half the keys.
-        block_n = min(128, max(32, 8192 // block_d))
+        block_n = min(128, 4 * block_d, max(32, 8192 // block_d))
         if block_m == 64 and (biased or not large):
             block_n = min(block_n, 16 if biased and block_d >= 128 else 32)
         return TileConfig(block_m, block_n, 4 if block_m <= 32 or block_d <= 128 else 8, 2 if amd else 3)
     if amd:
         return TileConfig(128, 64, 4, 1) if block_d <= 128 else TileConfig(64, 32, 4, 1)
-    if biased:
-        return TileConfig(128, 64, 8, 3) if block_d <= 64 else TileConfig(64, 64 if block_d <= 128 else 32, 8, 2)
-    if block_d <= 64:
-        return TileConfig(128, 128, 8, 3)
-    if block_d == 128:
-        return TileConfig(128, 64, 8, 3)
-    return TileConfig(128, 32, 8, 3) if large else TileConfig(64, 32, 8, 2)
+    # Fewer than three stages load nothing during the products.
+    if block_d <= 32:
+        return TileConfig(64 if biased else 128, 64, 4, 3)
+    if block_d <= 128:
+        block_n = 128 if block_d == 64 or large else 64
+        return TileConfig(128, block_n // 2 if biased else block_n, 8, 3)
+    return TileConfig(128 if large and not biased else 64, 32, 8, 3)
 
 
-def _grouped_shape(block_d: int, itemsize: int, amd: bool, large: bool, block_m: int) -> TileConfig:
+def _grouped_shape(block_d: int, itemsize: int, amd: bool, large: bool, block_m: int, biased: bool) -> TileConfig:
     """Key tiles and warps of both kinds of work items; block_m is the prefix tile's (`prefix_attn.plan`)."""
     if itemsize == 4:
         return TileConfig(block_m, 16, 8, 1)  # with two stages in flight sm_90 spills
     if block_d > 128:
         return TileConfig(block_m, 32, 8, 2 if amd else 3)
+    if block_d <= 32:
+        return TileConfig(block_m, 32 if biased else 64, 4, 2 if amd else 3)
+    if biased and block_d == 128 and not amd:
+        return TileConfig(block_m, 32, 8, 3)
     if block_m > 64:
-        return TileConfig(block_m, 64 if large else 32, 8, 2 if amd else 3)
+        return TileConfig(block_m, 128 if large else 32, 8, 2 if amd else 3)
     if amd:
         return TileConfig(block_m, 32, 4, 2)
     # Without wgmma, four warps would spill.
     return TileConfig(block_m, 64, 4, 3) if large else TileConfig(block_m, 32, 8, 3)
 
 
-def _backward_shape(kind: str, block_d: int, itemsize: int, amd: bool, large: bool) -> TileConfig:
+def _backward_shape(kind: str, block_d: int, itemsize: int, amd: bool, large: bool, biased: bool) -> TileConfig:
     """dq keeps query rows and one accumulator; dkv keeps keys and two, hence smaller tiles."""
     if kind == "backward_dq":
         if itemsize == 4:
             return TileConfig(32, 16, 8, 1)
         if amd:
             return TileConfig(128, 32, 4, 1) if block_d <= 128 else TileConfig(64, 32, 4, 1)
-        if block_d <= 64:
-            return TileConfig(128, 64, 8, 3)
+        if block_d <= 32:
+            return TileConfig(64, 64, 4, 3)
+        if block_d == 64:
+            return TileConfig(128, 64 if large or not biased else 32, 8, 3)
         if block_d == 128:
-            return TileConfig(128, 64 if large else 32, 8, 2)
-        return TileConfig(128 if large else 64, 32, 8, 2)
+            return TileConfig(128 if large or not biased else 64, 64 if large else 32, 8, 3)
+        return TileConfig(64, 32, 8, 3)
     if itemsize == 4:
         return TileConfig(16, 32, 8, 1) if amd else TileConfig(32, 16, 8, 1)
     if block_d > 128:
-        return TileConfig(32, 32, 4 if amd else 8, 1 if amd else 2)
+        return TileConfig(32, 32, 4 if amd else 8, 1 if amd else 3)
     if amd:
         return TileConfig(32, 64, 4, 1)
     if block_d <= 64:
-        return TileConfig(32, 64, 4, 3)
-    return TileConfig(32, 128 if large else 64, 8, 2)
+        return TileConfig(32, 64 if large or not biased else 32, 4, 3)
+    return TileConfig(32, 128 if large else 64, 8, 3)
 
 
 @cache

@@ -27,6 +27,7 @@ from prefix_attn.kernels.primitives import (
     LN_2,
     LOG2_E,
     add_sink,
+    again,
     attend_tile,
     cast,
     normalise,
@@ -34,8 +35,8 @@ from prefix_attn.kernels.primitives import (
     open_row,
     query_rows,
     runtime_jit,
-    visible_span,
 )
+from prefix_attn.kernels.spans import visible_span
 
 #: Tiles a chunk takes at least, so that a merge is paid for by enough keys.
 MIN_TILES = 4
@@ -109,8 +110,8 @@ def decode_kernel(
     past = own_end - q_len
     query = past + offs_i  # [BLOCK_M]
     # Without causal, keys past kv_len are padding behind the row: the queries stand where the slots end.
-    bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h, mask_m,
-                     kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)  # fmt: skip
+    bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h[:, None],
+                     (kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)[:, None])  # fmt: skip
     first = past + row_tile * BLOCK_M // GROUP
     last = past + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1)
     prefix_lo, prefix_hi, _, _ = visible_span(
@@ -138,6 +139,9 @@ def decode_kernel(
             scale_log2, softcap_inner, bias, MASKED=True, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN,
             BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
 
+    offs_i, offs_h, mask_m = query_rows(again(row_tile), kv_head, q_len, GROUP, BLOCK_M)
+    i64, h64 = offs_i.to(tl.int64), offs_h.to(tl.int64)
+    mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
     if sinks_ptr is not None and not SPLIT:
         sink = tl.load(sinks_ptr + offs_h, mask=mask_m, other=0.0).to(tl.float32) * LOG2_E  # [BLOCK_M]
         acc, row_sum, row_max = add_sink(acc, row_sum, row_max, sink)

@@ -7,7 +7,7 @@ prefix chunks, own chunks:
 
 - prefix item = (tile of query rows gathered by task, kv head, chunk of the task's prefix). The rows of a tile belong to
   many rows of the batch; they are found by index (prefix_attn/plan.py), nothing is moved. Full tiles of keys take no
-  mask.
+  mask; the edges are tiles of BLOCK_E keys, as are those of the other kind.
 - request item = (row, kv head, tile of query rows, chunk of the row's own keys), as in decode.py without the prefix.
 
 The first kind keeps the tensor cores busy and the second the memory; they alternate in the launch, so that they
@@ -26,32 +26,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefix_attn.kernels.config import TileConfig, config_for, decode_rows, padded_head_dim, slots
+from prefix_attn.kernels.config import TileConfig, config_for, decode_rows, edge_keys, padded_head_dim, slots
 from prefix_attn.kernels.decode import MAX_CHUNKS, MIN_TILES, choose_chunks
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
 from prefix_attn.kernels.merge import merge_chunks
 from prefix_attn.kernels.primitives import (
+    again,
     attend_keys,
     normalise,
+    open_bias,
     open_row,
     query_rows,
     runtime_jit,
-    split_span,
-    visible_span,
 )
+from prefix_attn.kernels.spans import split_span, visible_span
 
 
 @triton.jit
 def prefix_item(
     item, q_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
-    starts_ptr, lens_ptr, kv_len_ptr, tasks_ptr, members_ptr,
+    starts_ptr, lens_ptr, kv_len_ptr, bias_ptr, tasks_ptr, members_ptr,
     stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
     stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
     stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
-    stride_kv_len, batch, kv_heads, q_len, kv_capacity, num_tasks, tiles, chunks,
-    window, scale_log2, softcap_inner,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, MIN_TILES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    stride_kv_len, stride_bias_head, stride_bias_entry,
+    batch, kv_heads, q_len, kv_capacity, num_tasks, tiles, chunks,
+    window, scale_log2, softcap_inner, bias_reach, bias_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, BIAS_OF_SLOTS: tl.constexpr,
+    MIN_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Partial results of one tile of gathered query rows over one chunk of their task's prefix."""
     # Tiles vary fastest: those of one task lie side by side and read the same keys.
@@ -66,8 +68,7 @@ def prefix_item(
         # Starts are multiples of 16 (types.ALIGNMENT); a value read from memory has no alignment unless it is told.
         prefix_start = tl.multiple_of(tl.load(starts_ptr + task, mask=known, other=0), 16).to(tl.int64)
 
-        member_ptrs = members_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M], as all below
-        member = tl.load(member_ptrs)
+        member = tl.load(members_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M))  # [BLOCK_M], as all below
         mask_m = member >= 0
         member = tl.maximum(member, 0)
         within = member % (q_len * GROUP)
@@ -79,24 +80,25 @@ def prefix_item(
         rows_q = (b64 * stride_q_batch + h64 * stride_q_head + i64 * stride_q_seq) * ALIGN  # [BLOCK_M]
         q = tl.load(q_ptr + rows_q[:, None] + offs_d[None, :] * stride_q_dim, mask=mask_q, other=0.0)
 
+        own_end = tl.zeros([BLOCK_M], tl.int32) + kv_capacity
+        if kv_len_ptr is not None:
+            own_end = tl.load(kv_len_ptr + b64 * stride_kv_len, mask=mask_m, other=0)
+        query = own_end - q_len + offs_i
+        bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, h64[:, None],
+                         (kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)[:, None])  # fmt: skip
+
         lo, first = tl.full([], 0, tl.int32), None
         full_lo = lo
         if window is not None:
-            own_end = tl.zeros([BLOCK_M], tl.int32) + kv_capacity
-            if kv_len_ptr is not None:
-                own_end = tl.load(kv_len_ptr + b64 * stride_kv_len, mask=mask_m, other=0)
-            first = prefix_len + own_end - q_len + offs_i - window + 1  # [BLOCK_M], the first slot a query sees
+            first = prefix_len + query - window + 1  # [BLOCK_M], the first slot a query sees
             # A row whose kv_len is an error becomes NaN elsewhere; here it must not widen what the others read.
             sound = mask_m & (own_end >= 0) & (own_end <= kv_capacity)
             lo = tl.minimum(tl.maximum(tl.min(tl.where(sound, first, prefix_len), 0), 0), prefix_len)
             full_lo = tl.maximum(tl.max(tl.where(sound, first, 0), 0), 0)
-        left, full, right = split_span(lo, prefix_len, full_lo, prefix_len, BLOCK_N)
-        key_tiles = left + full + right
-        per_chunk = tl.maximum(tl.cdiv(key_tiles, chunks), MIN_TILES)
-        begin = chunk * per_chunk
-        end = tl.minimum(begin + per_chunk, key_tiles)
-        full_begin = tl.maximum(begin, left)
-        skip = tl.maximum(tl.minimum(end, left + full) - full_begin, 0)  # tiles that need no mask
+        per_chunk = tl.maximum(tl.cdiv(tl.cdiv(prefix_len - lo, BLOCK_N), chunks), MIN_TILES) * BLOCK_N
+        begin = tl.minimum(lo + chunk * per_chunk, prefix_len)
+        end = tl.minimum(begin + per_chunk, prefix_len)
+        left, full, right = split_span(begin, end, full_lo, end, BLOCK_N, BLOCK_E)
 
         keys = (
             prefix_k_ptr + (prefix_start * stride_prefix_k_seq + kv_head.to(tl.int64) * stride_prefix_k_head) * ALIGN,
@@ -106,18 +108,19 @@ def prefix_item(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        for n in tl.range(full_begin, full_begin + skip):
+        for n in tl.range(0, full):
+            start = begin + left * BLOCK_E + n * BLOCK_N
             acc, row_sum, row_max = attend_keys(
-                acc, row_sum, row_max, q, lo + n * BLOCK_N, prefix_len, None, None, keys, scale_log2, softcap_inner,
-                None, None, MASKED=False, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
-        for edge in tl.range(begin, end - skip):
-            n = tl.where(edge < full_begin, edge, edge + skip)
+                acc, row_sum, row_max, q, start, end, None, None, keys, scale_log2, softcap_inner, bias, prefix_len,
+                MASKED=False, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
+        for n in tl.range(0, left + right):
+            start = begin + n * BLOCK_E + tl.where(n < left, 0, full * BLOCK_N)
             acc, row_sum, row_max = attend_keys(
-                acc, row_sum, row_max, q, lo + n * BLOCK_N, prefix_len, first, None, keys, scale_log2, softcap_inner,
-                None, None, MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
+                acc, row_sum, row_max, q, start, end, first, None, keys, scale_log2, softcap_inner, bias, prefix_len,
+                MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_E, BLOCK_D=BLOCK_D)  # fmt: skip
 
         out, lse = normalise(acc, row_sum, row_max, False)
-        member = tl.load(member_ptrs, volatile=True)  # again, for it would fill registers during the loops
+        member = tl.load(members_ptr + again(tile) * BLOCK_M + tl.arange(0, BLOCK_M))
         rows_lse = (chunk.to(tl.int64) * kv_heads + kv_head) * batch * GROUP * q_len + member  # [BLOCK_M]
         tl.store(lse_ptr + rows_lse, lse, mask=member >= 0)
         seen = (member >= 0) & (lse != float("-inf"))  # the merge never reads the out of the others
@@ -128,17 +131,17 @@ def prefix_item(
 @triton.jit
 def request_item(
     item, q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
-    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, planned_ptr,
+    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, bias_ptr, planned_ptr,
     stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
     stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
     stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
     stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
     stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
-    stride_task_ids, stride_kv_start, stride_kv_len,
+    stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
     batch, kv_heads, q_len, kv_capacity, num_tasks, row_tiles, prefix_chunks, own_chunks,
-    window, scale_log2, softcap_inner,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, MIN_TILES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    window, scale_log2, softcap_inner, bias_reach, bias_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, BIAS_OF_SLOTS: tl.constexpr,
+    MIN_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Partial results of one tile of a row's query rows over one chunk of its own keys."""
     b = item % batch
@@ -169,6 +172,8 @@ def request_item(
     broken = broken | ((planned != task) & ((planned >= 0) | (prefix_len > 0)))
     past = own_end - q_len
     query = past + offs_i  # [BLOCK_M]
+    bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h[:, None],
+                     (kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)[:, None])  # fmt: skip
     lo, hi, _, _ = visible_span(
         own_start, own_end, past + row_tile * BLOCK_M // GROUP,
         past + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1), window, CAUSAL)  # fmt: skip
@@ -186,12 +191,14 @@ def request_item(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for n in tl.range(begin, tl.minimum(begin + per_chunk, key_tiles)):
         acc, row_sum, row_max = attend_keys(
-            acc, row_sum, row_max, q, lo + n * BLOCK_N, hi, first, last, keys, scale_log2, softcap_inner, None, None,
+            acc, row_sum, row_max, q, lo + n * BLOCK_N, hi, first, last, keys, scale_log2, softcap_inner, bias, 0,
             MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
 
     out, lse = normalise(acc, row_sum, row_max, broken)
+    offs_i, offs_h, mask_m = query_rows(again(row_tile), kv_head, q_len, GROUP, BLOCK_M)
+    mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
     step = batch.to(tl.int64) * kv_heads * GROUP * q_len
-    rows_lse = ((kv_head.to(tl.int64) * batch + b) * GROUP + offs_h % GROUP) * q_len + i64  # [BLOCK_M]
+    rows_lse = ((kv_head.to(tl.int64) * batch + b) * GROUP + offs_h % GROUP) * q_len + offs_i  # [BLOCK_M]
     if (planned < 0) & (chunk == 0):  # no prefix item writes for this row
         for c in tl.range(0, prefix_chunks):
             nothing = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -205,17 +212,18 @@ def request_item(
 @runtime_jit
 def grouped_kernel(
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
-    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, planned_ptr, tasks_ptr, members_ptr,
+    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, bias_ptr, planned_ptr, tasks_ptr, members_ptr,
     stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
     stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
     stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
     stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
     stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
-    stride_task_ids, stride_kv_start, stride_kv_len,
+    stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
     batch, kv_heads, q_len, kv_capacity, num_tasks, tiles, row_tiles, prefix_chunks, own_chunks,
-    prefix_items, request_items, window, scale_log2, softcap_inner,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, MIN_TILES: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    prefix_items, request_items, window, scale_log2, softcap_inner, bias_reach, bias_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, BIAS_OF_SLOTS: tl.constexpr,
+    MIN_TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Normalised ``out[c, b, h, i]`` and base-2 ``lse[c, b, h, i]`` of the prefix chunks, then the own chunks c.
 
@@ -229,28 +237,29 @@ def grouped_kernel(
     if on_prefix:
         prefix_item(
             item, q_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
-            starts_ptr, lens_ptr, kv_len_ptr, tasks_ptr, members_ptr,
+            starts_ptr, lens_ptr, kv_len_ptr, bias_ptr, tasks_ptr, members_ptr,
             stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
             stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
             stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
-            stride_kv_len, batch, kv_heads, q_len, kv_capacity, num_tasks, tiles, prefix_chunks,
-            window, scale_log2, softcap_inner,
-            GROUP=GROUP, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, MIN_TILES=MIN_TILES,
-            BLOCK_M=BLOCK_P, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
+            stride_kv_len, stride_bias_head, stride_bias_entry,
+            batch, kv_heads, q_len, kv_capacity, num_tasks, tiles, prefix_chunks,
+            window, scale_log2, softcap_inner, bias_reach, bias_scale,
+            GROUP=GROUP, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BIAS_OF_SLOTS=BIAS_OF_SLOTS, MIN_TILES=MIN_TILES,
+            BLOCK_M=BLOCK_P, BLOCK_N=BLOCK_N, BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D)  # fmt: skip
     else:
         request_item(
             item, q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
-            task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, planned_ptr,
+            task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, bias_ptr, planned_ptr,
             stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
             stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
             stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
             stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
             stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
-            stride_task_ids, stride_kv_start, stride_kv_len,
+            stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
             batch, kv_heads, q_len, kv_capacity, num_tasks, row_tiles, prefix_chunks, own_chunks,
-            window, scale_log2, softcap_inner,
-            GROUP=GROUP, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, CAUSAL=CAUSAL, MIN_TILES=MIN_TILES,
-            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
+            window, scale_log2, softcap_inner, bias_reach, bias_scale,
+            GROUP=GROUP, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, CAUSAL=CAUSAL, BIAS_OF_SLOTS=BIAS_OF_SLOTS,
+            MIN_TILES=MIN_TILES, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_E, BLOCK_D=BLOCK_D)  # fmt: skip
 
 
 def grouped_attention(
@@ -279,8 +288,8 @@ def grouped_attention(
     partial_lse = out.new_empty(launch.shape, dtype=torch.float32)
     partial = partial_lse.new_empty((*launch.shape, head_dim))
     grouped_kernel[launch.grid](
-        **operands.tensors(), out_ptr=partial, lse_ptr=partial_lse, planned_ptr=planned, tasks_ptr=tasks,
-        members_ptr=members, **launch.arguments,
+        **operands.tensors(), out_ptr=partial, lse_ptr=partial_lse, bias_ptr=operands.relative_bias,
+        planned_ptr=planned, tasks_ptr=tasks, members_ptr=members, **launch.arguments,
     )  # fmt: skip
     merge_chunks(partial, partial_lse, out, lse, operands.sinks, group=operands.group, most_chunks=launch.shape[0])
 
@@ -303,25 +312,26 @@ def _launch(
     """A launch of grouped_kernel but for its tensors."""
     (batch, _, q_len, head_dim), (_, kv_heads, kv_capacity, _) = layout.q_shape, layout.k_shape
     rows = q_len * layout.group
-    config = config or config_for("grouped", head_dim, layout.dtype, layout.device, tile_rows)
-    block_m = decode_rows(rows)
+    config = config or config_for(layout.kind("grouped"), head_dim, layout.dtype, layout.device, tile_rows)
+    block_m, block_e = decode_rows(rows), edge_keys(config.block_n)
     row_tiles = cdiv(rows, block_m)
     if chunks is None:
-        least_keys, at_once = MIN_TILES * config.block_n, slots(layout.device)
+        at_once = slots(layout.device)
         if tile_rows > 64:  # such a program has a multiprocessor to itself
             at_once //= 2
         chunks = (
-            choose_chunks(cdiv(batch * rows, tile_rows) * kv_heads, max_len, least_keys, at_once),
-            choose_chunks(batch * kv_heads * row_tiles, kv_capacity, least_keys, at_once),
+            choose_chunks(cdiv(batch * rows, tile_rows) * kv_heads, max_len, MIN_TILES * config.block_n, at_once),
+            choose_chunks(batch * kv_heads * row_tiles, kv_capacity, MIN_TILES * block_e, at_once),
         )
     prefix_chunks, own_chunks = (min(c, MAX_CHUNKS // 2) for c in chunks)
     prefix_items = tiles * kv_heads * prefix_chunks
     request_items = batch * kv_heads * row_tiles * own_chunks
     arguments = {
-        **layout.arguments(), "batch": batch, "tiles": tiles, "row_tiles": row_tiles,
+        **layout.arguments(), **layout.bias_arguments(), "batch": batch, "tiles": tiles, "row_tiles": row_tiles,
         "prefix_chunks": prefix_chunks, "own_chunks": own_chunks,
         "prefix_items": prefix_items, "request_items": request_items, "MIN_TILES": MIN_TILES,
-        "BLOCK_P": tile_rows, "BLOCK_M": block_m, "BLOCK_N": config.block_n, "BLOCK_D": padded_head_dim(head_dim),
+        "BLOCK_P": tile_rows, "BLOCK_M": block_m, "BLOCK_N": config.block_n, "BLOCK_E": block_e,
+        "BLOCK_D": padded_head_dim(head_dim),
         "num_warps": config.num_warps, "num_stages": config.num_stages, **LAUNCH_OPTIONS,
     }  # fmt: skip
     shape = (prefix_chunks + own_chunks, kv_heads, batch, layout.group, q_len)

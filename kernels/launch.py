@@ -164,6 +164,10 @@ class Operands(NamedTuple):
         """Arguments that say which keys each query sees, and the sizes."""
         return {**self.row_tensors(), **self.layout().row_arguments()}
 
+    def bias_arguments(self) -> dict[str, Any]:
+        """Those of a relative bias, or of none."""
+        return {"bias_ptr": self.relative_bias, **self.layout().bias_arguments()}
+
 
 def strided(**tensors: Tensor) -> dict[str, Any]:
     """``x_ptr`` of tensors ``[(batch,) heads, seq, dim]``, and their `stride_arguments`."""
@@ -187,10 +191,8 @@ def stride_arguments(strides: dict[str, tuple[int, ...]]) -> dict[str, int]:
 
 
 def bias_scale(scale: float, softcap: float | None) -> float:
-    """What a bias is multiplied by to be added to what `score_scales` are applied to."""
-    if softcap is not None:
-        return 1 / softcap
-    return LOG2_E / score_scales(scale, None)[0]
+    """What a bias is multiplied by to be added to what `signed_scales` are applied to."""
+    return LOG2_E / signed_scales(scale, None)[0] if softcap is None else 1 / softcap
 
 
 def score_scales(scale: float, softcap: float | None) -> tuple[float, float | None]:
@@ -205,9 +207,13 @@ def score_scales(scale: float, softcap: float | None) -> tuple[float, float | No
     return max(abs(scale) * LOG2_E, 1e-30), None
 
 
+def signed_scales(scale: float, softcap: float | None) -> tuple[float, float | None]:
+    """`score_scales` with the sign of the scale, for a q that has not taken it."""
+    scale_log2, softcap_inner = score_scales(scale, softcap)
+    return scale_log2 if softcap is not None else math.copysign(scale_log2, scale), softcap_inner
+
+
 def backward_scales(scale: float, softcap: float | None) -> dict[str, float | None]:
-    """``scale_log2`` and ``softcap_inner`` as in `score_scales`, but of any sign; and ``scale``, for the derivative."""
-    softcap_inner = None if softcap is None else scale / softcap
-    return {
-        "scale": scale, "scale_log2": (scale if softcap is None else softcap) * LOG2_E, "softcap_inner": softcap_inner,
-    }  # fmt: skip
+    """`signed_scales`, and ``scale`` itself for the derivative."""
+    scale_log2, softcap_inner = signed_scales(scale, softcap)
+    return {"scale": scale, "scale_log2": scale_log2, "softcap_inner": softcap_inner}

@@ -4,9 +4,9 @@
 
 Program = (tile of query rows, kv head, row). The rows of a tile are BLOCK_M / G consecutive queries times the G query
 heads of the kv head. Key tiles that every query of the tile sees in full go through a loop without any mask: those of
-the prefix, then own ones. A second loop takes the edges: the last, partial tile of the prefix, the causal diagonal,
-and what a window cuts through. Tiles that nobody sees (padding on the left, above the diagonal, outside the window)
-are in neither: own tiles are counted from the first visible key, wherever it lies.
+the prefix, then own ones. A second loop takes the edges, in tiles of BLOCK_E: the end of the prefix, the causal
+diagonal, and what a window cuts through. Tiles that nobody sees (padding on the left, above the diagonal, outside the
+window) are in neither: own tiles are counted from the first visible key, wherever it lies.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
@@ -19,23 +19,23 @@ from typing import Any
 import triton.language as tl
 from torch import Tensor
 
-from prefix_attn.kernels.config import TileConfig, config_for, padded_head_dim
+from prefix_attn.kernels.config import TileConfig, config_for, edge_keys, padded_head_dim
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
 from prefix_attn.kernels.primitives import (
     LN_2,
     LOG2_E,
     add_sink,
+    again,
     attend_tile,
     cast,
-    edge_tile,
-    full_tile,
     normalise,
     open_bias,
     open_row,
     query_rows,
     runtime_jit,
-    split_row,
+    tile_of_program,
 )
+from prefix_attn.kernels.spans import edge_tile, full_tile, split_row
 
 
 @runtime_jit
@@ -52,16 +52,10 @@ def prefill_kernel(
     kv_heads, q_len, kv_capacity, num_tasks, row_tiles, window, scale_log2, softcap_inner,
     bias_reach, bias_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, BIAS_OF_SLOTS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``out[b, h, i] = softmax_j(s_ij) @ v_j`` over all keys j of row b, for BLOCK_M pairs (i, h)."""
-    # Tiles vary fastest, those with the most keys first: neighbours share their keys, and the short ones fill the end.
-    pid = tl.program_id(0)
-    row_tile = row_tiles - 1 - pid % row_tiles
-    pid = pid // row_tiles
-    kv_head = pid % kv_heads
-    b = pid // kv_heads
-
+    row_tile, kv_head, b = tile_of_program(row_tiles, kv_heads)
     offs_i, offs_h, mask_m = query_rows(row_tile, kv_head, q_len, GROUP, BLOCK_M)  # [BLOCK_M] x 3
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
@@ -80,30 +74,33 @@ def prefill_kernel(
     past = own_end - q_len
     query = past + offs_i  # [BLOCK_M]
     # Without causal, keys past kv_len are padding behind the row: the queries stand where the slots end.
-    bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h, mask_m,
-                     kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)  # fmt: skip
+    bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h[:, None],
+                     (kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)[:, None])  # fmt: skip
     first = past + row_tile * BLOCK_M // GROUP
     last = past + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1)
-    prefix, own = split_row(first, last, own_start, own_end, prefix_len, window, CAUSAL, BLOCK_N)
+    prefix, own = split_row(first, last, own_start, own_end, prefix_len, window, CAUSAL, BLOCK_N, BLOCK_E)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
 
     for n in tl.range(0, prefix[3] + own[3]):
-        is_own, start = full_tile(n, prefix, own, BLOCK_N)
+        is_own, start = full_tile(n, prefix, own, BLOCK_N, BLOCK_E)
         acc, row_sum, row_max = attend_tile(
             acc, row_sum, row_max, q, query, start, own[1], prefix[1], prefix_len, is_own, own_keys, prefix_keys,
             window, scale_log2, softcap_inner, bias, MASKED=False, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN,
             BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
 
     for n in tl.range(0, prefix[2] + prefix[4] + own[2] + own[4]):
-        is_own, start = edge_tile(n, prefix, own, BLOCK_N)
+        is_own, start = edge_tile(n, prefix, own, BLOCK_N, BLOCK_E)
         acc, row_sum, row_max = attend_tile(
             acc, row_sum, row_max, q, query, start, own[1], prefix[1], prefix_len, is_own, own_keys, prefix_keys,
             window, scale_log2, softcap_inner, bias, MASKED=True, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN,
-            BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
+            BLOCK_N=BLOCK_E, BLOCK_D=BLOCK_D)  # fmt: skip
 
+    offs_i, offs_h, mask_m = query_rows(again(row_tile), kv_head, q_len, GROUP, BLOCK_M)
+    i64, h64 = offs_i.to(tl.int64), offs_h.to(tl.int64)
+    mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + offs_h, mask=mask_m, other=0.0).to(tl.float32) * LOG2_E  # [BLOCK_M]
         acc, row_sum, row_max = add_sink(acc, row_sum, row_max, sink)
@@ -133,6 +130,7 @@ def _launch(layout: Layout, config: TileConfig | None) -> tuple[tuple[int], dict
     row_tiles = cdiv(q_len * layout.group, config.block_m)
     return (row_tiles * layout.k_shape[1] * batch,), {
         **layout.arguments(), **layout.bias_arguments(), "row_tiles": row_tiles,
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": padded_head_dim(head_dim),
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "BLOCK_E": edge_keys(config.block_n), "BLOCK_D": padded_head_dim(head_dim),
         "num_warps": config.num_warps, "num_stages": config.num_stages, **LAUNCH_OPTIONS,
     }  # fmt: skip

@@ -127,29 +127,41 @@ def visible_keys(start, end, first, last, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def bias_scores(bias, start, shift, BLOCK_N: tl.constexpr):
-    """What a relative bias adds to the scores of keys ``start .. start + BLOCK_N``: ``[BLOCK_M, BLOCK_N]``.
+def open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h, query):
+    """What `bias_scores` needs of a tile's queries, a column or a row of them; None without a bias.
 
-    Args:
-        bias: ``(ptrs, query, stride, reach, scale)``: where the entry of distance 0 of each query's head lies, and
-            where the query stands among its row's own slots, ``[BLOCK_M]`` each; the step to the next distance; the
-            largest distance; and what entries are multiplied by.
-        shift: how far ahead of that the query stands of these keys: 0, or the length of the prefix.
+    That is ``(ptrs, query, stride, reach, scale)``: where the entry of distance 0 of each query's head lies; where the
+    query stands among its row's own slots; the step to the next distance; the largest distance; and what entries are
+    multiplied by.
     """
-    distance = (start + tl.arange(0, BLOCK_N))[None, :] - (bias[1] + shift)[:, None]  # [BLOCK_M, BLOCK_N]
-    distance = tl.minimum(tl.maximum(distance, -bias[3]), bias[3])
-    return tl.load(bias[0][:, None] + distance * bias[2]).to(tl.float32) * bias[4]
+    bias = None
+    if bias_ptr is not None:
+        ptrs = bias_ptr + offs_h * stride_bias_head + bias_reach * stride_bias_entry
+        bias = (ptrs, query, stride_bias_entry, bias_reach, bias_scale)
+    return bias
 
 
 @triton.jit
-def open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h, mask_m, query):
-    """The `bias_scores` of a tile's queries; None without a bias."""
-    bias = None
-    if bias_ptr is not None:
-        heads = tl.where(mask_m, offs_h, 0)  # [BLOCK_M]
-        ptrs = bias_ptr + heads * stride_bias_head + bias_reach * stride_bias_entry
-        bias = (ptrs, query, stride_bias_entry, bias_reach, bias_scale)
-    return bias
+def bias_scores(bias, key):
+    """What a relative bias adds to the scores of the queries of ``bias`` (`open_bias`), ``[BLOCK_M, BLOCK_N]`` or
+    transposed.
+
+    key: where each key stands, the row's first own slot being 0 and the last of its prefix -1; a row or a column.
+    """
+    distance = tl.minimum(tl.maximum(key - bias[1], -bias[3]), bias[3])
+    return tl.load(bias[0] + distance * bias[2]).to(tl.float32) * bias[4]
+
+
+@triton.jit
+def finish_scores(products, softcap_inner, bias, key, PRECISE: tl.constexpr):
+    """Scores but for ``scale_log2``, from ``q @ k``: with a relative bias (`bias_scores`) and a softcap if given."""
+    if softcap_inner is not None:
+        products *= softcap_inner
+    if bias is not None:
+        products += bias_scores(bias, key)
+    if softcap_inner is not None:
+        products = tanh(products, PRECISE)
+    return products
 
 
 @triton.jit
@@ -162,16 +174,12 @@ def attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_l
         q: ``[BLOCK_M, BLOCK_D]``; first, last: the first and the last key each query sees, ``[BLOCK_M]``, or None where
             nothing but ``end`` limits them; used if MASKED.
         keys: ``(k_ptr, v_ptr, stride_k_seq, stride_k_dim, stride_v_seq, stride_v_dim)``.
-        bias, shift: as in `bias_scores`, or None.
+        bias: `open_bias` of a column of queries; shift: how much further a query stands from these keys than it would
+            from the row's own: 0, or the length of the prefix.
     """
     k = load_keys(keys[0], keys[2], keys[3], start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)
-    scores = dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
-    if softcap_inner is not None:
-        scores *= softcap_inner
-    if bias is not None:
-        scores += bias_scores(bias, start, shift, BLOCK_N)
-    if softcap_inner is not None:
-        scores = tanh(scores, q.dtype == tl.float32)
+    key = (start - shift + tl.arange(0, BLOCK_N))[None, :]  # [1, BLOCK_N]
+    scores = finish_scores(dot(q, tl.trans(k)), softcap_inner, bias, key, q.dtype == tl.float32)  # [BLOCK_M, BLOCK_N]
     if MASKED:
         scores = tl.where(visible_keys(start, end, first, last, BLOCK_N), scores, float("-inf"))
     v = load_keys(keys[1], keys[4], keys[5], start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)
@@ -180,19 +188,20 @@ def attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_l
 
 @triton.jit
 def select_keys(own, query, own_end, prefix_end, prefix_len, own_keys, prefix_keys, window, CAUSAL: tl.constexpr):
-    """``(keys, end, first, last)``, as `attend_keys` takes them, of the row's own keys (if ``own``) or its prefix."""
+    """``(keys, end, first, last, shift)``, as in `attend_keys`, of the row's own keys (if ``own``) or its prefix."""
     keys = (
         tl.where(own, own_keys[0], prefix_keys[0]), tl.where(own, own_keys[1], prefix_keys[1]),
         tl.where(own, own_keys[2], prefix_keys[2]), tl.where(own, own_keys[3], prefix_keys[3]),
         tl.where(own, own_keys[4], prefix_keys[4]), tl.where(own, own_keys[5], prefix_keys[5]),
     )  # fmt: skip
     end = tl.where(own, own_end, prefix_end)
+    shift = tl.where(own, 0, prefix_len)
     first, last = None, None
     if CAUSAL:
         last = tl.where(own, query, NO_LIMIT)  # [BLOCK_M]
     if window is not None:
-        first = query + tl.where(own, 0, prefix_len) - window + 1  # [BLOCK_M]
-    return keys, end, first, last
+        first = query + shift - window + 1  # [BLOCK_M]
+    return keys, end, first, last, shift
 
 
 @triton.jit
@@ -210,9 +219,8 @@ def attend_tile(acc, row_sum, row_max, q, query, start, own_end, prefix_end, pre
         own_end, prefix_end: one past the last key of each kind that may be loaded.
         own_keys, prefix_keys, bias: as in `attend_keys`.
     """
-    keys, end, first, last = select_keys(
+    keys, end, first, last, shift = select_keys(
         own, query, own_end, prefix_end, prefix_len, own_keys, prefix_keys, window, CAUSAL)  # fmt: skip
-    shift = tl.where(own, 0, prefix_len)
     return attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_log2, softcap_inner, bias, shift,
                        MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)  # fmt: skip
 
@@ -276,69 +284,29 @@ def open_row(
 
 
 @triton.jit
+def again(x):
+    """The scalar ``x``, as a value the compiler does not know to be x: grids have one program along axis 1.
+
+    What follows from it behind a loop is worked out there, instead of filling registers during the loop.
+    """
+    return x + tl.program_id(1)
+
+
+@triton.jit
+def tile_of_program(row_tiles, kv_heads):
+    """``(row_tile, kv_head, b)`` of a program with a tile of query rows.
+
+    Tiles vary fastest, those with the most keys first: neighbours share their keys, and the short ones fill the end.
+    """
+    pid = tl.program_id(0)
+    return row_tiles - 1 - pid % row_tiles, pid // row_tiles % kv_heads, pid // row_tiles // kv_heads
+
+
+@triton.jit
 def query_rows(row_tile, kv_head, q_len, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """The (query, head) pairs of a tile, the GROUP heads of a query side by side: ``offs_i, offs_h, mask_m``."""
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     return rows // GROUP, kv_head * GROUP + rows % GROUP, rows < q_len * GROUP
-
-
-@triton.jit
-def split_span(lo, hi, full_lo, full_hi, BLOCK_N: tl.constexpr):
-    """Tiles of ``lo .. hi``, counted from lo: ``(left, full, right)``, where only the full ones need no mask."""
-    left = tl.cdiv(tl.maximum(tl.minimum(full_lo, hi) - lo, 0), BLOCK_N)
-    full = tl.maximum(full_hi - lo - left * BLOCK_N, 0) // BLOCK_N
-    return left, full, tl.cdiv(hi - lo, BLOCK_N) - left - full
-
-
-@triton.jit
-def visible_span(begin, end, first_query, last_query, window, CAUSAL: tl.constexpr):
-    """Keys of ``begin .. end`` that some query sees, ``lo .. hi``, and that all see, ``full_lo .. full_hi``.
-
-    The queries are those at positions ``first_query .. last_query``, both included.
-    """
-    lo = begin
-    full_lo = begin
-    if window is not None:
-        lo = tl.maximum(begin, first_query - window + 1)
-        full_lo = tl.maximum(begin, last_query - window + 1)
-    hi = end
-    full_hi = end
-    if CAUSAL:
-        hi = tl.minimum(end, last_query + 1)
-        full_hi = tl.minimum(end, first_query + 1)
-    return lo, tl.maximum(hi, lo), full_lo, full_hi
-
-
-@triton.jit
-def split_row(first, last, own_start, own_end, prefix_len, window, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What the queries at ``first .. last`` of a row see: ``(prefix, own)``, each ``(lo, hi, left, full, right)``.
-
-    Keys ``lo .. hi`` are tiles counted from lo, of which the full ones need no mask and lie between left and right.
-    """
-    lo, hi, full_lo, full_hi = visible_span(0, prefix_len, first + prefix_len, last + prefix_len, window, False)
-    left, full, right = split_span(lo, hi, full_lo, full_hi, BLOCK_N)
-    own_lo, own_hi, own_full_lo, own_full_hi = visible_span(own_start, own_end, first, last, window, CAUSAL)
-    own_left, own_full, own_right = split_span(own_lo, own_hi, own_full_lo, own_full_hi, BLOCK_N)
-    return (lo, hi, left, full, right), (own_lo, own_hi, own_left, own_full, own_right)
-
-
-@triton.jit
-def full_tile(n, prefix, own, BLOCK_N: tl.constexpr):
-    """Whether the n-th full tile of a row (`split_row`) is of its own keys, and the tile's first key."""
-    is_own = n >= prefix[3]
-    tile = tl.where(is_own, n - prefix[3] + own[2], n + prefix[2])
-    return is_own, tl.where(is_own, own[0], prefix[0]) + tile * BLOCK_N
-
-
-@triton.jit
-def edge_tile(n, prefix, own, BLOCK_N: tl.constexpr):
-    """Whether the n-th tile of a row that needs a mask is of its own keys, and the tile's first key."""
-    prefix_edges = prefix[2] + prefix[4]
-    is_own = n >= prefix_edges
-    tile = tl.where(is_own, n - prefix_edges, n)
-    # Left edges come first; what lies to their right is beyond the full tiles.
-    tile += tl.where(tile >= tl.where(is_own, own[2], prefix[2]), tl.where(is_own, own[3], prefix[3]), 0)
-    return is_own, tl.where(is_own, own[0], prefix[0]) + tile * BLOCK_N
 
 
 @triton.jit
@@ -377,20 +345,19 @@ def merge_weights(lse, sink_log2):
 
 
 @triton.jit
-def score_gradients(products, dp, lse, delta, scale_log2, softcap_inner, PRECISE: tl.constexpr):
-    """``p = 2^(s - lse)`` and ``ds = p (dp - delta)``, to be multiplied by the scale: a derivative by ``q @ k``.
+def score_gradients(scores, dp, lse, delta, scale_log2, softcap_inner):
+    """``p = 2^(s - lse)`` and ``dx = p (dp - delta)``, to be multiplied by the scale: a derivative by ``q @ k``.
 
-    With a softcap s is ``scale_log2 * tanh(softcap_inner * q @ k)``, and ds takes the derivative of tanh.
+    With a softcap dx takes the derivative of tanh.
 
     Args:
-        products: ``q @ k``; dp: ``dout @ v``; lse in base 2, +inf for a query whose p shall be 0; all broadcastable.
-        scale_log2: of any sign.
+        scores: `finish_scores`, of which s is ``scale_log2`` times, of any sign; dp: ``dout @ v``; lse in base 2, +inf
+            for a query whose p shall be 0; all broadcastable.
 
     Source: the backward pass of FlashAttention-2, arXiv:2307.08691 section 3.1.2.
     """
+    p = tl.exp2(scores * scale_log2 - lse)
+    dx = p * (dp - delta)
     if softcap_inner is not None:
-        capped = tanh(products * softcap_inner, PRECISE)
-        p = tl.exp2(capped * scale_log2 - lse)
-        return p, p * (dp - delta) * (1.0 - capped * capped)
-    p = tl.exp2(products * scale_log2 - lse)
-    return p, p * (dp - delta)
+        dx *= 1.0 - scores * scores
+    return p, dx

@@ -40,7 +40,7 @@ CHUNK = 2048
 #: Prefixes up to this many tokens are hidden behind enough own keys; longer ones are not left to that estimate.
 SHORT_PREFIX = 256
 
-#: The widest head in 16 bits whose wide tiles fit the registers.
+#: The widest head in 16 bits whose wide tiles fit the registers, without a relative bias.
 WIDE_TILE_HEAD_DIM = 128
 
 #: Share of the time of reading every row's prefix that may be lost where sharing is a guess.
@@ -64,8 +64,6 @@ def choose(call: AttentionCall) -> Regime:
     """The regime of a call; costs a few multiplications and no synchronisation."""
     if not use_decode(call.q_len, call.group):
         return Regime("prefill", f"{call.q_len} queries a row, {call.q_len * call.group} rows per kv head, fill tiles")
-    if call.relative_bias is not None:
-        return Regime("inline", "relative_bias: grouped decode does not know it")
     if call.batch_invariant:
         return Regime("inline", "batch_invariant: a row is decoded as if it were alone")
     longest, tasks, batch = call.prefix.expected_max_len, call.prefix.num_tasks, call.batch
@@ -105,7 +103,7 @@ def tile_rows(call: AttentionCall, m: int) -> int:
     and where narrow ones would read prefixes for longer than memory needs for the own keys.
     """
     rows = call.q_len * call.group
-    fits = call.q.element_size() == 2 and call.head_dim <= WIDE_TILE_HEAD_DIM
+    fits = call.q.element_size() == 2 and call.head_dim <= WIDE_TILE_HEAD_DIM and call.relative_bias is None
     filled = call.batch * rows >= 2 * WIDE_TILE_ROWS * min(call.batch, call.prefix.num_tasks)
     outlasts = rows * m / TILE_ROWS / L2_SPEED > call.kv_capacity
     return WIDE_TILE_ROWS if fits and filled and outlasts else TILE_ROWS

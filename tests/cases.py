@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,15 +56,16 @@ class Inputs:
         q, k, v, task_ids = (x[rows] for x in (self.q, self.k, self.v, self.task_ids))
         return Inputs(q, k, v, self.prefix, task_ids, self.options | bounds)
 
-    def requiring_grad(self, dtype: torch.dtype = torch.float32) -> tuple[Inputs, dict[str, Tensor]]:
-        """The same inputs in ``dtype`` as leaves of autograd, and the leaves: what is given of `DIFFERENTIABLE`."""
-        leaves = {
-            name: x.detach().to(dtype).requires_grad_()
-            for name in DIFFERENTIABLE if (x := self.tensor(name)) is not None
-        }  # fmt: skip
-        prefix = replace(self.prefix, k=leaves["prefix.k"], v=leaves["prefix.v"])
-        options = self.options | {name: x for name, x in leaves.items() if name in self.options}
-        return Inputs(leaves["q"], leaves["k"], leaves["v"], prefix, self.task_ids, options), leaves
+    def requiring_grad(
+        self, dtype: torch.dtype = torch.float32, names: Sequence[str] | None = None
+    ) -> tuple[Inputs, dict[str, Tensor]]:
+        """The same inputs in ``dtype``; those in ``names`` (all of `DIFFERENTIABLE`) as leaves of autograd, which come
+        second."""
+        tensors = {name: x.detach().to(dtype) for name in DIFFERENTIABLE if (x := self.tensor(name)) is not None}
+        leaves = {name: x.requires_grad_() for name, x in tensors.items() if names is None or name in names}
+        prefix = replace(self.prefix, k=tensors["prefix.k"], v=tensors["prefix.v"])
+        options = self.options | {name: x for name, x in tensors.items() if name in self.options}
+        return Inputs(tensors["q"], tensors["k"], tensors["v"], prefix, self.task_ids, options), leaves
 
     def tensor(self, name: str) -> Tensor | None:
         """One of `DIFFERENTIABLE`."""

@@ -14,7 +14,7 @@ from prefix_attn.checks import checked_call
 from prefix_attn.regime import Regime, use_decode
 from prefix_attn.types import AttentionCall
 from tests import flash_attn_stand_in
-from tests.cases import CASES, DECODE, PREFILL, Case, Inputs, make, poisoned
+from tests.cases import CASES, DECODE, DIFFERENTIABLE, PREFILL, Case, Inputs, make, poisoned
 from tests.tolerance import GRADIENT, assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,6 +29,7 @@ class BackendSuite:
     """What each backend inherits; a subclass names it and says what it leaves out."""
 
     name: str
+    differentiable = DIFFERENTIABLE
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def run(self, inputs: Inputs, **options: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,7 +91,7 @@ class BackendSuite:
     @pytest.mark.parametrize("with_lse", [False, True])
     def test_gradients(self, case: Case, with_lse: bool) -> None:
         def gradients(dtype: torch.dtype, backend: bool, seed: int) -> dict[str, torch.Tensor]:
-            inputs, leaves = make(case, device=DEVICE, seed=seed).requiring_grad(dtype)
+            inputs, leaves = make(case, device=DEVICE, seed=seed).requiring_grad(dtype, self.differentiable)
             if not backend:
                 out, lse = oracle(inputs, dtype)
             elif with_lse:
@@ -239,16 +240,20 @@ def test_flash_attn_says_what_is_missing() -> None:
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: there are no kernels to run")
 class TestTriton(BackendSuite):
     name = "triton"
+    differentiable = tuple(name for name in DIFFERENTIABLE if name != "relative_bias")
 
-    @pytest.mark.parametrize("case", [c for c in CASES if c.name in ("decode", "sinks_prefill")], ids=lambda c: c.name)
+    @pytest.mark.parametrize("case", [c for c in CASES if c.name in (
+        "decode", "sinks_prefill", "relative_bias_and_all_else")], ids=lambda c: c.name)  # fmt: skip
     @pytest.mark.parametrize("with_lse", [False, True])
     def test_gradients(self, case: Case, with_lse: bool) -> None:
         """Fewer cases than elsewhere; tests/kernels/test_backward.py has the others."""
         super().test_gradients(case, with_lse)
 
-    def test_gradients_with_a_relative_bias_are_left_to_torch(self) -> None:
-        inputs, _ = make(replace(DECODE, reach=4), device=DEVICE).requiring_grad()
+    def test_the_gradient_of_a_relative_bias_is_left_to_torch(self) -> None:
+        inputs, _ = make(replace(DECODE, reach=4), device=DEVICE).requiring_grad(names=["relative_bias"])
         with pytest.raises(pa.BackendUnavailable, match="relative_bias"):
+            self.run(inputs)
+        with torch.no_grad():
             self.run(inputs)
 
 
@@ -262,8 +267,6 @@ class TestTritonGrouped(TestTriton):
         def choose(call: AttentionCall) -> Regime:
             if not use_decode(call.q_len, call.group) or call.q_len > 8:
                 pytest.skip("more than a handful of queries a row")
-            if call.relative_bias is not None:
-                pytest.skip("a relative bias is never grouped")
             return Regime("grouped", "forced")
 
         monkeypatch.setattr(triton, "choose_regime", choose)

@@ -16,7 +16,7 @@ from prefix_attn.backends import reference
 from prefix_attn.checks import checked_call
 from prefix_attn.plan import row_tiles
 from prefix_attn.types import AttentionCall, PerInput
-from tests.cases import PREFILL, Case, Inputs, make
+from tests.cases import DIFFERENTIABLE, PREFILL, Case, Inputs, make
 from tests.test_op import cases
 from tests.tolerance import assert_close
 
@@ -30,9 +30,9 @@ FULL = Case("full", task_ids=(2, -1), q_heads=2, kv_heads=1, kv_len=20, q_len=5,
             window=9, softcap=5.0, sinks=True, strided=True, reach=6)  # fmt: skip
 
 
-def known_to(backend: str, case: Case) -> Case:
-    """The kernels do not know relative_bias."""
-    return replace(case, reach=None) if backend == "triton" else case
+def differentiable(backend: str) -> list[str]:
+    """The kernels have no gradient of relative_bias."""
+    return [name for name in DIFFERENTIABLE if backend != "triton" or name != "relative_bias"]
 
 
 def arguments(operator: Any, call: AttentionCall, backend: str, **others: Any) -> tuple[Any, ...]:
@@ -45,10 +45,8 @@ def arguments(operator: Any, call: AttentionCall, backend: str, **others: Any) -
     return tuple(values[argument.name] for argument in operator._schema.arguments)
 
 
-def forward_call(case: Case, requires_grad: bool, **options: Any) -> AttentionCall:
-    inputs = make(case, device=DEVICE)
-    if requires_grad:
-        inputs, _ = inputs.requiring_grad()
+def forward_call(case: Case, requires_grad: list[str], **options: Any) -> AttentionCall:
+    inputs, _ = make(case, device=DEVICE).requiring_grad(names=requires_grad)
     return checked_call(*inputs.args, **inputs.options, **options)
 
 
@@ -56,8 +54,7 @@ def forward_call(case: Case, requires_grad: bool, **options: Any) -> AttentionCa
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str, case: Case, return_lse: bool) -> None:
     forward = torch.ops.prefix_attn.attention.default
-    case = known_to(backend, case)
-    call = forward_call(case, requires_grad=True, return_lse=return_lse)
+    call = forward_call(case, differentiable(backend), return_lse=return_lse)
     torch.library.opcheck(forward, arguments(forward, call, backend))
     if backend == "triton":
         tiles = row_tiles(call.task_ids, call.prefix.lens, call.q_len * call.group)
@@ -68,10 +65,10 @@ def test_opcheck(backend: str, case: Case, return_lse: bool) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_backward(backend: str, case: Case) -> None:
     operator = torch.ops.prefix_attn.attention_backward.default
-    case = known_to(backend, case)
-    call = forward_call(case, requires_grad=False, return_lse=True)
+    call = forward_call(case, requires_grad=[], return_lse=True)
     out, lse = ops.attention(call, backend)
-    everything, bank = [True] * 5 + [case.sinks, case.reach is not None], [False] * 3 + [True] * 2 + [False] * 2
+    of_bias = case.reach is not None and "relative_bias" in differentiable(backend)
+    everything, bank = [True] * 5 + [case.sinks, of_bias], [False] * 3 + [True] * 2 + [False] * 2
     for needed, grad_lse in ((everything, lse.nan_to_num(neginf=0.0)), (bank, None)):
         given = {"grad_out": out, "grad_lse": grad_lse, "out": out, "lse": lse, "needed": needed}
         torch.library.opcheck(operator, arguments(operator, call, backend, **given))
@@ -145,10 +142,9 @@ def test_values_are_checked_in_a_compiled_call() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_training_step_compiles(backend: str) -> None:
     """Forward and backward as one graph each, with the eager gradients."""
-    case = known_to(backend, FULL)
 
     def gradients(function: Any) -> list[torch.Tensor]:
-        inputs, leaves = make(case).requiring_grad()
+        inputs, leaves = make(FULL).requiring_grad(names=differentiable(backend))
         return list(torch.autograd.grad(function(inputs), list(leaves.values())))
 
     def loss(inputs: Inputs) -> torch.Tensor:

@@ -56,6 +56,12 @@ def test_many_queries_are_a_prefill() -> None:
     assert choose(call(64, 1, 8192, q_len=16)).name == "grouped"
 
 
+def test_a_relative_bias_is_grouped_like_any_call() -> None:
+    table = torch.empty(32, 257, device="meta")
+    assert choose(call(64, 8, 1024, relative_bias=table)).name == "grouped"
+    assert choose(call(64, 8, 32, relative_bias=table)).name == "inline"
+
+
 def test_batch_invariant_stays_inline() -> None:
     assert choose(call(64, 1, 8192, batch_invariant=True)).name == "inline"
 
@@ -102,6 +108,7 @@ def test_no_wide_tiles_that_would_spill() -> None:
     plain = call(256, 1, 8192)
     assert choose(replace(plain, q=plain.q.float())).tile_rows == TILE_ROWS
     assert choose(replace(plain, q=plain.q.repeat(1, 1, 1, 2))).tile_rows == TILE_ROWS
+    assert choose(replace(plain, relative_bias=torch.empty(32, 257, device="meta"))).tile_rows == TILE_ROWS
 
 
 def test_explain_says_the_regime_and_what_sharing_saves() -> None:

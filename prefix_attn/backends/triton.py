@@ -36,8 +36,8 @@ def refusal(call: AttentionCall) -> str | None:
         return f"the kernels accumulate in float32 and take {', '.join(map(str, DTYPES))}, not {call.q.dtype}"
     if not MIN_HEAD_DIM <= call.head_dim <= MAX_HEAD_DIM:
         return f"the kernels take head_dim {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, not {call.head_dim}"
-    if call.relative_bias is not None and call.needs_grad:
-        return "its backward kernels do not know relative_bias, and a tensor requires grad; use backend='torch'"
+    if call.relative_bias is not None and call.relative_bias.requires_grad and torch.is_grad_enabled():
+        return "its backward kernels have no gradient of relative_bias, which requires one; use backend='torch'"
     stride = max(*call.k.stride()[-2:], *call.v.stride()[-2:], *call.prefix.k.stride()[1:], *call.prefix.v.stride()[1:])
     if stride > MAX_STRIDE:
         return f"keys have a stride of {stride} elements, the kernels take {MAX_STRIDE}; call .contiguous() on k and v"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
 
-from benchmarks.compile_report import Job, Row, complaints, markdown
+from benchmarks.compile_report import HEAD_DIMS, TARGETS, TYPES, Job, Row, complaints, jobs, markdown
 from benchmarks.predict import predict
 
 DECODE = {"block_m": 16, "block_n": 64}
 GOOD = Row(Job("prefill", "sm_90", 128, "bfloat16"), {"block_m": 128, "block_n": 64, "num_warps": 8, "num_stages": 3},
            registers=225, instructions={"wgmma": 24, "cp.async": 48})  # fmt: skip
+BIASED = replace(GOOD.job, options=("bias",))
 
 
 @pytest.mark.parametrize(
@@ -26,12 +28,27 @@ GOOD = Row(Job("prefill", "sm_90", 128, "bfloat16"), {"block_m": 128, "block_n":
         ({"instructions": {"mma": 24, "cp.async": 48}}, "no wgmma"),
         ({"job": replace(GOOD.job, target="sm_100")}, "no tcgen05"),
         ({"instructions": {"wgmma": 24}}, "16-byte cp.async"),
+        ({"instructions": GOOD.instructions | {"scalar load": 1}}, "scalar loads"),
+        ({"job": BIASED, "instructions": GOOD.instructions | {"scalar load": 64}}, None),
+        ({"job": BIASED, "instructions": GOOD.instructions | {"scalar load": 64 * 3 + 1}}, "scalar loads"),
         ({"error": "OutOfResources"}, "OutOfResources"),
     ],
 )
 def test_complaints(changes: dict[str, Any], says: str | None) -> None:
     row = replace(GOOD, **changes)
     assert says in complaints(row)[0] if says else not complaints(row)
+
+
+def test_every_kernel_and_config_is_compiled_for_every_target_head_dim_and_dtype() -> None:
+    tried = jobs(quick=False)
+    assert len(set(tried)) == len(tried)
+    plain = {(j.kernel, j.target, j.head_dim, j.dtype) for j in tried if not j.options}
+    kernels = {j.kernel for j in tried} - {"merge"}  # which reads float32 and has no tile of queries
+    assert plain >= set(product(kernels, TARGETS, HEAD_DIMS, TYPES))
+    biased = {(j.kernel, j.target, j.head_dim, j.dtype) for j in tried if j.options == ("bias",)}
+    assert biased == set(product(kernels, TARGETS, HEAD_DIMS, ("bfloat16", "float32")))
+    alone = {"split", "bias"}
+    assert {x for j in tried for x in j.options} - alone == {"window", "softcap", "sinks", "lse", "kv_start", "kv_len"}
 
 
 def test_decode_moves_each_shared_prefix_once_and_loads_it_once_a_row() -> None:

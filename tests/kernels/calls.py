@@ -32,7 +32,7 @@ def operands(call: AttentionCall) -> Operands:
     return Operands(
         q=call.q, k=call.k, v=call.v, prefix_k=prefix.k, prefix_v=prefix.v, starts=prefix.starts, lens=prefix.lens,
         task_ids=call.task_ids, kv_start=call.kv_start, kv_len=call.kv_len, sinks=call.sinks, causal=call.causal,
-        scale=call.scale, window=call.window, softcap=call.softcap,
+        scale=call.scale, window=call.window, softcap=call.softcap, relative_bias=call.relative_bias,
     )  # fmt: skip
 
 

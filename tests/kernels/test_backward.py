@@ -22,11 +22,14 @@ from tests.tolerance import GRADIENT, assert_close
 EDGES = Case("edges", prefix_lens=(5, 33, 16), task_ids=(1, 0, 1), q_heads=2, kv_heads=1, q_len=18, kv_len=35,
              starts=(0, 3, 17), ends=(35, 20, 35))  # fmt: skip
 NAMES = ("prefix_only", "sinks_nothing_visible", "static_cache_padded", "strided", "shorter_than_queries",
-         "window_cuts_prefix")  # fmt: skip
+         "window_cuts_prefix", "relative_bias_prefill", "relative_bias_and_all_else", "relative_bias_of_one",
+         "relative_bias_right_padding")  # fmt: skip
 OPTIONS = (
     {}, {"window": 9}, {"window": 40, "softcap": 3.0, "sinks": True}, {"window": 20, "causal": False},
     {"scale": -0.4, "q_len": 5}, {"scale": 0.0, "q_len": 2}, {"scale": -0.4, "softcap": 2.0, "q_len": 2},
     {"prefix_lens": (0, 0), "q_len": 3}, {"head_dim": 24, "q_heads": 3, "q_len": 6},
+    {"reach": 12}, {"reach": 50, "window": 30, "causal": False}, {"reach": 7, "scale": -0.4, "q_len": 5},
+    {"reach": 7, "scale": 0.0, "q_len": 2}, {"reach": 7, "scale": -0.4, "softcap": 2.0, "q_len": 2},
 )  # fmt: skip
 
 
@@ -42,7 +45,7 @@ def cotangents(inputs: Inputs) -> tuple[Tensor, Tensor]:
 def autograd(inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
     """Gradients of the formula, everything in ``dtype``."""
     do, dlse = cotangents(inputs)
-    inputs, leaves = inputs.requiring_grad(dtype)
+    inputs, leaves = inputs.requiring_grad(dtype, DIFFERENTIABLE[:-1])  # of a relative bias there is none
     out, lse = reference.attend(checked_call(*inputs.args, **inputs.options), dtype)
     seen = ~lse.isinf()
     loss = (out * do.to(dtype)).sum() + (lse[seen] * dlse[seen].to(dtype)).sum()

@@ -25,7 +25,8 @@ from prefix_attn.kernels.config import (
 
 #: Kinds of kernels, and the query rows of a decode tile.
 KINDS = (("decode", 16), ("decode", 64), ("grouped", 64), ("grouped", 128), ("prefill", 0), ("backward_dq", 0),
-         ("backward_dkv", 0), ("biased_decode", 64), ("biased_prefill", 0))  # fmt: skip
+         ("backward_dkv", 0), ("biased_decode", 64), ("biased_grouped", 64), ("biased_prefill", 0),
+         ("biased_backward_dq", 0), ("biased_backward_dkv", 0))  # fmt: skip
 
 
 def run_module(*command: str) -> str:

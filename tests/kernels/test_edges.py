@@ -9,7 +9,7 @@ import torch
 
 from prefix_attn.plan import WIDE_TILE_ROWS
 from tests.cases import Case, make
-from tests.kernels.calls import DEVICE, WAYS, check
+from tests.kernels.calls import DEVICE, TILE, WAYS, check
 
 EDGES = (0, 1, 15, 16, 17, 33)
 WAY = pytest.mark.parametrize("way", WAYS)
@@ -52,7 +52,7 @@ def test_left_padding_around_tile_edges(way: str, start: int) -> None:
 
 @WAY
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "window": 20}, {"sinks": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "window": 20}, {"sinks": True, "reach": 11}], ids=str)
 def test_sixteen_bits(way: str, dtype: torch.dtype, options: dict[str, float]) -> None:
     check(make(replace(Case("sixteen", q_len=9, kv_len=40), **options), dtype, DEVICE), way)
 
@@ -79,9 +79,10 @@ def test_head_dims_that_fill_no_tile(way: str) -> None:
 
 
 @pytest.mark.parametrize("count", [15, 16, 17])
-@pytest.mark.parametrize("options", [{}, {"window": 70, "q_len": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": 70, "q_len": 2}, {"reach": 50, "q_len": 2}], ids=str)
 def test_gathered_rows_around_tile_edges(count: int, options: dict[str, int]) -> None:
-    """Rows of two tasks in turn, and one without; with the window each row sees other slots of the prefix."""
+    """Rows of two tasks in turn, and one without; with the window each row sees other slots of the prefix, with the
+    bias from other distances."""
     case = Case("gathered", prefix_lens=(64, 65), task_ids=(1, 0) * count + (-1,), q_heads=1, kv_heads=1, kv_len=9,
                 ends=tuple(3 + b % 7 for b in range(2 * count + 1)))  # fmt: skip
     check(make(replace(case, **options), device=DEVICE), "grouped")
@@ -91,6 +92,17 @@ def test_gathered_rows_around_tile_edges(count: int, options: dict[str, int]) ->
 def test_prefix_around_chunk_edges(m: int) -> None:
     """Two chunks take at least four tiles of 16 keys each."""
     check(make(Case("chunk", prefix_lens=(3, m), task_ids=(1, 0, 1), kv_len=70), device=DEVICE), "grouped")
+
+
+@pytest.mark.parametrize("way", ["prefill", "grouped"])
+@pytest.mark.parametrize("window", [None, 150, 290])
+@pytest.mark.parametrize("own", [63, 64, 65, 192, 320])
+def test_edges_in_narrower_tiles_than_the_rest(own: int, window: int | None, way: str) -> None:
+    """Tiles of 128 keys where all queries see all of them, of 64 at both ends; prefixes that end in either, and in the
+    second chunk of grouped decode."""
+    case = Case("narrow", prefix_lens=(127, 193, 700), task_ids=(0, 1, -1, 2), q_heads=2, kv_heads=1, q_len=18,
+                kv_len=own, starts=(0, 45, 1, 0), window=window)  # fmt: skip
+    check(make(case, device=DEVICE), way, replace(TILE, block_n=128))
 
 
 def test_default_tiles() -> None:
