@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from prefix_attn.backends import torch_sdpa
+from prefix_attn.backends import cpu
 from prefix_attn.benchmarks import run as benchmarks
 from prefix_attn.benchmarks.peers import Point
 from prefix_attn.benchmarks.roofs import Roofs
@@ -90,13 +90,13 @@ def test_time_is_shared_by_what_suites_usually_take() -> None:
 
 
 def test_a_broken_kernel_is_not_timed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = torch_sdpa.forward
+    right = cpu.forward
 
     def broken(call: Any) -> Any:
         out, lse = right(call)
         return out * 1.001, lse
 
-    monkeypatch.setattr(torch_sdpa, "forward", broken)
+    monkeypatch.setattr(cpu, "forward", broken)
     result = run("bench", "decode", "--device", "cpu", "--output", tmp_path)
     assert result.exit_code == 1
     assert "prefix_attn: wrong: error" in result.stdout
