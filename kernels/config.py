@@ -114,12 +114,12 @@ def _shape(kind: str, block_d: int, itemsize: int, target: str, block_m: int) ->
         return _backward_shape(kind, block_d, itemsize, amd, large, biased)
     if itemsize == 4:  # full float32 products run on the ordinary cores, where tiles only cost registers
         if kind == "decode":
-            return TileConfig(min(block_m, 32), 32 if block_d <= 128 else 16, 8, 2)
+            return TileConfig(min(block_m, 32), 32 if block_d <= 128 and not biased else 16, 8, 2)
         return TileConfig(32, 32 if biased else 64, 8, 1) if block_d <= 128 else TileConfig(16, 32, 8, 2)
     if kind == "decode":
         # 16 KiB of keys and 16 KiB of values a stage: enough in flight from two programs a multiprocessor. Tiles of
         # 64 rows get wgmma where there is wgmma; elsewhere they need the registers of half the keys.
-        block_n = min(128, 4 * block_d, max(32, 8192 // block_d))
+        block_n = min(64 if block_m == 64 else 128, 4 * block_d, max(32, 8192 // block_d))
         if block_m == 64 and (biased or not large):
             block_n = min(block_n, 16 if biased and block_d >= 128 else 32)
         return TileConfig(block_m, block_n, 4 if block_m <= 32 or block_d <= 128 else 8, 2 if amd else 3)
@@ -153,10 +153,13 @@ def _grouped_shape(block_d: int, itemsize: int, amd: bool, large: bool, block_m:
 
 
 def _backward_shape(kind: str, block_d: int, itemsize: int, amd: bool, large: bool, biased: bool) -> TileConfig:
-    """dq keeps query rows and one accumulator; dkv keeps keys and two, hence smaller tiles."""
+    """dq keeps query rows and one accumulator; dkv keeps keys and two, hence smaller tiles.
+
+    In float32 eight warps would spill a few bytes where heads are narrow, four where there is a bias.
+    """
     if kind == "backward_dq":
         if itemsize == 4:
-            return TileConfig(32, 16, 8, 1)
+            return TileConfig(32, 16, 4 if block_d <= 64 and not (amd or biased) else 8, 1)
         if amd:
             return TileConfig(128, 32, 4, 1) if block_d <= 128 else TileConfig(64, 32, 4, 1)
         if block_d <= 32:
@@ -167,7 +170,7 @@ def _backward_shape(kind: str, block_d: int, itemsize: int, amd: bool, large: bo
             return TileConfig(128 if large or not biased else 64, 64 if large else 32, 8, 3)
         return TileConfig(64, 32, 8, 3)
     if itemsize == 4:
-        return TileConfig(16, 32, 8, 1) if amd else TileConfig(32, 16, 8, 1)
+        return TileConfig(16, 32, 8, 1) if amd else TileConfig(32, 16, 4 if block_d <= 64 and not biased else 8, 1)
     if block_d > 128:
         return TileConfig(32, 32, 4 if amd else 8, 1 if amd else 3)
     if amd:
