@@ -51,8 +51,13 @@ class Regime(NamedTuple):
     """``prefill``, ``inline`` or ``grouped``, and the reason; the query rows of a prefix tile, if grouped."""
 
     name: str
-    reason: str
+    why: str
     tile_rows: int = TILE_ROWS
+    sizes: tuple[float, ...] = ()  # what `why` speaks of: put into words only when somebody asks
+
+    @property
+    def reason(self) -> str:
+        return self.why.format(*self.sizes)
 
 
 def use_decode(q_len: int, group: int) -> bool:
@@ -62,32 +67,35 @@ def use_decode(q_len: int, group: int) -> bool:
 
 def choose(call: AttentionCall) -> Regime:
     """The regime of a call; costs a few multiplications and no synchronisation."""
-    if not use_decode(call.q_len, call.group):
-        return Regime("prefill", f"{call.q_len} queries a row, {call.q_len * call.group} rows per kv head, fill tiles")
+    (batch, q_heads, q_len, head_dim), (_, kv_heads, own_keys, _) = call.q.shape, call.k.shape
+    group = q_heads // kv_heads
+    if not use_decode(q_len, group):
+        return Regime("prefill", "{} queries a row, {} rows per kv head, fill tiles", sizes=(q_len, q_len * group))
     if call.batch_invariant:
         return Regime("inline", "batch_invariant: a row is decoded as if it were alone")
-    longest, tasks, batch = call.prefix.expected_max_len, call.prefix.num_tasks, call.batch
+    longest, tasks = call.prefix.expected_max_len, call.prefix.num_tasks
     if batch < 2 or longest == 0:
         return Regime("inline", "one row has nobody to share with" if batch < 2 else "no prefix is longer than 0")
     m = longest if call.window is None else min(longest, call.window)
-    if hidden(m, call.kv_capacity):
-        return Regime(
-            "inline", f"prefixes up to {m} tokens come from the cache while {call.kv_capacity} own keys are read"
-        )
-    reread = batch * m * 2 * call.kv_heads * call.head_dim * call.q.element_size()
-    partials = 8 * call.head_dim * call.q_heads * call.q_len * batch * (1 + -(-m // CHUNK))
+    if hidden(m, own_keys):
+        why = "prefixes up to {} tokens come from the cache while {} own keys are read"
+        return Regime("inline", why, sizes=(m, own_keys))
+    reread = batch * m * 2 * kv_heads * head_dim * call.q.element_size()
+    partials = 8 * head_dim * q_heads * q_len * batch * (1 + -(-m // CHUNK))
     price = partials + LAUNCH_BYTES * (1 if call.plan is not None else 1 + PLAN_LAUNCHES)
-    what = f"{batch} rows, {tasks} tasks, prefixes up to {m} tokens"
+    why = "{} rows, {} tasks, prefixes up to {} tokens: "
     if tasks >= batch:
         grouped = price <= BET * reread
-        reason = f"who shares is unknown, and grouping costs {price / reread:.1%} of reading a prefix per row"
+        why += "who shares is unknown, and grouping costs {:.1%} of reading a prefix per row"
+        sizes: tuple[float, ...] = (batch, tasks, m, price / reread)
     else:
         saved = reread * (1 - tasks / batch) / L2_SPEED
         grouped = saved > price
-        reason = f"grouping saves about {saved / 1e6:.1f} MB of traffic and costs {price / 1e6:.1f} MB"
+        why += "grouping saves about {:.1f} MB of traffic and costs {:.1f} MB"
+        sizes = (batch, tasks, m, saved / 1e6, price / 1e6)
     if grouped:
-        return Regime("grouped", f"{what}: {reason}", tile_rows(call, m))
-    return Regime("inline", f"{what}: {reason}")
+        return Regime("grouped", why, tile_rows(call, m), sizes)
+    return Regime("inline", why, sizes=sizes)
 
 
 def hidden(m: int, own_keys: int) -> bool:
