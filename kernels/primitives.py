@@ -41,10 +41,11 @@ def runtime_jit(fn: Callable[..., Any]) -> Any:
 def dot(a, b, acc=None):
     """``acc + a @ b`` in float32; full float32 products for float32 operands.
 
-    The interpreter's own product is wrong for bfloat16 (it multiplies the bit patterns), hence the upcast.
+    The interpreter's own product is wrong for bfloat16 (it multiplies the bit patterns), and in float32 its bits depend
+    on the processor and on where a row stands: it is made in float64, and rounded once.
     """
     if INTERPRETED:
-        product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        product = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
         return product if acc is None else acc + product
     return tl.dot(a, b, acc, input_precision="ieee")
 

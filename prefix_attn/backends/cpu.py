@@ -44,10 +44,13 @@ def refusal(call: AttentionCall) -> str | None:
     return why_not
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _missing(head_dim: int, dtype: torch.dtype) -> str | None:
     """`missing`, into which `torch.compile` does not look."""
     return missing(head_dim, dtype)
+
+
+# What torch.compiler.assume_constant_result sets; it would also import dynamo, which takes seconds.
+_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:

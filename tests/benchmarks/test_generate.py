@@ -13,7 +13,7 @@ from benchmarks.generate import PEFT, Comparison, Geometry, run_generations
 from benchmarks.peers import OURS
 from benchmarks.record import Environment, GenerationRow
 from benchmarks.suites import Generation, generations
-from prefix_attn.backends import torch_sdpa
+from prefix_attn.backends import cpu
 
 CPU = torch.device("cpu")
 POINT = Generation("tiny", rows=6, tasks=2, m=5, prompt=4, new=3)
@@ -75,13 +75,13 @@ def test_without_time_points_are_named() -> None:
 
 
 def test_a_broken_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = torch_sdpa.forward
+    right = cpu.forward
 
     def broken(call: Any) -> Any:
         out, lse = right(call)
         return out + (call.batch > 1), lse  # what `patch` tries has one row
 
-    monkeypatch.setattr(torch_sdpa, "forward", broken)
+    monkeypatch.setattr(cpu, "forward", broken)
     rows: list[GenerationRow] = []
     run_generations([POINT], CPU, ENVIRONMENT, 60, rows.extend)
     assert [row.failed for row in rows] == [True, True]
@@ -91,8 +91,8 @@ def test_a_broken_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_slow_way_is_not_timed_as_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = torch_sdpa.forward
-    monkeypatch.setattr(torch_sdpa, "forward", lambda call: (right(call)[0] + 1, None))
+    right = cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda call: (right(call)[0] + 1, None))
     rows: list[GenerationRow] = []
     run_generations([POINT], CPU, ENVIRONMENT, 60, rows.extend)
     assert rows[0].status.startswith("refused: SlowModel: ")
