@@ -8,7 +8,8 @@
 // A query that sees nothing has out = 0 and lse = -inf.
 //
 // In decode a part of a prefix meets the queries of all rows of its task at once; the results of all parts are kept,
-// and merged in the end. In prefill a block of a row's queries meets one part after the other, and keeps one result.
+// and merged in the end. In prefill, and where no two rows share a prefix, a block of a row's queries meets one part
+// after the other, and keeps one result. Both join parts in one order: a row's bits do not tell which it was.
 //
 // Compiled when it is first called, for one HEAD_DIM and ELEMENT, by prefix_attn/backends/compile_cpu.py.
 //
@@ -123,12 +124,15 @@ struct Work {
 struct Batch {
     std::vector<Row> rows;
     int64_t parts = 0, products = 0;
+    bool shared = false;  // whether two rows have the same prefix
     std::vector<int> readers;
     std::vector<Work> work;
 };
 
 // False where a task id or a key bound is out of range.
 bool read(const Call& call, Batch& batch) {
+    std::vector<bool> has_reader(call.tasks);
+    batch.rows.reserve(call.batch);
     for (int64_t b = 0; b < call.batch; b++) {
         Row row = {};
         row.b = b, row.task = call.task_ids[b];
@@ -137,6 +141,7 @@ bool read(const Call& call, Batch& batch) {
         if (std::min(row.first, row.last) < 0 || std::max(row.first, row.last) > call.capacity) return false;
         const int64_t own = std::max<int64_t>(row.last - row.first, 0);
         row.m = row.task < 0 ? 0 : call.lens[row.task];
+        if (row.m > 0) batch.shared = batch.shared || has_reader[row.task], has_reader[row.task] = true;
         row.prefix_parts = (row.m + PART - 1) / PART;
         row.parts = row.prefix_parts + (own + PART - 1) / PART;
         row.base = batch.parts;
@@ -196,7 +201,7 @@ void merge_parts(const Call& call, const Row& row, int64_t h, const Results& res
     }
 }
 
-void prefill_block(const Call& call, const Row& row, int64_t head, int begin, int end, Scratch& s) {
+void attend_block(const Call& call, const Row& row, int64_t head, int begin, int end, Scratch& s) {
     const Results all = {s.o, s.r, s.l};
     const Results one = {s.o + MOST_QUERIES * PADDED, s.r + MOST_QUERIES, s.l + MOST_QUERIES};
     const int queries = (end - begin) * call.group;
@@ -220,18 +225,19 @@ extern "C" int attention(const Call* pointer) try {
     static thread_local std::vector<std::unique_ptr<Scratch>> scratch;
     Batch batch;
     if (!read(call, batch)) return OUT_OF_RANGE;
-    constexpr int64_t WORTH_A_THREAD = 1 << 17;  // products; a thread takes microseconds to wake
+    constexpr int64_t WORTH_A_THREAD = 1 << 14;  // products; a thread takes microseconds to wake
     const int threads = std::max<int64_t>(1, std::min(call.threads, batch.products / WORTH_A_THREAD));
     while ((int)scratch.size() < threads) scratch.push_back(std::make_unique<Scratch>());
     const std::unique_ptr<Scratch>* const scratches = scratch.data();  // of this thread, for all of them
 
-    if (call.q_len > 1 && call.group * call.q_len > DECODED_QUERIES) {
+    const bool prefill = call.q_len > 1 && call.group * call.q_len > DECODED_QUERIES;
+    if (prefill || (!batch.shared && call.batch * call.kv_heads >= 4 * threads)) {
         const int block = MOST_QUERIES / call.group, blocks = (call.q_len + block - 1) / block;
         const int64_t jobs = call.batch * call.kv_heads * blocks;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
         for (int64_t job = 0; job < jobs; job++) {
             const int begin = (blocks - 1 - job % blocks) * block;  // the last see most keys: they come first
-            prefill_block(call, batch.rows[job / blocks / call.kv_heads], job / blocks % call.kv_heads, begin,
+            attend_block(call, batch.rows[job / blocks / call.kv_heads], job / blocks % call.kv_heads, begin,
                           std::min<int64_t>(begin + block, call.q_len), *scratches[omp_get_thread_num()]);
         }
         return DONE;

@@ -234,7 +234,7 @@ void attend_along_head(const Call& call, const Part& part, Scratch& s, const Res
         for (int n = 0; n < LANES; n++) total += l[n];
         results.r[queries.slot[i]] = most;
         results.l[queries.slot[i]] = total;
-        std::memset(s.o + i * PADDED, 0, sizeof(float) * PADDED);
+        std::memset(results.o + queries.slot[i] * PADDED, 0, sizeof(float) * PADDED);
     }
 
     for (int j = 0; j < count; j += LANES) {
@@ -243,13 +243,12 @@ void attend_along_head(const Call& call, const Part& part, Scratch& s, const Res
         const float* v = as_floats(part.v + (part.from + j) * part.v_token, token, some, s.keys);
         for (int i = 0; i < queries.count; i++) {
             const float* p = s.scores + i * PART + j;
+            float* o = results.o + queries.slot[i] * PADDED;
             Floats sum[VECTORS];
-            for (int d = 0; d < VECTORS; d++) sum[d] = load(s.o + i * PADDED + d * LANES);
+            for (int d = 0; d < VECTORS; d++) sum[d] = load(o + d * LANES);
             for (int n = 0; n < some; n++)
                 for (int d = 0; d < VECTORS; d++) sum[d] += p[n] * load(v + n * token + d * LANES);
-            for (int d = 0; d < VECTORS; d++) store(s.o + i * PADDED + d * LANES, sum[d]);
+            for (int d = 0; d < VECTORS; d++) store(o + d * LANES, sum[d]);
         }
     }
-    for (int i = 0; i < queries.count; i++)
-        std::memcpy(results.o + queries.slot[i] * PADDED, s.o + i * PADDED, sizeof(float) * PADDED);
 }

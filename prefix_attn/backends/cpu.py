@@ -30,12 +30,12 @@ _CALL = struct.Struct("14P 29q 2d")
 def refusal(call: AttentionCall) -> str | None:
     """Why the kernel cannot run this call here, or None."""
     q, prefix = call.q, call.prefix
-    if q.device.type != "cpu":
+    if not q.is_cpu:
         return f"its kernel runs on CPUs, not on {q.device.type!r}"
     if q.dtype not in ELEMENTS:
         return f"its kernel accumulates in float32 and takes {', '.join(map(str, ELEMENTS))}, not {q.dtype}"
-    if call.group > MAX_GROUP:
-        return f"its kernel takes {MAX_GROUP} query heads per kv head at most, not {call.group}"
+    if (group := call.group) > MAX_GROUP:
+        return f"its kernel takes {MAX_GROUP} query heads per kv head at most, not {group}"
     if call.needs_grad:
         return "it has no backward, and a tensor requires grad"
     if not (call.k.stride(3) == call.v.stride(3) == prefix.k.stride(2) == prefix.v.stride(2) == 1):
@@ -59,14 +59,18 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     batch, q_heads, q_len, head_dim = q.shape
     out = torch.empty_like(q)
     lse = q.new_empty((batch, q_heads, q_len), dtype=torch.float32) if call.return_lse else None
-    sinks, bias = (None if x is None else x.float().contiguous() for x in (call.sinks, call.relative_bias))
-    kv_start, kv_len = (None if x is None else x.contiguous() for x in (call.kv_start, call.kv_len))
-    starts, lens, ids = prefix.starts.contiguous(), prefix.lens.contiguous(), call.task_ids.contiguous()
+    sinks, bias = _floats(call.sinks), _floats(call.relative_bias)
+    ids, starts, lens = call.task_ids.contiguous(), prefix.starts.contiguous(), prefix.lens.contiguous()
+    kv_start = None if call.kv_start is None else call.kv_start.contiguous()
+    kv_len = None if call.kv_len is None else call.kv_len.contiguous()
+    k_shape = k.shape
     arguments = _CALL.pack(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), prefix.k.data_ptr(), prefix.v.data_ptr(), out.data_ptr(),
-        _pointer(lse), starts.data_ptr(), lens.data_ptr(), ids.data_ptr(), _pointer(kv_start), _pointer(kv_len),
-        _pointer(sinks), _pointer(bias),
-        batch, k.shape[1], call.group, q_len, k.shape[2], lens.shape[0], 0 if bias is None else bias.shape[1] // 2,
+        0 if lse is None else lse.data_ptr(), starts.data_ptr(), lens.data_ptr(), ids.data_ptr(),
+        0 if kv_start is None else kv_start.data_ptr(), 0 if kv_len is None else kv_len.data_ptr(),
+        0 if sinks is None else sinks.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        batch, k_shape[1], q_heads // k_shape[1], q_len, k_shape[2], lens.shape[0],
+        0 if bias is None else bias.shape[1] // 2,
         *q.stride(), *out.stride(), *k.stride()[:3], *v.stride()[:3], *prefix.k.stride()[:2], *prefix.v.stride()[:2],
         call.window or 0, call.causal, call.batch_invariant, torch.get_num_threads(),
         call.scale, call.softcap or 0.0,
@@ -79,5 +83,5 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     return out, lse
 
 
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def _floats(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.float().contiguous()
