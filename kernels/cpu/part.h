@@ -91,7 +91,7 @@ inline Floats to_log2(Floats score, const Call& call) {
 
 template <int N>
 inline void dots(const float* k, int64_t token, const float* q, Floats* scores) {
-    constexpr int BLOCK = 32;  // dims added up apart: a long chain of sums would round more than a matrix product
+    constexpr int BLOCK = 16;  // dims added up apart: a long chain of sums would round more than a matrix product
     for (int j = 0; j < N; j++) scores[j] = Floats{};
     for (int begin = 0; begin < HEAD_DIM; begin += BLOCK) {
         Floats sum[N] = {};

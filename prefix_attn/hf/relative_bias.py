@@ -26,7 +26,7 @@ def bias_table(attention: Any, device: torch.device) -> Tensor:
     """
     reach = attention.relative_attention_max_distance
     buckets = _buckets(attention, torch.arange(-reach, reach + 1, device=device))
-    table: Tensor = attention.relative_attention_bias(buckets).T
+    table: Tensor = attention.relative_attention_bias(buckets).T.contiguous()  # kernels gather along a head
     return table
 
 
