@@ -183,5 +183,6 @@ def test_whoever_watches_sees_the_operator() -> None:
     with torch.profiler.profile() as profile:
         pa.prefix_attention(*x.args)
     assert "prefix_attn::attention" in {event.key for event in profile.key_averages()}
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.vmap(lambda q: pa.prefix_attention(q, *x.args[1:]))(x.q[None])
+    mapped = torch.vmap(lambda q: pa.prefix_attention(q, *x.args[1:]))(torch.stack([x.q, 2 * x.q]))
+    for out, scale in zip(mapped, (1, 2), strict=True):
+        assert torch.equal(out, pa.prefix_attention(scale * x.q, *x.args[1:]))
