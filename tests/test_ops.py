@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import prefix_attn as pa
 from prefix_attn import ops
@@ -59,6 +60,14 @@ def test_opcheck(backend: str, case: Case, return_lse: bool) -> None:
     if backend == "triton":
         tiles = row_tiles(call.task_ids, call.prefix.lens, call.q_len * call.group)
         torch.library.opcheck(forward, arguments(forward, replace(call, tiles=tiles), backend))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the backend cpu refuses tensors on a GPU")
+@pytest.mark.parametrize(("case", "return_lse"), [(PLAIN, False), (FULL, True)], ids=["plain", "full"])
+def test_opcheck_of_a_backend_without_gradients(case: Case, return_lse: bool) -> None:
+    forward = torch.ops.prefix_attn.attention.default
+    call = forward_call(case, requires_grad=[], return_lse=return_lse)
+    torch.library.opcheck(forward, arguments(forward, call, "cpu"))
 
 
 @pytest.mark.parametrize("case", [PLAIN, FULL], ids=lambda c: c.name)
@@ -117,7 +126,7 @@ def test_second_derivatives_are_refused() -> None:
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 def test_out_has_the_layout_of_q(backend: str) -> None:
     for strided in (False, True):
         inputs = make(replace(PREFILL, strided=strided), device=DEVICE)
@@ -154,3 +163,26 @@ def test_training_step_compiles(backend: str) -> None:
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     for ours, eager in zip(gradients(compiled), gradients(loss), strict=True):
         torch.testing.assert_close(ours, eager)
+
+
+def test_whoever_watches_sees_the_operator() -> None:
+    """In plain eager mode a call goes to its backend directly; a mode, a profiler and a transform get the operator."""
+    x = make(PREFILL)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    direct = pa.prefix_attention(*x.args)
+    with Watch():
+        watched = pa.prefix_attention(*x.args)
+    assert "prefix_attn.attention.default" in seen
+    assert torch.equal(direct, watched)
+    with torch.profiler.profile() as profile:
+        pa.prefix_attention(*x.args)
+    assert "prefix_attn::attention" in {event.key for event in profile.key_averages()}
+    mapped = torch.vmap(lambda q: pa.prefix_attention(q, *x.args[1:]))(torch.stack([x.q, 2 * x.q]))
+    for out, scale in zip(mapped, (1, 2), strict=True):
+        assert torch.equal(out, pa.prefix_attention(scale * x.q, *x.args[1:]))
