@@ -112,6 +112,16 @@ class BackendSuite:
             assert_close(f"gradient of {name}", x, eager, exact, GRADIENT)
 
 
+class ForwardOnlySuite(BackendSuite):
+    """Of a backend that refuses whatever needs a gradient."""
+
+    @pytest.mark.parametrize("case", [DECODE], ids=lambda c: c.name)
+    @pytest.mark.parametrize("with_lse", [False])
+    def test_gradients(self, case: Case, with_lse: bool) -> None:
+        with pytest.raises(pa.BackendUnavailable, match="has no backward"):
+            self.run(make(case).requiring_grad()[0])
+
+
 class TestReference(BackendSuite):
     name = "reference"
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -138,14 +148,8 @@ class TestTorch(BackendSuite):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="its kernel runs on CPUs, and the suite's tensors are on a GPU")
-class TestCpu(BackendSuite):
+class TestCpu(ForwardOnlySuite):
     name = "cpu"
-
-    @pytest.mark.parametrize("case", [DECODE], ids=lambda c: c.name)
-    @pytest.mark.parametrize("with_lse", [False])
-    def test_gradients(self, case: Case, with_lse: bool) -> None:
-        with pytest.raises(pa.BackendUnavailable, match="has no backward"):
-            self.run(make(case).requiring_grad()[0])
 
     @pytest.mark.parametrize(
         ("case", "dtype", "why"),
@@ -185,7 +189,7 @@ class TestCpuInLanes(TestCpu):
         return super().run(inputs, **options | {"batch_invariant": True})
 
 
-class TestFlashAttn(BackendSuite):
+class TestFlashAttn(ForwardOnlySuite):
     """Its packing and merging, over functions that do what flash-attn's documentation says; those in float32 too."""
 
     name = "flash_attn"
@@ -210,12 +214,6 @@ class TestFlashAttn(BackendSuite):
     def test_batch_invariant_bits(self, case: Case) -> None:
         with pytest.raises(pa.BackendUnavailable, match="bits depend on the batch"):
             self.run(make(case), batch_invariant=True)
-
-    @pytest.mark.parametrize("case", [DECODE], ids=lambda c: c.name)
-    @pytest.mark.parametrize("with_lse", [False])
-    def test_gradients(self, case: Case, with_lse: bool) -> None:
-        with pytest.raises(pa.BackendUnavailable, match="has no backward"):
-            self.run(make(case).requiring_grad()[0])
 
     @pytest.mark.parametrize(
         ("case", "dtype", "why"),

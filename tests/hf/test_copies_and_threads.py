@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 import warnings
 from typing import Any
 
@@ -16,6 +15,7 @@ import prefix_attn as pa
 from tests.hf.conftest import TASKS, padded_inputs
 from tests.hf.shrink import tiny_random_model
 from tests.hf.survey import random_bank
+from tests.hf.threads import wrong_in_threads
 
 #: As a keyword; with positions in a table; by the thread's scope; as prefixes made of the bank's; as copies in a cache.
 FAMILIES = ("llama", "opt", "nemotron", "deepseek_v3", "gptj")
@@ -52,15 +52,4 @@ def test_two_threads_with_different_tasks(patched: Any) -> None:
     calls: dict[str, list[str | None] | None] = {"mixed": TASKS, "one": ["nine"] * 4, "none": None}
     wanted = {name: generate(patched, tasks) for name, tasks in calls.items()}
     assert not torch.equal(wanted["one"], wanted["none"])
-    failures: list[str] = []
-
-    def work(name: str) -> None:
-        got = [generate(patched, calls[name]) for _ in range(4)]
-        failures.extend(name for tokens in got if not torch.equal(tokens, wanted[name]))
-
-    threads = [threading.Thread(target=work, args=(name,)) for name in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    assert wrong_in_threads(lambda name: generate(patched, calls[name]), wanted) == []

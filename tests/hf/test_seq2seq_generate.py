@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 import prefix_attn as pa
 from tests.hf.replica import replicated
 from tests.hf.test_seq2seq import ROWS, TASKS, TOLERANCE, decoder_tokens, make_bank, make_inputs, one_row
+from tests.hf.threads import wrong_in_threads
 from tests.seq2seq import random_parts, tiny_seq2seq
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
@@ -198,15 +198,4 @@ def test_two_threads_with_different_tasks(patched: Any) -> None:
     inputs = make_inputs(patched)
     calls: dict[str, dict[str, Any]] = {"mixed": {"task_ids": ROWS}, "one": {"task_ids": ["all"] * 6}, "none": {}}
     wanted = {name: patched.generate(**inputs, **GREEDY, **options) for name, options in calls.items()}
-    failures: list[str] = []
-
-    def work(name: str) -> None:
-        got = [patched.generate(**inputs, **GREEDY, **calls[name]) for _ in range(5)]
-        failures.extend(name for tokens in got if not torch.equal(tokens, wanted[name]))
-
-    threads = [threading.Thread(target=work, args=(name,)) for name in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    assert wrong_in_threads(lambda name: patched.generate(**inputs, **GREEDY, **calls[name]), wanted) == []
