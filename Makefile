@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST_TRITON := triton==3.6.0
 TORCH := torch==2.13.0  # pinned for development: a bare "torch" may pull gigabytes of CUDA libraries
 
 .PHONY: demo test lint types bench figures gpu fix clean
@@ -13,11 +14,15 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
+$(VENV)/oldest-triton: $(VENV)/ready
+	$(BIN)/pip install --quiet --no-deps --target $@ $(OLDEST_TRITON)
+
 demo: $(VENV)/ready  ## six prefix-tuned tasks, one frozen model, one mixed batch
 	$(BIN)/prefix-attn demo
 
-test: lint types  ## lint, type-check, compile every kernel for four GPUs, run all tests
+test: lint types $(VENV)/oldest-triton  ## lint, type-check, compile every kernel for four GPUs, run all tests
 	$(BIN)/python -m benchmarks.compile_report --quick --check
+	PYTHONPATH=$(VENV)/oldest-triton $(BIN)/python -m benchmarks.compile_report --quick
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/ready

@@ -18,6 +18,7 @@ from torch import Tensor
 from prefix_attn.kernels.config import TileConfig, default_config, padded_head_dim
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands, backward_scales, strided
 from prefix_attn.kernels.primitives import (
+    NO_LIMIT,
     again,
     cast,
     dot,
@@ -36,10 +37,12 @@ from prefix_attn.kernels.spans import edge_tile, full_tile, split_row
 
 
 @triton.jit
-def add_keys(dq, q, do, lse, delta, start, keys, end, first, last, shift, scale_log2, softcap_inner, bias,
-             MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
-             BLOCK_D: tl.constexpr):  # fmt: skip
-    """``dq + dx @ k`` for the keys ``start .. start + BLOCK_N``; the other arguments as in `attend_keys`."""
+def add_keys(dq, q, do, lse, delta, query, start, own, own_end, prefix_end, prefix_len, own_keys, prefix_keys,
+             window, scale_log2, softcap_inner, bias,
+             MASKED: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr,
+             BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """``dq + dx @ k`` for the keys ``start .. start + BLOCK_N``; the other arguments as in `attend_tile`."""
+    keys, end, shift = select_keys(own, own_end, prefix_end, prefix_len, own_keys, prefix_keys)
     k = load_keys(keys[0], keys[2], keys[3], start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)
     v = load_keys(keys[1], keys[4], keys[5], start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)
     key = (start - shift + tl.arange(0, BLOCK_N))[None, :]  # [1, BLOCK_N]
@@ -47,6 +50,8 @@ def add_keys(dq, q, do, lse, delta, start, keys, end, first, last, shift, scale_
     dp = dot(do, tl.trans(v))  # [BLOCK_M, BLOCK_N]
     _, dx = score_gradients(scores, dp, lse[:, None], delta[:, None], scale_log2, softcap_inner)
     if MASKED:
+        first = query + shift - window + 1 if window is not None else None  # [BLOCK_M]
+        last = tl.where(own, query, NO_LIMIT) if CAUSAL else None  # [BLOCK_M]
         dx = tl.where(visible_keys(start, end, first, last, BLOCK_N), dx, 0.0)
     return dot(cast(dx, k.dtype), k, dq)
 
@@ -101,16 +106,14 @@ def backward_dq_kernel(
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for n in tl.range(0, prefix[3] + own[3]):
         is_own, start = full_tile(n, prefix, own, BLOCK_N, BLOCK_N)
-        keys, end, first, last, shift = select_keys(
-            is_own, query, own[1], prefix[1], prefix_len, own_keys, prefix_keys, window, CAUSAL)  # fmt: skip
-        dq = add_keys(dq, q, do, lse, delta, start, keys, end, first, last, shift, scale_log2, softcap_inner, bias,
-                      MASKED=False, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
+        dq = add_keys(dq, q, do, lse, delta, query, start, is_own, own[1], prefix[1], prefix_len, own_keys, prefix_keys,
+                      window, scale_log2, softcap_inner, bias, MASKED=False, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM,
+                      ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
     for n in tl.range(0, prefix[2] + prefix[4] + own[2] + own[4]):
         is_own, start = edge_tile(n, prefix, own, BLOCK_N, BLOCK_N)
-        keys, end, first, last, shift = select_keys(
-            is_own, query, own[1], prefix[1], prefix_len, own_keys, prefix_keys, window, CAUSAL)  # fmt: skip
-        dq = add_keys(dq, q, do, lse, delta, start, keys, end, first, last, shift, scale_log2, softcap_inner, bias,
-                      MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
+        dq = add_keys(dq, q, do, lse, delta, query, start, is_own, own[1], prefix[1], prefix_len, own_keys, prefix_keys,
+                      window, scale_log2, softcap_inner, bias, MASKED=True, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM,
+                      ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
 
     offs_i, offs_h, mask_m = query_rows(again(row_tile), kv_head, q_len, GROUP, BLOCK_M)
     i64, h64 = offs_i.to(tl.int64), offs_h.to(tl.int64)

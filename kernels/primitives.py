@@ -188,21 +188,14 @@ def attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_l
 
 
 @triton.jit
-def select_keys(own, query, own_end, prefix_end, prefix_len, own_keys, prefix_keys, window, CAUSAL: tl.constexpr):
-    """``(keys, end, first, last, shift)``, as in `attend_keys`, of the row's own keys (if ``own``) or its prefix."""
+def select_keys(own, own_end, prefix_end, prefix_len, own_keys, prefix_keys):
+    """``(keys, end, shift)``, as in `attend_keys`, of the row's own keys (if ``own``) or its prefix."""
     keys = (
         tl.where(own, own_keys[0], prefix_keys[0]), tl.where(own, own_keys[1], prefix_keys[1]),
         tl.where(own, own_keys[2], prefix_keys[2]), tl.where(own, own_keys[3], prefix_keys[3]),
         tl.where(own, own_keys[4], prefix_keys[4]), tl.where(own, own_keys[5], prefix_keys[5]),
     )  # fmt: skip
-    end = tl.where(own, own_end, prefix_end)
-    shift = tl.where(own, 0, prefix_len)
-    first, last = None, None
-    if CAUSAL:
-        last = tl.where(own, query, NO_LIMIT)  # [BLOCK_M]
-    if window is not None:
-        first = query + shift - window + 1  # [BLOCK_M]
-    return keys, end, first, last, shift
+    return keys, tl.where(own, own_end, prefix_end), tl.where(own, 0, prefix_len)
 
 
 @triton.jit
@@ -220,8 +213,9 @@ def attend_tile(acc, row_sum, row_max, q, query, start, own_end, prefix_end, pre
         own_end, prefix_end: one past the last key of each kind that may be loaded.
         own_keys, prefix_keys, bias: as in `attend_keys`.
     """
-    keys, end, first, last, shift = select_keys(
-        own, query, own_end, prefix_end, prefix_len, own_keys, prefix_keys, window, CAUSAL)  # fmt: skip
+    keys, end, shift = select_keys(own, own_end, prefix_end, prefix_len, own_keys, prefix_keys)
+    first = query + shift - window + 1 if window is not None else None  # [BLOCK_M]
+    last = tl.where(own, query, NO_LIMIT) if CAUSAL else None  # [BLOCK_M]
     return attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_log2, softcap_inner, bias, shift,
                        MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)  # fmt: skip
 
