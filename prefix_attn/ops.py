@@ -2,7 +2,8 @@
 
 One operator a layer call, whatever the backend. `torch.compile` sees one node of known shapes and strides, and traces
 into nothing that a backend does, be it a kernel launch or a read of task ids on the host; autograd gets the gradients
-that the same backend computes. Triton is imported by its first real call, not by this registration.
+that the same backend computes. Where nobody is there to see the operator, its backend is called without it. Triton
+is imported by its first real call, not by this registration.
 """
 
 from __future__ import annotations
