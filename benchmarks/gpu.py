@@ -4,8 +4,9 @@
 
 Stages run in that order, each within its share of what is left; what does not fit is named as left out. Rows go to
 ``benchmarks/results/<device>/<date>-<commit>.jsonl`` as they are measured, and a summary beside them is made from all
-rows of the file, so that a run can be continued with ``--stages``. Where FlashInfer is installed, its kernels are
-compiled beside the tests; what is not compiled when timing begins is left out.
+rows of the file, so that a run can be continued with ``--stages``. Kernels that will be timed are compiled beside the
+tests (benchmarks/warm.py), and FlashInfer's where it is installed; what of the latter is not compiled when timing
+begins is left out.
 
 Exit code: 0; 1 when a test fails or is cut short, a result is wrong, or a kernel of ours does not run; 2 without a GPU.
 """
@@ -136,12 +137,45 @@ def sanitizer() -> list[str] | None:
     return [found, "--tool", "memcheck", "--error-exitcode", "1"] if found else None
 
 
-def compile_flashinfer() -> subprocess.Popen[bytes] | None:
-    """Begin to compile FlashInfer's kernels (benchmarks/peers/flashinfer.py); None where it is not installed."""
-    if find_spec("flashinfer") is None:
-        return None
-    command = [sys.executable, "-m", "benchmarks.peers.flashinfer"]
-    return subprocess.Popen(command, cwd=record.ROOT, start_new_session=True)
+@dataclass
+class Compilations:
+    """What is compiled in processes of their own while the tests run."""
+
+    kernels: subprocess.Popen[bytes] | None = None
+    flashinfer: subprocess.Popen[bytes] | None = None
+
+    @classmethod
+    def begin(cls, stages: Sequence[str]) -> Compilations:
+        """For these stages; nothing where none is timed, and no FlashInfer where it is not installed."""
+        suites = [stage for stage in stages if stage not in TESTS and stage != "generate"]
+        if not suites:
+            return cls()
+        commands = [["benchmarks.warm", "--suites", ",".join(suites)]]
+        if find_spec("flashinfer") is not None:
+            commands.append(["benchmarks.peers.flashinfer"])
+        return cls(*(
+            subprocess.Popen([sys.executable, "-m", *command], cwd=record.ROOT, start_new_session=True)
+            for command in commands
+        ))  # fmt: skip
+
+    def wait(self, seconds: float) -> list[str]:
+        """Wait for the kernels, and for nothing else; what has not been compiled."""
+        left_out = []
+        if self.kernels is not None:
+            try:
+                self.kernels.wait(seconds)
+            except subprocess.TimeoutExpired:
+                left_out.append("kernels were still being compiled when timing began")
+        if self.flashinfer is not None and self.flashinfer.poll() is None:
+            left_out.append("FlashInfer's kernels were not all compiled in time")
+        self.end()
+        return left_out
+
+    def end(self) -> None:
+        for process in (self.kernels, self.flashinfer):
+            if process is not None:
+                end(process)
+        self.kernels = self.flashinfer = None
 
 
 def chosen(stages: str) -> list[str]:
@@ -170,7 +204,7 @@ def main(
     print(environment, flush=True)
     outcome = Outcome(out / environment.slug / f"{environment.file_name}.jsonl")
 
-    compilation = compile_flashinfer() if not set(limits.stages) <= TESTS.keys() else None
+    compilations = Compilations.begin(limits.stages)
     gc.freeze()  # a capture of a graph may collect garbage: what is imported by now need not be looked through
     fine, notes, bench = True, list[str](), None
     for stage in limits.stages:
@@ -189,9 +223,7 @@ def main(
                 passed = run_tests(TESTS[stage], share, under)
                 notes.append(f"{stage} {'passed' if passed else 'FAILED'}")
             else:
-                if compilation is not None and compilation.poll() is None:
-                    notes.append("FlashInfer's kernels were not all compiled in time")
-                    end(compilation)
+                notes += compilations.wait(share / 2)
                 had_failed, outcome.left_out = outcome.failed, []
                 if stage == "generate":
                     run_generate(outcome, device, environment, quick=False, seconds=share)
@@ -207,8 +239,7 @@ def main(
         fine = fine and passed
         print(f"== {stage} took {time.monotonic() - start:.1f} s", flush=True)
 
-    if compilation is not None:
-        end(compilation)
+    compilations.end()
     page = outcome.write_summary(environment, notes)
     if page is not None:
         print(page, flush=True)

@@ -118,13 +118,14 @@ def measure(device: torch.device, repeats: int, environment: record.Environment)
 def main(
     repeats: Annotated[int, typer.Option(min=1, help="of 20 calls each, of which the fastest counts")] = 200,
     out: Annotated[Path, typer.Option(help="folder for results")] = record.ROOT / "benchmarks" / "results",
+    commit: Annotated[str | None, typer.Option(help="what to call this checkout, if it is without git")] = None,
 ) -> None:
     """Time the host's part of one decode call, print it, and append a JSON line to <out>/<device>/launch.jsonl."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
         torch.set_num_threads(1)
-    environment = record.Environment.read(device)
+    environment = record.Environment.read(device, commit)
     row = measure(device, repeats, environment)
     plain = "not measured: no GPU" if row.plain_launch_us is None else f"{row.plain_launch_us:.1f} us"
     print(f"{row.point} on {environment.device}: {row.status}")

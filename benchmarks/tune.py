@@ -20,9 +20,11 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Annotated
 
@@ -245,16 +247,23 @@ def write(path: Path, chosen: Mapping[str, TileConfig], results: Iterable[Result
         file.writelines(json.dumps(asdict(result) | asdict(environment)) + "\n" for result in results)
 
 
-def unfit(target: Target, tiles: list[TileConfig], name: str, processes: int) -> dict[TileConfig, str]:
+def examine(target: Target, tile: TileConfig, name: str) -> str | None:
+    """`Target.spill`; what passes is launched once where there is a GPU, so that the timings find it compiled."""
+    why = target.spill(tile, name)
+    if why is None and torch.cuda.is_available():
+        for point in target.points:
+            with torch.no_grad(), suppress(Exception):  # whatever it is, it happens again where it is reported
+                launch(target.kind, Problem.random(point, torch.device("cuda", 0), seed=0), tile)()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    return why
+
+
+def unfit(target: Target, tiles: list[TileConfig], name: str, pool: Pool) -> dict[TileConfig, str]:
     """Candidates that the compiler makes unfit, and why; compiled side by side, in processes that do not interpret."""
-    with multiprocessing.get_context("spawn").Pool(min(processes, len(tiles))) as pool:
-        found = list(
-            tqdm(
-                pool.imap(partial(target.spill, target=name), tiles), total=len(tiles), desc=f"{target.key} compiling",
-                leave=False, disable=None,
-            )
-        )  # fmt: skip
-    return {tile: why for tile, why in zip(tiles, found, strict=True) if why is not None}
+    found = pool.imap(partial(examine, target, name=name), tiles)
+    bar = tqdm(found, total=len(tiles), desc=f"{target.key} compiling", leave=False, disable=None)
+    return {tile: why for tile, why in zip(tiles, bar, strict=True) if why is not None}
 
 
 def some_of(names: str, known: Iterable[str]) -> list[str]:
@@ -271,6 +280,7 @@ def main(
     dtypes: Annotated[str, typer.Option(help="comma-separated names of PyTorch's")] = "bfloat16",
     budget: Annotated[float, typer.Option(help="seconds for everything")] = 480,
     processes: Annotated[int, typer.Option(help="compilations at a time")] = max(1, (os.cpu_count() or 2) - 2),
+    commit: Annotated[str | None, typer.Option(help="what to call this checkout, if it is without git")] = None,
 ) -> None:
     """Tune the first GPU."""
     types, dims = some_of(dtypes, ("float16", "bfloat16", "float32")), some_of(head_dims, map(str, HEADS))
@@ -285,34 +295,35 @@ def main(
     os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
-    name, path, environment = configs.target_of(device), configs.tuned_file(device), Environment.read(device)
+    name, path, environment = configs.target_of(device), configs.tuned_file(device), Environment.read(device, commit)
     deadline = time.monotonic() + budget
-    for i, target in enumerate(wanted):
-        share = (deadline - time.monotonic()) / (len(wanted) - i)
-        if share < LEAST_SECONDS:
-            print(f"left out for want of time: {', '.join(t.key for t in wanted[i:])}", flush=True)
-            break
-        until = time.monotonic() + share
-        tiles = target.candidates(name)
-        dropped = unfit(target, tiles, name, processes)
-        results = [Result(target.key, tile, "", why) for tile, why in dropped.items()]
-        fit = [tile for tile in tiles if tile not in dropped]
-        try:
-            with torch.no_grad():
-                timed = try_candidates(
-                    target, fit, device, until - time.monotonic(), partial(launch, target.kind), clock
-                )  # fmt: skip
-            torch.cuda.empty_cache()
-        except RuntimeError as e:  # a candidate left the device unusable, or no workload fits its memory
-            write(path, {}, results, environment)
-            typer.echo(
-                f"{target.key}: {type(e).__name__}: {first_line(e)}; {path} holds what was tuned before", err=True
-            )
-            raise typer.Exit(1) from e
-        chosen = best(timed, target.heuristic(name))
-        write(path, {} if chosen is None else {target.key: chosen}, [*results, *timed], environment)
-        said = chosen or "no candidate was timed on every workload"
-        print(f"{target.key}: {len(fit)} of {len(tiles)} candidates fit; {said}", flush=True)
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for i, target in enumerate(wanted):
+            share = (deadline - time.monotonic()) / (len(wanted) - i)
+            if share < LEAST_SECONDS:
+                print(f"left out for want of time: {', '.join(t.key for t in wanted[i:])}", flush=True)
+                break
+            until = time.monotonic() + share
+            tiles = target.candidates(name)
+            dropped = unfit(target, tiles, name, pool)
+            results = [Result(target.key, tile, "", why) for tile, why in dropped.items()]
+            fit = [tile for tile in tiles if tile not in dropped]
+            try:
+                with torch.no_grad():
+                    timed = try_candidates(
+                        target, fit, device, until - time.monotonic(), partial(launch, target.kind), clock
+                    )  # fmt: skip
+                torch.cuda.empty_cache()
+            except RuntimeError as e:  # a candidate left the device unusable, or no workload fits its memory
+                write(path, {}, results, environment)
+                typer.echo(
+                    f"{target.key}: {type(e).__name__}: {first_line(e)}; {path} holds what was tuned before", err=True
+                )
+                raise typer.Exit(1) from e
+            chosen = best(timed, target.heuristic(name))
+            write(path, {} if chosen is None else {target.key: chosen}, [*results, *timed], environment)
+            said = chosen or "no candidate was timed on every workload"
+            print(f"{target.key}: {len(fit)} of {len(tiles)} candidates fit; {said}", flush=True)
     print(f"{path}", flush=True)
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import gpu, record, summary
+from benchmarks import gpu, record, summary, warm
 from benchmarks.compare import Bench, DeviceLost
 from benchmarks.gpu import STAGES, Budget, chosen, run_tests
-from benchmarks.peers import AGAIN, NO_PREFIX, OURS, Point
+from benchmarks.peers import AGAIN, NO_PREFIX, OURS, Ours, Point, SdpaConcatenated
 from benchmarks.record import Environment
 from benchmarks.run import run_points
 from benchmarks.suites import attention_points
@@ -31,7 +31,8 @@ from benchmarks.timing import (
     runner_for,
 )
 
-ENVIRONMENT = Environment.read(torch.device("cpu"), "abc")
+CPU = torch.device("cpu")
+ENVIRONMENT = Environment.read(CPU, "abc")
 
 
 class Clockwork:
@@ -203,13 +204,57 @@ def test_every_file_of_tests_exists() -> None:
         assert (record.ROOT / path).exists(), path
 
 
-def test_the_kernels_of_flashinfer_are_compiled_beside_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gpu.compile_flashinfer() is None or gpu.find_spec("flashinfer")
+def test_kernels_are_compiled_beside_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Any] = []
+
+    class Busy:
+        pid = 0
+
+        def poll(self) -> int | None:
+            return None
+
+        def wait(self, seconds: float) -> None:
+            raise gpu.subprocess.TimeoutExpired("", seconds)
+
+    def begin(command: list[str], **_: Any) -> Busy:
+        started.append(command[2:])
+        return Busy()
+
     monkeypatch.setattr(gpu, "find_spec", lambda name: name == "flashinfer")
-    monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **_: started.append(command[1:]))
-    gpu.compile_flashinfer()
-    assert started == [["-m", "benchmarks.peers.flashinfer"]]
+    monkeypatch.setattr(gpu.subprocess, "Popen", begin)
+    monkeypatch.setattr(gpu, "end", lambda process: started.append("ended"))
+    assert gpu.Compilations.begin(["tests", "generate"]).wait(1) == []
+    compilations = gpu.Compilations.begin(["tests", "decode", "mixed", "generate"])
+    assert started == [["benchmarks.warm", "--suites", "decode,mixed"], ["benchmarks.peers.flashinfer"]]
+    slow, missing = compilations.wait(1)
+    assert slow == "kernels were still being compiled when timing began"
+    assert missing == "FlashInfer's kernels were not all compiled in time"
+    assert started[2:] == ["ended", "ended"]
+    assert compilations.wait(1) == []
+
+
+def test_every_point_is_run_once_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    class Fake(Ours):
+        def prepare(self, problem: Any) -> Any:
+            return lambda: ran.append(f"{self.name} {problem.point}")
+
+    class Broken(Ours):
+        def prepare(self, problem: Any) -> Any:
+            raise RuntimeError
+
+    monkeypatch.setattr(warm, "all_peers", lambda: [Fake("a"), Broken("b"), SdpaConcatenated()])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(warm.torch, "device", lambda *_: CPU)
+    warm.run_once(Point("decode", 2, 1, 4, 3, 2, 1, 16))
+    assert ran == ["a decode B=2 T=1 m=4 n=3 2/1/16/bfloat16"]
+
+    app = gpu.typer.Typer()
+    app.command()(warm.main)
+    assert CliRunner().invoke(app, ["--suites", "generate"]).exit_code == 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "finds none; nothing was compiled" in CliRunner().invoke(app).output
 
 
 def test_points_are_left_out_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +302,7 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "run_generate", lambda *args, **options: None)
     monkeypatch.setattr(gpu, "run_tests", lambda targets, seconds, under: True)
     monkeypatch.setattr(gpu, "sanitizer", lambda: None)
-    monkeypatch.setattr(gpu, "compile_flashinfer", lambda: None)
+    monkeypatch.setattr(gpu.Compilations, "begin", lambda stages: gpu.Compilations())
     monkeypatch.setattr(Bench, "rows", lambda self, point, seconds, seed: [])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -135,7 +136,8 @@ def test_spilling_candidates_are_found_without_a_gpu(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # for the processes that compile
     target = replace(Target.all("decode", 128, "bfloat16")[0], block_m=64)
     fits, spills = TileConfig(64, 64, 4, 2), TileConfig(64, 128, 2, 2)
-    found = unfit(target, [fits, spills], "sm_90", processes=1)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = unfit(target, [fits, spills], "sm_90", pool)
     assert list(found) == [spills]
     assert "spilled" in found[spills]
 
@@ -163,8 +165,8 @@ def pretended_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(config, "tuned_file", lambda device: path)
     monkeypatch.setattr(config, "target_of", lambda device: "sm_90")
-    monkeypatch.setattr(Environment, "read", lambda device: ENVIRONMENT)
-    monkeypatch.setattr(tune, "unfit", lambda target, tiles, name, processes: {WRONG: "spills"})
+    monkeypatch.setattr(Environment, "read", lambda device, commit: ENVIRONMENT)
+    monkeypatch.setattr(tune, "unfit", lambda target, tiles, name, pool: {WRONG: "spills"})
     monkeypatch.setattr(tune, "clock", by_keys)
     monkeypatch.setattr(tune, "launch", lambda kind, problem, tile: pretended(problem, tile))
     search = tune.try_candidates
