@@ -55,7 +55,7 @@ SPACE: dict[str, dict[str, tuple[int, ...]]] = {
 WORKLOADS = {
     "decode": ((64, 8, 128, 512), (16, 8, 128, 4096), (256, 8, 32, 512)),
     "grouped": ((64, 1, 8192, 64), (64, 8, 1024, 512), (256, 8, 8192, 512)),
-    "prefill": ((16, 4, 128, 2048), (16, 4, 1024, 512), (64, 8, 128, 64)),
+    "prefill": ((4, 1, 1024, 4096), (16, 4, 1024, 512), (64, 8, 128, 64)),
 }
 
 #: Query and kv heads that models have at a head dimension: GPT-2, Llama-3, Gemma-2.
