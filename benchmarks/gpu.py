@@ -35,6 +35,9 @@ from . import record
 from .compare import DeviceLost
 from .run import Outcome, make_bench, run_attention, run_generate
 
+#: Seconds that tests which are cut short have to tell what failed.
+LAST_WORDS = 5.0
+
 #: Arguments of pytest for each stage that is one.
 TESTS = {
     "tests": [
@@ -109,7 +112,7 @@ def run_tests(targets: list[str], seconds: float, under: Sequence[str] = ()) -> 
     workers = min(8, (os.cpu_count() or 1) // 2)
     parallel = ["-n", str(workers)] if find_spec("xdist") and workers > 1 and not under else []
     # Warnings are errors where the tests are developed, not with whatever versions a machine has.
-    command = [*under, sys.executable, "-m", "pytest", "-q", "-W", "default", *parallel, *targets]
+    command = [*under, sys.executable, "-m", "pytest", "-q", "--tb=short", "-W", "default", *parallel, *targets]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if under:  # a cache of memory would hide reads beyond a tensor's end
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
@@ -117,6 +120,9 @@ def run_tests(targets: list[str], seconds: float, under: Sequence[str] = ()) -> 
     try:
         return process.wait(seconds) == 0
     except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # upon which pytest says what has failed so far
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(LAST_WORDS)
         print(f"cut short after {seconds:.0f} s: these tests have not passed", flush=True)
         return False
     finally:

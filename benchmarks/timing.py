@@ -70,7 +70,10 @@ class Runner(Protocol):
 
 
 class GraphRunner:
-    """All calls captured in one CUDA graph: what is timed is the device, not the host."""
+    """All calls captured in one CUDA graph: what is timed is the device, not the host.
+
+    The calls are kept: a graph remembers the addresses of what they read, and not that it must stay there.
+    """
 
     def __init__(self, calls: Calls) -> None:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -78,7 +81,7 @@ class GraphRunner:
         with torch.cuda.stream(stream):  # handles, workspaces and compiled kernels must exist before the capture
             calls[0]()
         torch.cuda.synchronize()
-        self.calls = len(calls)
+        self.call_list, self.calls = calls, len(calls)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream):
             self.outs = [call() for call in calls]

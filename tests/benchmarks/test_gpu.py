@@ -123,6 +123,7 @@ def test_graph_runner_captures_once_and_replays(pretended_cuda: MagicMock) -> No
     assert runner.seconds(5) == pytest.approx(0.003)
     assert len(seen) == 4
     assert pretended_cuda.CUDAGraph.return_value.replay.call_count == 5
+    assert runner.call_list == [call, call, call]  # what they hold must live as long as the graph
     capture_stream = pretended_cuda.graph.call_args.kwargs["stream"]
     assert capture_stream is pretended_cuda.Stream.return_value
 
@@ -192,7 +193,7 @@ def test_tests_run_under_a_checker_and_leave_nothing_behind(tmp_path: Path) -> N
     assert not run_tests(["tests/none.py"], seconds=2, under=[str(checker), "--tool", "memcheck"])
     arguments, child = said.read_text().splitlines()
     assert arguments.startswith("1 --tool memcheck ")
-    assert arguments.endswith("-m pytest -q -W default tests/none.py")
+    assert arguments.endswith("-m pytest -q --tb=short -W default tests/none.py")
     assert not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]
 
 
