@@ -130,11 +130,10 @@ def run_tests(targets: list[str], seconds: float, under: Sequence[str] = ()) -> 
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Stop a process of ours and what it has started, if it still runs."""
-    if process.poll() is None:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    """Stop a process of ours and whatever it has started that still runs."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def sanitizer() -> list[str] | None:
