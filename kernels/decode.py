@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from prefix_attn.kernels.config import TileConfig, config_for, padded_head_dim, slots
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
+from prefix_attn.kernels.launcher import Launcher
 from prefix_attn.kernels.merge import merge_chunks
 from prefix_attn.kernels.primitives import (
     LN_2,
@@ -184,9 +185,9 @@ def decode_attention(
         shape = (launch.launched, *operands.q.shape)
         target = out.new_empty(shape, dtype=torch.float32)
         target_lse = out.new_empty(shape[:-1], dtype=torch.float32)
-    decode_kernel[launch.grid](
-        **operands.tensors(), out_ptr=target, lse_ptr=target_lse, sinks_ptr=operands.sinks,
-        bias_ptr=operands.relative_bias, **launch.arguments,
+    launch.run(
+        decode_kernel, **operands.tensors(), out_ptr=target, lse_ptr=target_lse, sinks_ptr=operands.sinks,
+        bias_ptr=operands.relative_bias,
     )  # fmt: skip
     if launch.chunks > 1:
         assert target_lse is not None, "chunks have an lse"
@@ -195,10 +196,9 @@ def decode_attention(
 
 
 class _Launch(NamedTuple):
-    grid: tuple[int]
+    run: Launcher
     chunks: int  # of a row, of which no more are launched than a row can reach
     launched: int
-    arguments: dict[str, Any]
 
 
 @lru_cache(maxsize=LAYOUTS)
@@ -224,4 +224,4 @@ def _launch(layout: Layout, batch_invariant: bool, config: TileConfig | None, ch
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": padded_head_dim(head_dim),
         "num_warps": config.num_warps, "num_stages": config.num_stages, **LAUNCH_OPTIONS,
     }  # fmt: skip
-    return _Launch((programs * launched,), chunks, launched, arguments)
+    return _Launch(Launcher(programs * launched, arguments), chunks, launched)

@@ -19,7 +19,7 @@ overlap.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,6 +29,7 @@ from torch import Tensor
 from prefix_attn.kernels.config import TileConfig, config_for, decode_rows, edge_keys, padded_head_dim, slots
 from prefix_attn.kernels.decode import MAX_CHUNKS, MIN_TILES, choose_chunks
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
+from prefix_attn.kernels.launcher import Launcher
 from prefix_attn.kernels.merge import merge_chunks
 from prefix_attn.kernels.primitives import (
     again,
@@ -287,17 +288,16 @@ def grouped_attention(
     launch = _launch(operands.layout(), tiles, tile_rows, max_len, config, chunks)
     partial_lse = out.new_empty(launch.shape, dtype=torch.float32)
     partial = partial_lse.new_empty((*launch.shape, head_dim))
-    grouped_kernel[launch.grid](
-        **operands.tensors(), out_ptr=partial, lse_ptr=partial_lse, bias_ptr=operands.relative_bias,
-        planned_ptr=planned, tasks_ptr=tasks, members_ptr=members, **launch.arguments,
+    launch.run(
+        grouped_kernel, **operands.tensors(), out_ptr=partial, lse_ptr=partial_lse, bias_ptr=operands.relative_bias,
+        planned_ptr=planned, tasks_ptr=tasks, members_ptr=members,
     )  # fmt: skip
     merge_chunks(partial, partial_lse, out, lse, operands.sinks, group=operands.group, most_chunks=launch.shape[0])
 
 
 class _Launch(NamedTuple):
-    grid: tuple[int]
+    run: Launcher
     shape: tuple[int, ...]  # of partial lse
-    arguments: dict[str, Any]
 
 
 @lru_cache(maxsize=LAYOUTS)
@@ -335,4 +335,4 @@ def _launch(
         "num_warps": config.num_warps, "num_stages": config.num_stages, **LAUNCH_OPTIONS,
     }  # fmt: skip
     shape = (prefix_chunks + own_chunks, kv_heads, batch, layout.group, q_len)
-    return _Launch((prefix_items + request_items,), shape, arguments)
+    return _Launch(Launcher(prefix_items + request_items, arguments), shape)

@@ -10,11 +10,15 @@ A chunk without keys has lse_c = -inf and out_c unwritten. No chunk with keys an
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 import triton.language as tl
 from torch import Tensor
 
 from prefix_attn.kernels.config import padded_head_dim
-from prefix_attn.kernels.launch import LAUNCH_OPTIONS
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS
+from prefix_attn.kernels.launcher import Launcher
 from prefix_attn.kernels.primitives import LN_2, LOG2_E, cast, merge_weights, runtime_jit
 
 
@@ -66,14 +70,24 @@ def merge_chunks(
         partial, partial_lse: float32, contiguous, ``[chunks, q_heads / group, batch, group, q_len(, head_dim)]``.
         most_chunks: the order of summation follows from it, not from how many of them partial holds.
     """
-    chunks, (batch, heads, q_len, head_dim), strides = partial.shape[0], out.shape, out.stride()
+    _launch(out.shape, out.stride(), out.device, partial.shape[0], group, most_chunks)(
+        merge_kernel, partial_ptr=partial, partial_lse_ptr=partial_lse, out_ptr=out, lse_ptr=lse, sinks_ptr=sinks
+    )
+
+
+@lru_cache(maxsize=LAYOUTS)
+def _launch(
+    shape: tuple[int, ...], strides: tuple[int, ...], device: torch.device, chunks: int, group: int, most_chunks: int
+) -> Launcher:
+    """A launch of merge_kernel but for its tensors; ``shape``, ``strides`` and ``device`` are those of out."""
+    batch, heads, q_len, head_dim = shape
     block_c, block_d = 1 << (most_chunks - 1).bit_length(), padded_head_dim(head_dim)
-    merge_kernel[(batch * heads * q_len,)](
-        partial_ptr=partial, partial_lse_ptr=partial_lse, out_ptr=out, lse_ptr=lse, sinks_ptr=sinks,
-        stride_out_batch=strides[0], stride_out_head=strides[1], stride_out_seq=strides[2], stride_out_dim=strides[3],
-        rows=batch * heads * q_len, batch=batch, heads=heads, group=group, q_len=q_len, chunks=chunks,
-        HEAD_DIM=head_dim, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=merge_warps(block_c, block_d), **LAUNCH_OPTIONS,
-    )  # fmt: skip
+    return Launcher(batch * heads * q_len, {
+        "stride_out_batch": strides[0], "stride_out_head": strides[1], "stride_out_seq": strides[2],
+        "stride_out_dim": strides[3], "rows": batch * heads * q_len, "batch": batch, "heads": heads, "group": group,
+        "q_len": q_len, "chunks": chunks, "HEAD_DIM": head_dim, "BLOCK_C": block_c, "BLOCK_D": block_d,
+        "num_warps": merge_warps(block_c, block_d), **LAUNCH_OPTIONS,
+    })  # fmt: skip
 
 
 def merge_warps(block_c: int, block_d: int) -> int:

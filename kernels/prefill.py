@@ -14,13 +14,13 @@ window) are in neither: own tiles are counted from the first visible key, wherev
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
 
 import triton.language as tl
 from torch import Tensor
 
 from prefix_attn.kernels.config import TileConfig, config_for, edge_keys, padded_head_dim
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
+from prefix_attn.kernels.launcher import Launcher
 from prefix_attn.kernels.primitives import (
     LN_2,
     LOG2_E,
@@ -115,22 +115,21 @@ def prefill_kernel(
 def prefill_attention(operands: Operands, out: Tensor, lse: Tensor | None, config: TileConfig | None = None) -> None:
     """Write out, and lse (float32 ``[batch, q_heads, q_len]``, contiguous) if given."""
     operands = operands.scaled
-    grid, arguments = _launch(operands.layout(out), config)
-    prefill_kernel[grid](
-        **operands.tensors(), out_ptr=out, lse_ptr=lse, sinks_ptr=operands.sinks, bias_ptr=operands.relative_bias,
-        **arguments,
+    _launch(operands.layout(out), config)(
+        prefill_kernel, **operands.tensors(), out_ptr=out, lse_ptr=lse, sinks_ptr=operands.sinks,
+        bias_ptr=operands.relative_bias,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=LAYOUTS)
-def _launch(layout: Layout, config: TileConfig | None) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and arguments of prefill_kernel but for its tensors."""
+def _launch(layout: Layout, config: TileConfig | None) -> Launcher:
+    """A launch of prefill_kernel but for its tensors."""
     batch, _, q_len, head_dim = layout.q_shape
     config = config or config_for(layout.kind("prefill"), head_dim, layout.dtype, layout.device)
     row_tiles = cdiv(q_len * layout.group, config.block_m)
-    return (row_tiles * layout.k_shape[1] * batch,), {
+    return Launcher(row_tiles * layout.k_shape[1] * batch, {
         **layout.arguments(), **layout.bias_arguments(), "row_tiles": row_tiles,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_E": edge_keys(config.block_n), "BLOCK_D": padded_head_dim(head_dim),
         "num_warps": config.num_warps, "num_stages": config.num_stages, **LAUNCH_OPTIONS,
-    }  # fmt: skip
+    })  # fmt: skip

@@ -1,0 +1,93 @@
+"""A direct launch hands over what Triton's own launch does; a driver without a device stands in and takes notes."""
+
+from __future__ import annotations
+
+import multiprocessing
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cases import Case, make
+
+#: Of each launch: whether Triton was asked, the grid, the compiled kernel, and the arguments, tensors as addresses.
+Launch = tuple[bool, tuple[int, ...], int, tuple[Any, ...]]
+
+CASE = Case("launch", prefix_lens=(40, 33), task_ids=(0, 1), kv_len=300, head_dim=64, q_len=3)
+
+
+def pretend_driver(launches: list[Launch]) -> None:
+    """Compile for an H200, and note down what would be launched there."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+    from triton.runtime.driver import driver
+
+    asked: list[object] = []
+
+    class Pretended(DriverBase):
+        class utils:
+            load_binary = staticmethod(lambda *_: ("module", 0, 32, 0, 1024))
+            get_device_properties = staticmethod(lambda device: {"max_shared_mem": 232_448})
+
+        def launcher_cls(self, source: Any, metadata: Any) -> Any:
+            kernel = len(launches)
+
+            def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+                arguments = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in rest[4:])
+                launches.append((bool(asked), (x, y, z), kernel, arguments))
+                asked.clear()
+
+            return launch
+
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+        map_python_to_cpp_type = staticmethod(str)
+
+    Pretended.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
+    driver.set_active(Pretended())
+    run = triton.JITFunction.run
+
+    def noted(self: Any, *args: Any, **options: Any) -> Any:
+        asked.append(self)
+        return run(self, *args, **options)
+
+    triton.JITFunction.run = noted
+
+
+def launch_repeatedly(way: str) -> list[Launch]:
+    """The same call twice, then with a q that is not aligned, then with a second result."""
+    launches: list[Launch] = []
+    pretend_driver(launches)
+    from prefix_attn.checks import checked_call
+    from prefix_attn.kernels.decode import decode_attention
+    from prefix_attn.kernels.merge import merge_chunks
+    from prefix_attn.kernels.prefill import prefill_attention
+    from tests.kernels.calls import operands
+
+    inputs = make(CASE, torch.bfloat16)
+    plain = operands(checked_call(*inputs.args, **inputs.options))
+    odd = torch.zeros(plain.q.numel() + 1, dtype=torch.bfloat16)[1:].view(plain.q.shape)
+    out, lse = torch.empty_like(plain.q), torch.empty(plain.q.shape[:3])
+    partial, partial_lse = torch.zeros(2, *out.shape), torch.zeros(2, *lse.shape)
+    for q, second in ((plain.q, None), (plain.q, None), (odd, None), (plain.q, lse)):
+        if way == "decode":
+            decode_attention(plain._replace(q=q), out, second, chunks=1)
+        elif way == "prefill":
+            prefill_attention(plain._replace(q=q), out, second)
+        else:
+            merge_chunks(partial, partial_lse, out if q is plain.q else odd, second, None, group=1, most_chunks=2)
+    return launches
+
+
+@pytest.mark.parametrize("way", ["decode", "prefill", "merge"])
+def test_direct_launches(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # of the process that launches
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        first, again, odd, second = pool.apply(launch_repeatedly, (way,))
+    assert [launch[0] for launch in (first, again, odd, second)] == [True, False, True, True]
+    assert again[1:] == first[1:]
+    assert odd[2] != first[2], "addresses that are not aligned take another kernel"
+    assert second[2] != first[2], "so does another result"
+    assert len(first[3]) > 10
