@@ -29,8 +29,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.predict import PROBLEMS, predict
-from prefix_attn.plan import TILE_ROWS, WIDE_TILE_ROWS
-from prefix_attn.regime import WIDE_TILE_HEAD_DIM
+from prefix_attn.plan import TILE_ROWS
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -82,8 +81,8 @@ REGISTERS, SHARED, RESERVED = 65_536, {"sm_80": 167_936, "sm_90": 233_472, "sm_1
 class Job:
     """One compilation.
 
-    rows: query rows per kv head in decode; tile_rows: of a prefix tile in grouped decode; options: the kernel's
-    optional features that are on.
+    rows: query rows per kv head in decode; options: the kernel's optional features that are on, of which "planned"
+    makes decode the second launch of grouped decode.
     """
 
     kernel: str
@@ -93,7 +92,6 @@ class Job:
     rows: int = 0
     group: int = 4
     options: tuple[str, ...] = ()
-    tile_rows: int = TILE_ROWS
 
 
 @dataclass
@@ -132,7 +130,7 @@ def jobs(quick: bool) -> list[Job]:
         found.append(Job("merge", target, head_dim, "bfloat16"))
     for target, head_dim in product(TARGETS, (64, 128, 256)):
         found += shapes(target, head_dim, "bfloat16", ("window", "softcap", "sinks", "lse", "kv_start", "kv_len"))
-        found.append(Job("grouped", target, head_dim, "bfloat16", rows=64, tile_rows=wide_tile(head_dim)))
+        found.append(Job("decode", target, head_dim, "bfloat16", rows=4, options=("planned", "lse", "kv_len")))
         found.append(Job("decode", target, head_dim, "bfloat16", rows=1, group=1))
         found.append(Job("prefill", target, head_dim, "bfloat16", group=1, options=("window", "kv_start", "kv_len")))
     return found
@@ -140,18 +138,9 @@ def jobs(quick: bool) -> list[Job]:
 
 def shapes(target: str, head_dim: int, dtype: str, options: tuple[str, ...] = ()) -> list[Job]:
     """One job for each tile config that may be chosen for a head dimension and dtype."""
-    decode = [("decode", {"rows": rows}) for rows in (4, 64)]
-    widths = {TILE_ROWS} if dtype == "float32" or "bias" in options else {TILE_ROWS, wide_tile(head_dim)}
-    grouped = [("grouped", {"rows": 4, "tile_rows": width}) for width in sorted(widths)]
-    others: list[tuple[str, dict[str, int]]] = [(kernel, {}) for kernel in ("prefill", *BACKWARD)]
-    return [
-        Job(kernel, target, head_dim, dtype, options=options, **sizes) for kernel, sizes in [*decode, *grouped, *others]
-    ]
-
-
-def wide_tile(head_dim: int) -> int:
-    """Query rows of the widest prefix tile of grouped decode in 16 bits."""
-    return WIDE_TILE_ROWS if head_dim <= WIDE_TILE_HEAD_DIM else TILE_ROWS
+    decode = [Job("decode", target, head_dim, dtype, rows=rows, options=options) for rows in (4, 64)]
+    others = [Job(kernel, target, head_dim, dtype, options=options) for kernel in ("grouped", "prefill", *BACKWARD)]
+    return [*decode, *others]
 
 
 def compile_job(job: Job, config: dict[str, int] | None = None) -> Row:
@@ -200,13 +189,13 @@ def specialisation(job: Job, config: dict[str, int] | None) -> tuple[Any, dict[s
 
     block_d = configs.padded_head_dim(job.head_dim)
     align = min(16, job.head_dim & -job.head_dim)
-    absent = {"kv_start", "kv_len", "sinks", "window", "softcap", "lse", "bias"} - set(job.options)
+    absent = {"kv_start", "kv_len", "sinks", "window", "softcap", "lse", "bias", "planned"} - set(job.options)
     constants: dict[str, Any] = {"HEAD_DIM": job.head_dim, "BLOCK_D": block_d}
     if job.kernel == "merge":
         constants |= {"BLOCK_C": 8, "stride_out_dim": 1, "sinks_ptr": None, "lse_ptr": None}
         return merge.merge_kernel, {"num_warps": merge.merge_warps(8, block_d)}, constants
     itemsize = TYPES[job.dtype][1]
-    block_m = {"decode": configs.decode_rows(job.rows), "grouped": job.tile_rows}.get(job.kernel, 0)
+    block_m = {"decode": configs.decode_rows(job.rows), "grouped": TILE_ROWS}.get(job.kernel, 0)
     kind = "backward_dkv" if job.kernel in ("backward_own", "backward_bank") else job.kernel
     kind = f"biased_{kind}" if "bias" in job.options else kind
     config = config or asdict(configs.heuristic(kind, job.head_dim, itemsize, job.target, block_m))
@@ -224,15 +213,15 @@ def specialisation(job: Job, config: dict[str, int] | None) -> tuple[Any, dict[s
         present = {parameter.name for parameter in kernel.params} - {"lse_ptr"}
         return kernel, config, {name: x for name, x in constants.items() if name in present}
     if job.kernel == "prefill":
+        del constants["planned_ptr"]
         return prefill.prefill_kernel, config, constants
     constants["MIN_TILES"] = decode.MIN_TILES
     if job.kernel == "grouped":
-        constants |= {"BLOCK_P": config["block_m"], "BLOCK_M": configs.decode_rows(job.rows)}
-        present = {parameter.name for parameter in grouped.grouped_kernel.params} - {"lse_ptr"}
-        return grouped.grouped_kernel, config, {name: x for name, x in constants.items() if name in present}
+        present = {parameter.name for parameter in grouped.prefix_kernel.params}
+        return grouped.prefix_kernel, config, {name: x for name, x in constants.items() if name in present}
     constants["SPLIT"] = "split" in job.options
-    if "split" in job.options:
-        del constants["lse_ptr"]
+    if not {"split", "planned"} & set(job.options):
+        constants |= {"partial_ptr": None, "partial_lse_ptr": None}
     return decode.decode_kernel, config, constants
 
 
@@ -244,8 +233,7 @@ def argument_type(name: str, job: Job) -> str:
         return "i32"
     if name in INTEGER_TABLES:
         return "*i32"
-    partial = name == "out_ptr" and ("split" in job.options or job.kernel == "grouped")
-    if partial or name in ("sinks_ptr", "lse_ptr", "delta_ptr", "partial_ptr", "partial_lse_ptr"):
+    if name in ("sinks_ptr", "lse_ptr", "delta_ptr", "partial_ptr", "partial_lse_ptr"):
         return "*fp32"
     return f"*{TYPES[job.dtype][0]}"
 
@@ -324,12 +312,10 @@ def small_loads(row: Row) -> int:
 
     job, config = row.job, row.config
     threads = config["num_warps"] * (64 if job.target.startswith("gfx") else 32)
-    decodes = job.kernel in ("decode", "grouped")
-    queries = int(decodes and decode_rows(job.rows) * padded_head_dim(job.head_dim) <= threads)
+    queries = int(job.kernel == "decode" and decode_rows(job.rows) * padded_head_dim(job.head_dim) <= threads)
     if "bias" not in job.options:
         return queries
     loops = 1 if job.kernel in ("decode", "backward_bank") else 2
-    loops += job.kernel == "grouped"
     return queries + 3 * loops * max(1, config["block_m"] * config["block_n"] // threads)
 
 

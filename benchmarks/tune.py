@@ -2,11 +2,11 @@
 
     python -m benchmarks.tune --budget 480 --kinds decode,grouped,prefill --head-dims 64,128,256
 
-The space is every tile shape of `SPACE` for each kernel, head dimension and dtype. A candidate that overflows shared
-memory or spills registers is dropped before it is run; one whose result is wrong is never timed. Candidates are timed
-against each other on a few workloads, and the one with the least geometric mean of times is kept; the heuristic's is
-kept unless another is `GAIN` faster. All timings, and why the others have none, are appended to
-``kernels/configs/<gpu>.timings.jsonl``, which the kernels do not read.
+The space is every tile shape of `SPACE` for each kernel, head dimension and dtype; all are compiled first, side by
+side. A candidate that overflows shared memory or spills registers is dropped before it is run; one whose result is
+wrong is never timed. Candidates are timed against each other on a few workloads, and the one with the least geometric
+mean of times is kept; the heuristic's is kept unless another is `GAIN` faster. All timings, and why the others have
+none, are appended to ``kernels/configs/<gpu>.timings.jsonl``, which the kernels do not read.
 
 Exit code: 0; 1 when the device fails; 2 without a GPU.
 """
@@ -35,8 +35,7 @@ from tqdm import tqdm
 
 from prefix_attn.kernels import config as configs
 from prefix_attn.kernels.config import TileConfig
-from prefix_attn.plan import TILE_ROWS, WIDE_TILE_ROWS
-from prefix_attn.regime import WIDE_TILE_HEAD_DIM
+from prefix_attn.plan import TILE_ROWS
 
 from . import compile_report
 from .peers import Point, Problem
@@ -46,14 +45,14 @@ from .timing import Runner, first_line, input_sets, measure, runner_for
 
 #: Query rows, keys, warps and stages of a tile. Where rows are 0 they follow from the call, and are not searched.
 SPACE: dict[str, dict[str, tuple[int, ...]]] = {
-    "decode": {"block_m": (0,), "block_n": (32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5)},
+    "decode": {"block_m": (0,), "block_n": (32, 64, 128), "num_warps": (2, 4), "num_stages": (2, 3, 4)},
     "grouped": {"block_m": (0,), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
     "prefill": {"block_m": (64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
 }
 
 #: (batch, tasks, m, n) to time on: where each kernel is used, in memory, in between, and bound by arithmetic.
 WORKLOADS = {
-    "decode": ((64, 8, 128, 512), (16, 8, 128, 4096), (256, 8, 32, 512)),
+    "decode": ((64, 8, 128, 512), (256, 8, 32, 64), (16, 8, 128, 4096), (64, 8, 128, 64)),
     "grouped": ((64, 1, 8192, 64), (64, 8, 1024, 512), (256, 8, 8192, 512)),
     "prefill": ((4, 1, 1024, 4096), (16, 4, 1024, 512), (64, 8, 128, 64)),
 }
@@ -64,8 +63,8 @@ HEADS = {64: (12, 12), 128: (32, 8), 256: (16, 8)}
 #: How much faster than the heuristic's another config must be to replace it: more than the noise.
 GAIN = 0.02
 
-#: Seconds below which a target is not begun.
-LEAST_SECONDS = 15.0
+#: Seconds below which a target is not begun, its candidates being compiled.
+LEAST_SECONDS = 8.0
 
 
 @dataclass(frozen=True)
@@ -78,11 +77,10 @@ class Target:
     block_m: int
 
     @classmethod
-    def all(cls, kind: str, head_dim: int, dtype: str) -> list[Target]:
+    def of(cls, kind: str, head_dim: int, dtype: str) -> Target:
         q_heads, kv_heads = HEADS[head_dim]
-        wide = (WIDE_TILE_ROWS,) if head_dim <= WIDE_TILE_HEAD_DIM else ()
-        rows = {"decode": (configs.decode_rows(q_heads // kv_heads),), "grouped": (TILE_ROWS, *wide)}.get(kind, (0,))
-        return [cls(kind, head_dim, dtype, block_m) for block_m in rows]
+        rows = {"decode": configs.decode_rows(q_heads // kv_heads), "grouped": TILE_ROWS}
+        return cls(kind, head_dim, dtype, rows.get(kind, 0))
 
     @property
     def key(self) -> str:
@@ -285,9 +283,7 @@ def main(
     """Tune the first GPU."""
     types, dims = some_of(dtypes, ("float16", "bfloat16", "float32")), some_of(head_dims, map(str, HEADS))
     wanted = [
-        target
-        for dtype, head_dim, kind in product(types, dims, some_of(kinds, SPACE))
-        for target in Target.all(kind, int(head_dim), dtype)
+        Target.of(kind, int(head_dim), dtype) for dtype, head_dim, kind in product(types, dims, some_of(kinds, SPACE))
     ]
     if not torch.cuda.is_available():
         typer.echo("benchmarks.tune needs a GPU that PyTorch can use, and finds none; nothing was written", err=True)
@@ -298,32 +294,28 @@ def main(
     name, path, environment = configs.target_of(device), configs.tuned_file(device), Environment.read(device, commit)
     deadline = time.monotonic() + budget
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for i, target in enumerate(wanted):
-            share = (deadline - time.monotonic()) / (len(wanted) - i)
-            if share < LEAST_SECONDS:
-                print(f"left out for want of time: {', '.join(t.key for t in wanted[i:])}", flush=True)
-                break
-            until = time.monotonic() + share
-            tiles = target.candidates(name)
-            dropped = unfit(target, tiles, name, pool)
-            results = [Result(target.key, tile, "", why) for tile, why in dropped.items()]
-            fit = [tile for tile in tiles if tile not in dropped]
-            try:
-                with torch.no_grad():
-                    timed = try_candidates(
-                        target, fit, device, until - time.monotonic(), partial(launch, target.kind), clock
-                    )  # fmt: skip
-                torch.cuda.empty_cache()
-            except RuntimeError as e:  # a candidate left the device unusable, or no workload fits its memory
-                write(path, {}, results, environment)
-                typer.echo(
-                    f"{target.key}: {type(e).__name__}: {first_line(e)}; {path} holds what was tuned before", err=True
-                )
-                raise typer.Exit(1) from e
-            chosen = best(timed, target.heuristic(name))
-            write(path, {} if chosen is None else {target.key: chosen}, [*results, *timed], environment)
-            said = chosen or "no candidate was timed on every workload"
-            print(f"{target.key}: {len(fit)} of {len(tiles)} candidates fit; {said}", flush=True)
+        dropped = {target: unfit(target, target.candidates(name), name, pool) for target in wanted}
+    for i, target in enumerate(wanted):
+        share = (deadline - time.monotonic()) / (len(wanted) - i)
+        if share < LEAST_SECONDS:
+            print(f"left out for want of time: {', '.join(t.key for t in wanted[i:])}", flush=True)
+            break
+        results = [Result(target.key, tile, "", why) for tile, why in dropped[target].items()]
+        fit = [tile for tile in target.candidates(name) if tile not in dropped[target]]
+        try:
+            with torch.no_grad():
+                timed = try_candidates(target, fit, device, share, partial(launch, target.kind), clock)
+            torch.cuda.empty_cache()
+        except RuntimeError as e:  # a candidate left the device unusable, or no workload fits its memory
+            write(path, {}, results, environment)
+            typer.echo(
+                f"{target.key}: {type(e).__name__}: {first_line(e)}; {path} holds what was tuned before", err=True
+            )
+            raise typer.Exit(1) from e
+        chosen = best(timed, target.heuristic(name))
+        write(path, {} if chosen is None else {target.key: chosen}, [*results, *timed], environment)
+        said = chosen or "no candidate was timed on every workload"
+        print(f"{target.key}: {len(fit)} candidates fit; {said}", flush=True)
     print(f"{path}", flush=True)
 
 

@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefix_attn.kernels.config import TileConfig, default_config, padded_head_dim, slots
-from prefix_attn.kernels.decode import choose_chunks
-from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands, backward_scales, strided
+from prefix_attn.kernels.chunks import Residency, choose_chunks
+from prefix_attn.kernels.config import TileConfig, default_config, padded_head_dim
+from prefix_attn.kernels.decode import MERGE_TILES
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands, backward_scales, cdiv, strided
 from prefix_attn.kernels.primitives import (
     NO_LIMIT,
     cast,
@@ -299,7 +300,8 @@ def bank_gradients(
         return torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
     if parts is None:
         queries = operands.batch * operands.q_len * operands.group
-        parts = choose_chunks(tiles * operands.kv_heads, queries, MIN_TILES * config.block_m, slots(prefix_k.device))
+        at_once = Residency.of("backward_dkv", config, operands.head_dim, operands.q.dtype, prefix_k.device)
+        parts = choose_chunks(tiles * operands.kv_heads, cdiv(queries, config.block_m), at_once, MERGE_TILES)
     dtype = prefix_k.dtype if parts == 1 else torch.float32
     dk, dv = (torch.zeros((parts, *x.shape), dtype=dtype, device=x.device) for x in (prefix_k, prefix_v))
     rows = operands.row_arguments()

@@ -11,6 +11,7 @@ A chunk without keys has lse_c = -inf and out_c unwritten. No chunk with keys an
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -54,24 +55,32 @@ def merge_kernel(
         tl.store(lse_ptr + row, tl.where(total == 0, float("-inf"), top + tl.log2(seen)) * LN_2)
 
 
-def merge_chunks(
-    partial: Tensor,
-    partial_lse: Tensor,
-    out: Tensor,
-    lse: Tensor | None,
-    sinks: Tensor | None,
-    *,
-    group: int,
-    most_chunks: int,
-) -> None:
+class Partials(NamedTuple):
+    """Partial results of key chunks: normalised ``out`` and base-2 ``lse``, which is -inf for a chunk without keys.
+
+    float32, contiguous, ``[chunks, kv_heads, batch, group, q_len(, head_dim)]``: so the place of a query row follows
+    from the number it has in a plan (prefix_attn/plan.py) without a division.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+    @classmethod
+    def empty(cls, chunks: int, q: Tensor, kv_heads: int) -> Partials:
+        """For queries ``[batch, q_heads, q_len, head_dim]``."""
+        batch, q_heads, q_len, head_dim = q.shape
+        lse = q.new_empty((chunks, kv_heads, batch, q_heads // kv_heads, q_len), dtype=torch.float32)
+        return cls(lse.new_empty((*lse.shape, head_dim)), lse)
+
+
+def merge_chunks(partials: Partials, out: Tensor, lse: Tensor | None, sinks: Tensor | None, most_chunks: int) -> None:
     """Write out ``[batch, q_heads, q_len, head_dim]`` and lse.
 
-    Args:
-        partial, partial_lse: float32, contiguous, ``[chunks, q_heads / group, batch, group, q_len(, head_dim)]``.
-        most_chunks: the order of summation follows from it, not from how many of them partial holds.
+    The order of summation follows from ``most_chunks``, not from how many of them there are.
     """
-    _launch(out.shape, out.stride(), out.device, partial.shape[0], group, most_chunks)(
-        merge_kernel, partial_ptr=partial, partial_lse_ptr=partial_lse, out_ptr=out, lse_ptr=lse, sinks_ptr=sinks
+    chunks, _, _, group, _ = partials.lse.shape
+    _launch(out.shape, out.stride(), out.device, chunks, group, most_chunks)(
+        merge_kernel, partial_ptr=partials.out, partial_lse_ptr=partials.lse, out_ptr=out, lse_ptr=lse, sinks_ptr=sinks
     )
 
 

@@ -314,6 +314,15 @@ def add_sink(acc, row_sum, row_max, sink_log2):
 
 
 @triton.jit
+def add_partial(acc, row_sum, row_max, out, lse):
+    """The state after all keys of a partial result: normalised ``out`` ``[BLOCK_M, BLOCK_D]``, ``lse`` in base 2."""
+    top = tl.maximum(row_max, lse)  # [BLOCK_M]
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    decay, weight = tl.exp2(row_max - shift), tl.exp2(lse - shift)
+    return acc * decay[:, None] + out * weight[:, None], row_sum * decay + weight, top
+
+
+@triton.jit
 def normalise(acc, row_sum, row_max, broken):
     """``(acc / row_sum, lse in base 2)``; 0 and -inf for a state without keys; NaN for a broken row."""
     poison = tl.where(broken, float("nan"), 0.0)

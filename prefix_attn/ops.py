@@ -50,9 +50,7 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None]
     regime = dispatch.regime(backend, call)
     tiles = None
     if regime is not None and regime.name == "grouped":
-        tiles = (call.plan or BatchPlan(call.task_ids, call.prefix.lens)).tiles(
-            call.q_len * call.group, regime.tile_rows
-        )
+        tiles = (call.plan or BatchPlan(call.task_ids, call.prefix.lens)).tiles(call.q_len * call.group)
     needs_grad = call.needs_grad
     if not needs_grad and nobody_watches(call):
         return _run(call if tiles is None else replace(call, tiles=tiles), backend)

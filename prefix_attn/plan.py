@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: Query rows of a tile: the fewest that take the wide matrix instructions (wgmma) of sm_90, and twice as many, which
-#: need half the reads of the prefix but a multiprocessor to themselves. `prefix_attn.regime` chooses.
-TILE_ROWS, WIDE_TILE_ROWS = 64, 128
+#: Query rows of a tile: the fewest that take the wide matrix instructions (wgmma) of sm_90. Twice as many would halve
+#: the reads of the prefix, but have a multiprocessor to themselves; they were slower at all points but one (H200).
+TILE_ROWS = 64
 
 
 class RowTiles(NamedTuple):

@@ -19,17 +19,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from prefix_attn.plan import TILE_ROWS, WIDE_TILE_ROWS
 from prefix_attn.types import AttentionCall
 
 #: Query rows per kv head (q_len * group) up to which a row is decoded; more make tiles worth a prefill.
 DECODE_ROWS = 64
 
-#: How much faster re-reads from the L2 cache are than reads from memory. An assumption, to be measured on a GPU.
-L2_SPEED = 1.5
+#: How much faster re-reads from the L2 cache are than reads from memory: 5.5 against 4.3 TB/s on an H200.
+L2_SPEED = 1.3
 
-#: What memory could have moved in the 2.5 us a launch takes, at the 4.3e12 B/s of an H200.
-LAUNCH_BYTES = 2.5e-6 * 4.3e12
+#: What memory could have moved while the prefixes' launch does nothing but begin and end: 4.5 us at the 4.3e12 B/s of
+#: an H200.
+LAUNCH_BYTES = 4.5e-6 * 4.3e12
 
 #: Launches it takes to work out a plan.
 PLAN_LAUNCHES = 40
@@ -40,19 +40,15 @@ CHUNK = 2048
 #: Prefixes up to this many tokens are hidden behind enough own keys; longer ones are not left to that estimate.
 SHORT_PREFIX = 256
 
-#: The widest head in 16 bits whose wide tiles fit the registers, without a relative bias.
-WIDE_TILE_HEAD_DIM = 128
-
 #: Share of the time of reading every row's prefix that may be lost where sharing is a guess.
 BET = 0.02
 
 
 class Regime(NamedTuple):
-    """``prefill``, ``inline`` or ``grouped``, and the reason; the query rows of a prefix tile, if grouped."""
+    """``prefill``, ``inline`` or ``grouped``, and the reason."""
 
     name: str
     why: str
-    tile_rows: int = TILE_ROWS
     sizes: tuple[float, ...] = ()  # what `why` speaks of: put into words only when somebody asks
 
     @property
@@ -94,24 +90,10 @@ def choose(call: AttentionCall) -> Regime:
         why += "grouping saves about {:.1f} MB of traffic and costs {:.1f} MB"
         sizes = (batch, tasks, m, saved / 1e6, price / 1e6)
     if grouped:
-        return Regime("grouped", why, tile_rows(call, m), sizes)
+        return Regime("grouped", why, sizes)
     return Regime("inline", why, sizes=sizes)
 
 
 def hidden(m: int, own_keys: int) -> bool:
     """Whether rows read prefixes of m tokens at no cost: ``(own keys + m) / L2_SPEED <= own keys``, and m is short."""
     return m <= SHORT_PREFIX and (own_keys + m) / L2_SPEED <= own_keys
-
-
-def tile_rows(call: AttentionCall, m: int) -> int:
-    """Query rows of a prefix tile in grouped decode, of which each reads ``m`` prefix tokens.
-
-    A tile of R rows in 16 bits spends R FLOPs on each byte of prefix from the L2 cache. At `L2_SPEED` 64 rows get half
-    of what the matrix units of an H200 do, 128 all. Wide tiles are taken where a task fills two of them on average,
-    and where narrow ones would read prefixes for longer than memory needs for the own keys.
-    """
-    rows = call.q_len * call.group
-    fits = call.q.element_size() == 2 and call.head_dim <= WIDE_TILE_HEAD_DIM and call.relative_bias is None
-    filled = call.batch * rows >= 2 * WIDE_TILE_ROWS * min(call.batch, call.prefix.num_tasks)
-    outlasts = rows * m / TILE_ROWS / L2_SPEED > call.kv_capacity
-    return WIDE_TILE_ROWS if fits and filled and outlasts else TILE_ROWS

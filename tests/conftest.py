@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
@@ -11,3 +12,21 @@ for size in ("COLUMNS", "LINES"):  # pytest-xdist sets them, and a console would
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+class FailuresAtOnce:
+    """Says what failed when it fails: a run that is cut short never comes to its summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if report.failed and terminal is not None:
+            terminal.ensure_newline()
+            terminal.write_line(f"FAILED {report.nodeid}\n{report.longreprtext}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("CUT_SHORT") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(FailuresAtOnce(config))

@@ -10,7 +10,6 @@ from torch import Tensor
 import prefix_attn as pa
 from prefix_attn.backends import triton
 from prefix_attn.plan import BatchPlan, RowTiles
-from prefix_attn.regime import tile_rows
 
 from .interface import Peer, elapsed_us
 from .problem import Point, Problem
@@ -46,9 +45,9 @@ class Ours(Peer):
     def work_out(self, plan: BatchPlan, problem: Problem) -> RowTiles:
         """The plan's tiles, which a capture then finds: one layer is timed, and a plan serves all of them."""
         call = problem.call
-        sizes = call.q_len * call.group, tile_rows(call, call.prefix.expected_max_len)
-        self.plan_us = elapsed_us(lambda: plan.tiles(*sizes), problem.q.device)
-        return plan.tiles(*sizes)
+        rows = call.q_len * call.group
+        self.plan_us = elapsed_us(lambda: plan.tiles(rows), problem.q.device)
+        return plan.tiles(rows)
 
 
 class OwnKeysOnly(Ours):

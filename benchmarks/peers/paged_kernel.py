@@ -10,19 +10,16 @@ once for all of them. Few rows are split into chunks, which `merge_chunks` joins
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefix_attn.kernels.config import padded_head_dim, slots
-from prefix_attn.kernels.decode import choose_chunks
-from prefix_attn.kernels.launch import LAUNCH_OPTIONS, score_scales
-from prefix_attn.kernels.merge import merge_chunks
+from prefix_attn.kernels.chunks import Residency, choose_chunks
+from prefix_attn.kernels.config import TileConfig, padded_head_dim
+from prefix_attn.kernels.decode import MERGE_TILES
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, cdiv, score_scales
+from prefix_attn.kernels.merge import Partials, merge_chunks
 from prefix_attn.kernels.primitives import cast, dot, normalise, runtime_jit, softmax_update
-
-#: Keys a chunk takes at least.
-LEAST_KEYS = 256
 
 
 @runtime_jit
@@ -87,32 +84,31 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Ten
     """
     batch, heads, _, head_dim = q.shape
     kv_heads, page = k.shape[1], k.shape[2]
-    block_m, block_n, warps, stages = tile_shape(heads // kv_heads, head_dim, q.element_size())
+    config = tile_shape(heads // kv_heads, head_dim, q.element_size())
     programs = batch * kv_heads
-    chunks = choose_chunks(programs, page * table.shape[1], LEAST_KEYS, slots(q.device))
+    at_once = Residency.of("decode", config, head_dim, q.dtype, q.device)
+    chunks = choose_chunks(programs, cdiv(page * table.shape[1], config.block_n), at_once, MERGE_TILES)
     out = q.new_empty(q.shape)
-    partial, partial_lse = out, None
-    if chunks > 1:
-        partial_lse = q.new_empty((chunks, batch, heads, 1), dtype=torch.float32)
-        partial = partial_lse.new_empty((chunks, *q.shape))
+    partials = Partials.empty(chunks, q, kv_heads=1) if chunks > 1 else None  # heads in their order
     paged_kernel[(programs * chunks,)](
-        q_ptr=q, k_ptr=k, v_ptr=v, table_ptr=table, lengths_ptr=lengths, out_ptr=partial, lse_ptr=partial_lse,
+        q_ptr=q, k_ptr=k, v_ptr=v, table_ptr=table, lengths_ptr=lengths,
+        out_ptr=out if partials is None else partials.out, lse_ptr=None if partials is None else partials.lse,
         stride_table=table.stride(0), batch=batch, chunks=chunks, scale_log2=score_scales(scale, None)[0],
         KV_HEADS=kv_heads, GROUP=heads // kv_heads, HEAD_DIM=head_dim, PAGE=page, SPLIT=chunks > 1,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=padded_head_dim(head_dim),
-        num_warps=warps, num_stages=stages, **LAUNCH_OPTIONS,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=padded_head_dim(head_dim),
+        num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
     )  # fmt: skip
-    if partial_lse is not None:
-        merge_chunks(partial, partial_lse, out, None, None, group=heads, most_chunks=chunks)
+    if partials is not None:
+        merge_chunks(partials, out, None, None, chunks)
     return out
 
 
-def tile_shape(group: int, head_dim: int, itemsize: int) -> tuple[int, int, int, int]:
-    """Query rows, keys, warps and stages of a program: 16 KiB of keys and of values in flight per stage.
+def tile_shape(group: int, head_dim: int, itemsize: int) -> TileConfig:
+    """16 KiB of keys and of values in flight per stage.
 
     The compiler gives half of the stages to the page table, whose loads come first: three are left for the keys.
     """
     block_m = max(16, triton.next_power_of_2(group))
     if itemsize == 4:
-        return block_m, 32, 8, 2
-    return block_m, min(128, max(32, 8192 // padded_head_dim(head_dim))), 4, 7
+        return TileConfig(block_m, 32, 8, 2)
+    return TileConfig(block_m, min(128, max(32, 8192 // padded_head_dim(head_dim))), 4, 7)

@@ -24,10 +24,10 @@ SHAPES = [(4, 128, True), (2, 256, False)]
 
 
 def compiled(group: int, head_dim: int, split: bool) -> dict[str, int]:
-    block_m, block_n, warps, stages = tile_shape(group, head_dim, itemsize=2)
+    config = tile_shape(group, head_dim, itemsize=2)
     constants: dict[str, Any] = {
         "KV_HEADS": 8, "GROUP": group, "HEAD_DIM": head_dim, "PAGE": PAGE, "SPLIT": split,
-        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": padded_head_dim(head_dim),
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": padded_head_dim(head_dim),
     }  # fmt: skip
     if not split:
         constants["lse_ptr"] = None
@@ -42,7 +42,7 @@ def compiled(group: int, head_dim: int, split: bool) -> dict[str, int]:
     kernel = triton.compile(
         ASTSource(fn=paged_kernel, signature=signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": warps, "num_stages": stages} | LAUNCH_OPTIONS,
+        options={"num_warps": config.num_warps, "num_stages": config.num_stages} | LAUNCH_OPTIONS,
     )
     ptx = kernel.asm["ptx"]
     registers, spills = cuda_usage(kernel.asm["cubin"])

@@ -27,7 +27,7 @@ from prefix_attn.kernels.config import TileConfig, heuristic, shared_bytes, shar
 
 CPU = torch.device("cpu")
 ENVIRONMENT = Environment.read(CPU, "abc")
-TARGETS = [target for kind in SPACE for head_dim in HEADS for target in Target.all(kind, head_dim, "bfloat16")]
+TARGETS = [Target.of(kind, head_dim, "bfloat16") for kind in SPACE for head_dim in HEADS]
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.key)
@@ -56,7 +56,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Target:
     monkeypatch.setitem(HEADS, 16, (2, 1))
     monkeypatch.setitem(WORKLOADS, "decode", ((2, 1, 16, 5), (3, 2, 16, 5)))
     monkeypatch.setattr("benchmarks.timing.MOST_SETS", 2)
-    return Target.all("decode", 16, "float32")[0]
+    return Target.of("decode", 16, "float32")
 
 
 FAST, SLOW, WRONG, BROKEN = (TileConfig(16, n, 4, 2) for n in (32, 64, 128, 16))
@@ -108,7 +108,7 @@ def test_written_choices_are_what_the_kernels_take(tmp_path: Path, monkeypatch: 
     path = tmp_path / "configs" / "test_gpu.json"
     monkeypatch.setattr(config, "tuned_file", lambda device: path)
     monkeypatch.setattr(config, "target_of", lambda device: "sm_90")
-    target, device = Target.all("decode", 128, "bfloat16")[0], torch.device("cuda", 7)
+    target, device = Target.of("decode", 128, "bfloat16"), torch.device("cuda", 7)
     results = [Result(target.key, FAST, "a", "ok", 3.0), Result(target.key, SLOW, "", "8 bytes spilled")]
     write(path, {target.key: SLOW, "prefill/64/float16/0": WRONG}, results, ENVIRONMENT)
     write(path, {target.key: FAST}, results[:1], ENVIRONMENT)
@@ -134,7 +134,7 @@ def test_written_choices_are_what_the_kernels_take(tmp_path: Path, monkeypatch: 
 
 def test_spilling_candidates_are_found_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # for the processes that compile
-    target = replace(Target.all("decode", 128, "bfloat16")[0], block_m=64)
+    target = replace(Target.of("decode", 128, "bfloat16"), block_m=64)
     fits, spills = TileConfig(64, 64, 4, 2), TileConfig(64, 128, 2, 2)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         found = unfit(target, [fits, spills], "sm_90", pool)

@@ -24,7 +24,7 @@ from prefix_attn.kernels.config import (
 )
 
 #: Kinds of kernels, and the query rows of a decode tile.
-KINDS = (("decode", 16), ("decode", 64), ("grouped", 64), ("grouped", 128), ("prefill", 0), ("backward_dq", 0),
+KINDS = (("decode", 16), ("decode", 64), ("grouped", 64), ("prefill", 0), ("backward_dq", 0),
          ("backward_dkv", 0), ("biased_decode", 64), ("biased_grouped", 64), ("biased_prefill", 0),
          ("biased_backward_dq", 0), ("biased_backward_dkv", 0))  # fmt: skip
 
@@ -42,12 +42,14 @@ def test_default_configs_are_fit() -> None:
 
 
 def test_a_new_length_batch_or_window_compiles_nothing_and_loads_stay_wide() -> None:
-    """One variant each of: plain decode, decode with a window in chunks, grouped decode, the merge of both, prefill,
-    decode at head_dim 72, and the backward kernels."""
+    """One variant each of: plain decode, decode with a window in chunks, both launches of grouped decode (the second in
+    chunks or not), the merge, prefill, decode at head_dim 72, and the backward kernels (that of the bank in one part or
+    more)."""
     kernels = json.loads(run_module("tests.kernels.specialise"))
     names = [f"{name}_kernel" for name in (
-        "backward_bank", "backward_dq", "backward_own", "decode", "decode", "decode", "delta", "grouped", "merge",
-        "prefill")]  # fmt: skip
+        "backward_bank", "backward_bank", "backward_dq", "backward_own", *["decode"] * 5, "delta", "merge", "prefill",
+        "prefix"
+    )]  # fmt: skip
     assert sorted(name for name, _ in kernels) == names
     for name, widths in kernels:
         if name not in ("merge_kernel", "delta_kernel"):  # 16 bytes; 4 for lse, delta and the rows of a task
@@ -59,8 +61,6 @@ def test_heuristic_fits_shared_memory(target: str) -> None:
     for head_dim in (16, 64, 72, 96, 128, 256):
         for itemsize in (2, 4):
             for kind, block_m in KINDS:
-                if block_m == 128 and (itemsize == 4 or head_dim > 128):
-                    continue  # never asked for, see `regime.tile_rows`
                 config = heuristic(kind, head_dim, itemsize, target, block_m)
                 assert shared_bytes(kind, config, head_dim, itemsize, target) <= shared_limit(target)
                 assert config.block_m >= 16

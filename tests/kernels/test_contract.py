@@ -13,7 +13,9 @@ import torch
 import prefix_attn as pa
 from prefix_attn.backends import triton as backend
 from prefix_attn.checks import checked_call
-from prefix_attn.kernels.decode import INVARIANT_CHUNKS, MAX_CHUNKS, choose_chunks
+from prefix_attn.kernels.chunks import MAX_CHUNKS, Residency, choose_chunks
+from prefix_attn.kernels.decode import INVARIANT_CHUNKS, MERGE_TILES
+from prefix_attn.kernels.grouped import CHUNK_TILES
 from prefix_attn.plan import row_tiles
 from prefix_attn.types import AttentionCall
 from tests.cases import Case, make, poisoned
@@ -154,11 +156,32 @@ def test_refusals() -> None:
         pa.prefix_attention(*inputs.args, **inputs.options, backend="triton")
 
 
-def test_chunks_follow_from_shapes() -> None:
-    assert choose_chunks(programs=1000, keys=100_000, least_keys=256, slots=264) <= 2
-    assert choose_chunks(programs=8, keys=200, least_keys=256, slots=264) == 1
-    assert choose_chunks(programs=8, keys=100_000, least_keys=256, slots=264) >= 28
-    assert choose_chunks(programs=1, keys=10**9, least_keys=256, slots=264) <= MAX_CHUNKS
+@pytest.mark.parametrize(
+    ("programs", "tiles", "chunks"),
+    [
+        (512, 66, 3),  # 64 rows over 8 kv heads, 4096 own keys: 250 us on an H200, against 279 unsplit
+        (128, 66, 2),  # 16 rows: 69 against 75
+        (512, 9, 1),  # 44 against 46 in two chunks
+        (128, 10, 1),  # 15.8 against 16.9
+        (512, 3, 1),
+        (2048, 2, 1),
+    ],
+)
+def test_chunks_of_decode(programs: int, tiles: int, chunks: int) -> None:
+    assert choose_chunks(programs, tiles, Residency(132, 3), MERGE_TILES) == chunks
+
+
+@pytest.mark.parametrize(("programs", "tiles", "chunks"), [(8, 16, 4), (64, 16, 2), (32, 128, 4)])
+def test_chunks_of_prefixes(programs: int, tiles: int, chunks: int) -> None:
+    """As they were fastest on an H200, 16 rows of one task, 64 of eight and 64 of one."""
+    assert choose_chunks(programs, tiles, Residency(132, 2), 0.0, CHUNK_TILES) == chunks
+
+
+def test_few_rows_are_cut_into_many_chunks() -> None:
+    """One row over 8 kv heads."""
+    assert choose_chunks(8, 17, Residency(132, 3), MERGE_TILES) == 9
+    assert 16 <= choose_chunks(8, 1000, Residency(132, 3), MERGE_TILES) <= MAX_CHUNKS
+    assert choose_chunks(1, 10**6, Residency(132, 3), MERGE_TILES) == MAX_CHUNKS
     assert INVARIANT_CHUNKS <= MAX_CHUNKS
 
 

@@ -62,7 +62,7 @@ def launch_repeatedly(way: str) -> list[Launch]:
     pretend_driver(launches)
     from prefix_attn.checks import checked_call
     from prefix_attn.kernels.decode import decode_attention
-    from prefix_attn.kernels.merge import merge_chunks
+    from prefix_attn.kernels.merge import Partials, merge_chunks
     from prefix_attn.kernels.prefill import prefill_attention
     from tests.kernels.calls import operands
 
@@ -70,14 +70,14 @@ def launch_repeatedly(way: str) -> list[Launch]:
     plain = operands(checked_call(*inputs.args, **inputs.options))
     odd = torch.zeros(plain.q.numel() + 1, dtype=torch.bfloat16)[1:].view(plain.q.shape)
     out, lse = torch.empty_like(plain.q), torch.empty(plain.q.shape[:3])
-    partial, partial_lse = torch.zeros(2, *out.shape), torch.zeros(2, *lse.shape)
+    partials = Partials.empty(2, out, kv_heads=1)
     for q, second in ((plain.q, None), (plain.q, None), (odd, None), (plain.q, lse)):
         if way == "decode":
             decode_attention(plain._replace(q=q), out, second, chunks=1)
         elif way == "prefill":
             prefill_attention(plain._replace(q=q), out, second)
         else:
-            merge_chunks(partial, partial_lse, out if q is plain.q else odd, second, None, group=1, most_chunks=2)
+            merge_chunks(partials, out if q is plain.q else odd, second, None, most_chunks=2)
     return launches
 
 
