@@ -81,8 +81,7 @@ REGISTERS, SHARED, RESERVED = 65_536, {"sm_80": 167_936, "sm_90": 233_472, "sm_1
 class Job:
     """One compilation.
 
-    rows: query rows per kv head in decode; options: the kernel's optional features that are on, of which "planned"
-    makes decode the second launch of grouped decode.
+    rows: query rows per kv head in decode; options: the kernel's optional features that are on.
     """
 
     kernel: str
@@ -130,7 +129,7 @@ def jobs(quick: bool) -> list[Job]:
         found.append(Job("merge", target, head_dim, "bfloat16"))
     for target, head_dim in product(TARGETS, (64, 128, 256)):
         found += shapes(target, head_dim, "bfloat16", ("window", "softcap", "sinks", "lse", "kv_start", "kv_len"))
-        found.append(Job("decode", target, head_dim, "bfloat16", rows=4, options=("planned", "lse", "kv_len")))
+        found.append(Job("grouped", target, head_dim, "bfloat16", rows=64))
         found.append(Job("decode", target, head_dim, "bfloat16", rows=1, group=1))
         found.append(Job("prefill", target, head_dim, "bfloat16", group=1, options=("window", "kv_start", "kv_len")))
     return found
@@ -138,9 +137,9 @@ def jobs(quick: bool) -> list[Job]:
 
 def shapes(target: str, head_dim: int, dtype: str, options: tuple[str, ...] = ()) -> list[Job]:
     """One job for each tile config that may be chosen for a head dimension and dtype."""
-    decode = [Job("decode", target, head_dim, dtype, rows=rows, options=options) for rows in (4, 64)]
-    others = [Job(kernel, target, head_dim, dtype, options=options) for kernel in ("grouped", "prefill", *BACKWARD)]
-    return [*decode, *others]
+    few = [("decode", 4), ("decode", 64), ("grouped", 4)]
+    kernels = [*few, *((kernel, 0) for kernel in ("prefill", *BACKWARD))]
+    return [Job(kernel, target, head_dim, dtype, rows=rows, options=options) for kernel, rows in kernels]
 
 
 def compile_job(job: Job, config: dict[str, int] | None = None) -> Row:
@@ -189,7 +188,7 @@ def specialisation(job: Job, config: dict[str, int] | None) -> tuple[Any, dict[s
 
     block_d = configs.padded_head_dim(job.head_dim)
     align = min(16, job.head_dim & -job.head_dim)
-    absent = {"kv_start", "kv_len", "sinks", "window", "softcap", "lse", "bias", "planned"} - set(job.options)
+    absent = {"kv_start", "kv_len", "sinks", "window", "softcap", "lse", "bias"} - set(job.options)
     constants: dict[str, Any] = {"HEAD_DIM": job.head_dim, "BLOCK_D": block_d}
     if job.kernel == "merge":
         constants |= {"BLOCK_C": 8, "stride_out_dim": 1, "sinks_ptr": None, "lse_ptr": None}
@@ -213,14 +212,14 @@ def specialisation(job: Job, config: dict[str, int] | None) -> tuple[Any, dict[s
         present = {parameter.name for parameter in kernel.params} - {"lse_ptr"}
         return kernel, config, {name: x for name, x in constants.items() if name in present}
     if job.kernel == "prefill":
-        del constants["planned_ptr"]
         return prefill.prefill_kernel, config, constants
     constants["MIN_TILES"] = decode.MIN_TILES
     if job.kernel == "grouped":
-        present = {parameter.name for parameter in grouped.prefix_kernel.params}
-        return grouped.prefix_kernel, config, {name: x for name, x in constants.items() if name in present}
+        constants |= {"BLOCK_P": config["block_m"], "BLOCK_M": configs.decode_rows(job.rows)}
+        present = {parameter.name for parameter in grouped.grouped_kernel.params}
+        return grouped.grouped_kernel, config, {name: x for name, x in constants.items() if name in present}
     constants["SPLIT"] = "split" in job.options
-    if not {"split", "planned"} & set(job.options):
+    if "split" not in job.options:
         constants |= {"partial_ptr": None, "partial_lse_ptr": None}
     return decode.decode_kernel, config, constants
 
@@ -312,10 +311,12 @@ def small_loads(row: Row) -> int:
 
     job, config = row.job, row.config
     threads = config["num_warps"] * (64 if job.target.startswith("gfx") else 32)
-    queries = int(job.kernel == "decode" and decode_rows(job.rows) * padded_head_dim(job.head_dim) <= threads)
+    decodes = job.kernel in ("decode", "grouped")
+    queries = int(decodes and decode_rows(job.rows) * padded_head_dim(job.head_dim) <= threads)
     if "bias" not in job.options:
         return queries
     loops = 1 if job.kernel in ("decode", "backward_bank") else 2
+    loops += job.kernel == "grouped"
     return queries + 3 * loops * max(1, config["block_m"] * config["block_n"] // threads)
 
 

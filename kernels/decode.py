@@ -1,4 +1,4 @@
-"""Decode: few queries a row. Inline, each row's prefix is read in the same loop as its own keys.
+"""Inline decode: few queries a row, each row's prefix read in the same loop as its own keys.
 
     out = softmax(scale * q @ [pk; k]^T + mask) @ [pv; v]          lse in nats; a query that sees nothing: 0 and -inf
 
@@ -6,9 +6,6 @@ Program = (row, kv head, tile of query rows, key chunk). The G query heads of a 
 the rows of one tile, so each key is loaded once for all of them. The tiles of prefix and own keys are numbered through,
 the prefix's spread among the own; chunk c takes ``c * per_chunk`` and on, where ``per_chunk`` follows from the row
 alone. A short prefix thus costs neither a launch nor a merge, and a long one is split like any other keys.
-
-In grouped decode (grouped.py) the prefixes have been attended to before: a program runs the row's own keys and joins
-what it finds of the prefix.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
@@ -29,15 +26,14 @@ from prefix_attn.kernels.merge import Partials, merge_chunks
 from prefix_attn.kernels.primitives import (
     LN_2,
     LOG2_E,
-    add_partial,
     add_sink,
     again,
-    attend_keys,
     attend_tile,
     cast,
     normalise,
     open_bias,
     open_row,
+    partial_rows,
     query_rows,
     runtime_jit,
 )
@@ -58,7 +54,7 @@ MERGE_TILES = 2.5
 def decode_kernel(
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
     task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, sinks_ptr, bias_ptr,
-    partial_ptr, partial_lse_ptr, planned_ptr,
+    partial_ptr, partial_lse_ptr,
     stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
     stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
     stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
@@ -66,7 +62,7 @@ def decode_kernel(
     stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
     stride_out_batch, stride_out_head, stride_out_seq, stride_out_dim,
     stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
-    batch, kv_heads, q_len, kv_capacity, num_tasks, row_tiles, chunks, prefix_chunks,
+    batch, kv_heads, q_len, kv_capacity, num_tasks, row_tiles, chunks,
     window, scale_log2, softcap_inner, bias_reach, bias_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr,
     BIAS_OF_SLOTS: tl.constexpr,
@@ -74,9 +70,8 @@ def decode_kernel(
 ):  # fmt: skip
     """``out[b, h, i] = softmax_j(s_ij) @ v_j`` over one chunk of the keys j of row b.
 
-    partial, partial_lse: `prefix_attn.kernels.merge.Partials`; None where there are neither several chunks nor a plan.
-    With SPLIT, this chunk's go there, behind those of the prefix, and merge_kernel finishes; out and lse are not used.
-    planned: None for inline decode; the task of each row whose prefix is in partial already, -1 for rows without.
+    With SPLIT, the results go to partial and partial_lse (`prefix_attn.kernels.merge.Partials`), and merge_kernel
+    finishes; out and lse are not used. Without, it is the other way round.
     """
     # Rows vary fastest: programs that run together share a kv head, and so the prefixes in the L2 cache.
     pid = tl.program_id(0)
@@ -102,11 +97,6 @@ def decode_kernel(
         stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
         stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
         stride_task_ids, stride_kv_start, stride_kv_len, kv_capacity, num_tasks, ALIGN)  # fmt: skip
-    if planned_ptr is not None:
-        # A plan of other ids, or of the bank as it was, has left the row out or given it to another task.
-        planned = tl.load(planned_ptr + b)
-        task = tl.load(task_ids_ptr + b64 * stride_task_ids)
-        broken = broken | ((planned != task) & ((planned >= 0) | (prefix_len > 0)))
     past = own_end - q_len
     query = past + offs_i  # [BLOCK_M]
     # Without causal, keys past kv_len are padding behind the row: the queries stand where the slots end.
@@ -114,13 +104,12 @@ def decode_kernel(
                      (kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)[:, None])  # fmt: skip
     first = past + row_tile * BLOCK_M // GROUP
     last = past + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1)
+    prefix_lo, prefix_hi, _, _ = visible_span(
+        0, prefix_len, first + prefix_len, last + prefix_len, window, False)  # fmt: skip
     own_lo, own_hi, _, _ = visible_span(own_start, own_end, first, last, window, CAUSAL)
+
+    prefix_tiles = tl.cdiv(prefix_hi - prefix_lo, BLOCK_N)
     own_tiles = tl.cdiv(own_hi - own_lo, BLOCK_N)
-    prefix_tiles = tl.full([], 0, tl.int32)
-    if planned_ptr is None:
-        prefix_lo, prefix_hi, _, _ = visible_span(
-            0, prefix_len, first + prefix_len, last + prefix_len, window, False)  # fmt: skip
-        prefix_tiles = tl.cdiv(prefix_hi - prefix_lo, BLOCK_N)
     tiles = prefix_tiles + own_tiles
     # Every period-th tile is the prefix's until none is left: the cache yields it while memory is busy with own ones.
     period = own_tiles // tl.maximum(prefix_tiles, 1) + 1
@@ -132,47 +121,25 @@ def decode_kernel(
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for tile in tl.range(first_tile, last_tile):
-        if planned_ptr is None:
-            turn = tile // period  # prefix tiles before this one, while some are left
-            own = (turn >= prefix_tiles) | (tile % period < period - 1)
-            own_tile = tile - tl.minimum(turn, prefix_tiles)
-            start = tl.where(own, own_lo + own_tile * BLOCK_N, prefix_lo + turn * BLOCK_N)
-            acc, row_sum, row_max = attend_tile(
-                acc, row_sum, row_max, q, query, start, own_hi, prefix_hi, prefix_len, own, own_keys, prefix_keys,
-                window, scale_log2, softcap_inner, bias, MASKED=True, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN,
-                BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
-        else:
-            acc, row_sum, row_max = attend_keys(
-                acc, row_sum, row_max, q, own_lo + tile * BLOCK_N, own_hi,
-                query - window + 1 if window is not None else None, query if CAUSAL else None, own_keys, scale_log2,
-                softcap_inner, bias, 0, MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N,
-                BLOCK_D=BLOCK_D)  # fmt: skip
+        turn = tile // period  # prefix tiles before this one, while some are left
+        own = (turn >= prefix_tiles) | (tile % period < period - 1)
+        start = tl.where(own, own_lo + (tile - tl.minimum(turn, prefix_tiles)) * BLOCK_N, prefix_lo + turn * BLOCK_N)
+        acc, row_sum, row_max = attend_tile(
+            acc, row_sum, row_max, q, query, start, own_hi, prefix_hi, prefix_len, own, own_keys, prefix_keys, window,
+            scale_log2, softcap_inner, bias, MASKED=True, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN,
+            BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
 
     offs_i, offs_h, mask_m = query_rows(again(row_tile), kv_head, q_len, GROUP, BLOCK_M)
     i64, h64 = offs_i.to(tl.int64), offs_h.to(tl.int64)
     mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
-    step = batch.to(tl.int64) * kv_heads * GROUP * q_len
-    places = ((kv_head.to(tl.int64) * batch + b) * GROUP + offs_h % GROUP) * q_len + offs_i  # [BLOCK_M], among partials
     if SPLIT:
         out, lse = normalise(acc, row_sum, row_max, broken)
-        if planned_ptr is not None:
-            if (planned < 0) & (chunk == 0):  # no program of the prefix writes for this row
-                for c in tl.range(0, prefix_chunks):
-                    nothing = tl.full([BLOCK_M], float("-inf"), tl.float32)
-                    tl.store(partial_lse_ptr + c * step + places, nothing, mask=mask_m)
-            chunk += prefix_chunks
-        places += chunk * step
+        places = partial_rows(chunk, kv_head, b, offs_h % GROUP, offs_i, kv_heads, batch, q_len, GROUP)  # [BLOCK_M]
         tl.store(partial_lse_ptr + places, lse, mask=mask_m)
         # Most chunks of a short row are empty; the merge never reads the out of those.
         mask_out = mask_q & (lse != float("-inf"))[:, None]
         tl.store((partial_ptr + places * HEAD_DIM)[:, None] + offs_d[None, :], out, mask=mask_out)
     else:
-        if planned_ptr is not None:
-            for c in tl.range(0, tl.where(planned >= 0, prefix_chunks, 0)):
-                rows = c * step + places
-                lse = tl.load(partial_lse_ptr + rows, mask=mask_m, other=float("-inf"))
-                out = tl.load((partial_ptr + rows * HEAD_DIM)[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
-                acc, row_sum, row_max = add_partial(acc, row_sum, row_max, out, lse)
         if sinks_ptr is not None:
             sink = tl.load(sinks_ptr + offs_h, mask=mask_m, other=0.0).to(tl.float32) * LOG2_E  # [BLOCK_M]
             acc, row_sum, row_max = add_sink(acc, row_sum, row_max, sink)
@@ -200,49 +167,28 @@ def decode_attention(
     many keys k could hold.
     """
     operands = operands.scaled
-    plan = plan_launch(operands.layout(out), batch_invariant, config, chunks)
-    launch_decode(plan, operands, out, lse, None if plan.partials == 0 else plan.empty_partials(operands), None)
-
-
-class DecodeLaunch(NamedTuple):
-    """How a decode is launched.
-
-    Attributes:
-        partials: chunks of partial results; 0 if none are needed.
-        most_chunks: into how many own ones count, launched or not; a row's bits follow from it.
-    """
-
-    run: Launcher
-    split: bool
-    partials: int
-    most_chunks: int
-
-    def empty_partials(self, operands: Operands) -> Partials:
-        return Partials.empty(self.partials, operands.q, operands.kv_heads)
-
-
-def launch_decode(
-    plan: DecodeLaunch, operands: Operands, out: Tensor, lse: Tensor | None, partials: Partials | None,
-    planned: Tensor | None,
-) -> None:  # fmt: skip
-    """Launch the kernel, and the merge where keys are split; ``planned`` as the kernel takes it."""
-    plan.run(
+    launch = _launch(operands.layout(out), batch_invariant, config, chunks)
+    partials = Partials.empty(launch.launched, operands.q, operands.kv_heads) if launch.chunks > 1 else None
+    launch.run(
         decode_kernel, **operands.tensors(), out_ptr=out, lse_ptr=lse, sinks_ptr=operands.sinks,
         bias_ptr=operands.relative_bias, partial_ptr=None if partials is None else partials.out,
-        partial_lse_ptr=None if partials is None else partials.lse, planned_ptr=planned,
+        partial_lse_ptr=None if partials is None else partials.lse,
     )  # fmt: skip
-    if plan.split:
-        assert partials is not None, "chunks write partial results"
-        merge_chunks(partials, out, lse, operands.sinks, plan.most_chunks)
+    if partials is not None:
+        merge_chunks(partials, out, lse, operands.sinks, launch.chunks)
+
+
+class _Launch(NamedTuple):
+    run: Launcher
+    chunks: int  # of a row, of which no more are launched than a row can reach
+    launched: int
 
 
 @lru_cache(maxsize=LAYOUTS)
-def plan_launch(
-    layout: Layout, batch_invariant: bool, config: TileConfig | None, chunks: int | None, prefix_chunks: int = 0
-) -> DecodeLaunch:
-    """A launch of decode_kernel but for its tensors; after as many chunks of the prefixes, on own keys alone."""
+def _launch(layout: Layout, batch_invariant: bool, config: TileConfig | None, chunks: int | None) -> _Launch:
+    """A launch of decode_kernel but for its tensors."""
     (batch, _, q_len, head_dim), (_, kv_heads, kv_capacity, _) = layout.q_shape, layout.k_shape
-    rows, prefix_tokens = q_len * layout.group, 0 if prefix_chunks else layout.prefix_tokens
+    rows = q_len * layout.group
     config = config or config_for(layout.kind("decode"), head_dim, layout.dtype, layout.device, rows)
     row_tiles = cdiv(rows, config.block_m)
     programs = batch * kv_heads * row_tiles
@@ -250,18 +196,18 @@ def plan_launch(
         chunks = INVARIANT_CHUNKS
     if chunks is None:
         # Tiles of a row as far as shapes tell: the capacity of its own keys, and a mean prefix.
-        tiles = cdiv(kv_capacity, config.block_n) + cdiv(prefix_tokens // max(1, layout.num_tasks), config.block_n)
+        prefix = layout.prefix_tokens // max(1, layout.num_tasks)
+        tiles = cdiv(kv_capacity, config.block_n) + cdiv(prefix, config.block_n)
         at_once = Residency.of("decode", config, head_dim, layout.dtype, layout.device)
         chunks = choose_chunks(programs, tiles, at_once, MERGE_TILES)
     # Chunks have so many tiles at least, so that no row has keys in the chunks after these.
     least_tiles = INVARIANT_TILES if batch_invariant else MIN_TILES
-    most_tiles = cdiv(kv_capacity, config.block_n) + cdiv(prefix_tokens, config.block_n)
+    most_tiles = cdiv(kv_capacity, config.block_n) + cdiv(layout.prefix_tokens, config.block_n)
     launched = max(1, min(chunks, cdiv(most_tiles, least_tiles)))
     arguments = {
         **layout.arguments(), **layout.bias_arguments(), "batch": batch, "row_tiles": row_tiles, "chunks": chunks,
-        "prefix_chunks": prefix_chunks, "SPLIT": chunks > 1, "MIN_TILES": least_tiles,
+        "SPLIT": chunks > 1, "MIN_TILES": least_tiles,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": padded_head_dim(head_dim),
         "num_warps": config.num_warps, "num_stages": config.num_stages, **LAUNCH_OPTIONS,
     }  # fmt: skip
-    partials = prefix_chunks + (launched if chunks > 1 else 0)
-    return DecodeLaunch(Launcher(programs * launched, arguments), chunks > 1, partials, prefix_chunks + chunks)
+    return _Launch(Launcher(programs * launched, arguments), chunks, launched)

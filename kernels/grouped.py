@@ -2,13 +2,17 @@
 
     out = softmax(scale * q @ [pk; k]^T + mask) @ [pv; v]          lse in nats; a query that sees nothing: 0 and -inf
 
-Two launches. The first attends to the prefixes, on tensor cores: program = (tile of query rows gathered by task, kv
-head, chunk of the task's prefix). The rows of a tile belong to many rows of the batch; they are found by index
-(prefix_attn/plan.py), nothing is moved. Full tiles of keys take no mask; the edges are tiles of BLOCK_E keys. The
-second is decode.py on each row's own keys, which joins the partial results of the first, always in the same order.
+One launch has two kinds of work items, and both write float32 partial results, which merge_kernel joins in the order
+prefix chunks, own chunks:
 
-(One launch with both kinds of programs would overlap them, but gives the many short ones of the second the registers
-and the shared memory of the first: on an H200 it was slower wherever own keys are few.)
+- prefix item = (tile of query rows gathered by task, kv head, chunk of the task's prefix). The rows of a tile belong to
+  many rows of the batch; they are found by index (prefix_attn/plan.py), nothing is moved. Full tiles of keys take no
+  mask; the edges are tiles of BLOCK_E keys, as are those of the other kind.
+- request item = (row, kv head, tile of query rows, chunk of the row's own keys), as in decode.py without the prefix.
+
+The first kind keeps the tensor cores busy and the second the memory; they alternate in the launch, so that they
+overlap. (Two launches, the second of which ran own keys by decode.py and joined what the first had found, took 9 to 23%
+longer on an H200 up to 64 rows, and 10% less at 256.)
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
@@ -18,24 +22,35 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefix_attn.kernels.chunks import Residency, choose_chunks
-from prefix_attn.kernels.config import TileConfig, config_for, edge_keys, padded_head_dim
-from prefix_attn.kernels.decode import MIN_TILES, launch_decode, plan_launch
+from prefix_attn.kernels.chunks import MAX_CHUNKS, Residency, choose_chunks
+from prefix_attn.kernels.config import TileConfig, config_for, decode_rows, edge_keys, padded_head_dim
+from prefix_attn.kernels.decode import MIN_TILES
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
 from prefix_attn.kernels.launcher import Launcher
-from prefix_attn.kernels.primitives import again, attend_keys, normalise, open_bias, runtime_jit
-from prefix_attn.kernels.spans import split_span
+from prefix_attn.kernels.merge import Partials, merge_chunks
+from prefix_attn.kernels.primitives import (
+    again,
+    attend_keys,
+    normalise,
+    open_bias,
+    open_row,
+    partial_rows,
+    query_rows,
+    runtime_jit,
+)
+from prefix_attn.kernels.spans import split_span, visible_span
 
-#: What each chunk of the prefixes costs where they are joined, in the time of a tile.
+#: What each chunk costs where they are joined, in the time of a tile.
 CHUNK_TILES = 0.7
 
 
-@runtime_jit
-def prefix_kernel(
-    q_ptr, prefix_k_ptr, prefix_v_ptr, partial_ptr, partial_lse_ptr,
+@triton.jit
+def prefix_item(
+    item, q_ptr, prefix_k_ptr, prefix_v_ptr, partial_ptr, partial_lse_ptr,
     starts_ptr, lens_ptr, kv_len_ptr, bias_ptr, tasks_ptr, members_ptr,
     stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
     stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
@@ -46,9 +61,8 @@ def prefix_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, BIAS_OF_SLOTS: tl.constexpr,
     MIN_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Partial results (merge.py) of one tile of gathered query rows over one chunk of their task's prefix."""
+    """Partial results of one tile of gathered query rows over one chunk of their task's prefix."""
     # Tiles vary fastest: those of one task lie side by side and read the same keys.
-    item = tl.program_id(0)
     tile = item % tiles
     item = item // tiles
     kv_head = item % kv_heads
@@ -113,10 +127,140 @@ def prefix_kernel(
 
         out, lse = normalise(acc, row_sum, row_max, False)
         member = tl.load(members_ptr + again(tile) * BLOCK_M + tl.arange(0, BLOCK_M))
+        # A member's number counts rows, heads of the group and queries: it is the place within a kv head.
         places = (chunk.to(tl.int64) * kv_heads + kv_head) * batch * GROUP * q_len + member  # [BLOCK_M]
         tl.store(partial_lse_ptr + places, lse, mask=member >= 0)
-        mask_out = (member >= 0)[:, None] & (offs_d < HEAD_DIM)[None, :]
+        seen = (member >= 0) & (lse != float("-inf"))  # the merge never reads the out of the others
+        mask_out = seen[:, None] & (offs_d < HEAD_DIM)[None, :]
         tl.store((partial_ptr + places * HEAD_DIM)[:, None] + offs_d[None, :], out, mask=mask_out)
+
+
+@triton.jit
+def request_item(
+    item, q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, partial_ptr, partial_lse_ptr,
+    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, bias_ptr, planned_ptr,
+    stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
+    stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
+    stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
+    stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
+    stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
+    stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
+    batch, kv_heads, q_len, kv_capacity, num_tasks, row_tiles, prefix_chunks, own_chunks,
+    window, scale_log2, softcap_inner, bias_reach, bias_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, BIAS_OF_SLOTS: tl.constexpr,
+    MIN_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Partial results of one tile of a row's query rows over one chunk of its own keys."""
+    b = item % batch
+    item = item // batch
+    kv_head = item % kv_heads
+    item = item // kv_heads
+    row_tile = item % row_tiles
+    chunk = item // row_tiles
+
+    offs_i, offs_h, mask_m = query_rows(row_tile, kv_head, q_len, GROUP, BLOCK_M)  # [BLOCK_M] x 3
+    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
+    b64, i64, h64 = b.to(tl.int64), offs_i.to(tl.int64), offs_h.to(tl.int64)
+    rows_q = (b64 * stride_q_batch + h64 * stride_q_head + i64 * stride_q_seq) * ALIGN  # [BLOCK_M]
+    q = tl.load(q_ptr + rows_q[:, None] + offs_d[None, :] * stride_q_dim, mask=mask_q, other=0.0)  # [BLOCK_M, BLOCK_D]
+
+    keys, _, own_start, own_end, prefix_len, broken = open_row(
+        b, kv_head, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr,
+        task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr,
+        stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
+        stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
+        stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
+        stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
+        stride_task_ids, stride_kv_start, stride_kv_len, kv_capacity, num_tasks, ALIGN)  # fmt: skip
+    # A plan of other ids, or of the bank as it was, has left the row out or given it to another task.
+    planned = tl.load(planned_ptr + b)
+    task = tl.load(task_ids_ptr + b64 * stride_task_ids)
+    broken = broken | ((planned != task) & ((planned >= 0) | (prefix_len > 0)))
+    past = own_end - q_len
+    query = past + offs_i  # [BLOCK_M]
+    bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h[:, None],
+                     (kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)[:, None])  # fmt: skip
+    lo, hi, _, _ = visible_span(
+        own_start, own_end, past + row_tile * BLOCK_M // GROUP,
+        past + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1), window, CAUSAL)  # fmt: skip
+    first, last = None, None
+    if CAUSAL:
+        last = query
+    if window is not None:
+        first = query - window + 1
+
+    key_tiles = tl.cdiv(hi - lo, BLOCK_N)
+    per_chunk = tl.maximum(tl.cdiv(key_tiles, own_chunks), MIN_TILES)
+    begin = chunk * per_chunk
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for n in tl.range(begin, tl.minimum(begin + per_chunk, key_tiles)):
+        acc, row_sum, row_max = attend_keys(
+            acc, row_sum, row_max, q, lo + n * BLOCK_N, hi, first, last, keys, scale_log2, softcap_inner, bias, 0,
+            MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
+
+    out, lse = normalise(acc, row_sum, row_max, broken)
+    offs_i, offs_h, mask_m = query_rows(again(row_tile), kv_head, q_len, GROUP, BLOCK_M)
+    mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
+    if (planned < 0) & (chunk == 0):  # no prefix item writes for this row
+        for c in tl.range(0, prefix_chunks):
+            places = partial_rows(c, kv_head, b, offs_h % GROUP, offs_i, kv_heads, batch, q_len, GROUP)
+            tl.store(partial_lse_ptr + places, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=mask_m)
+    places = partial_rows(prefix_chunks + chunk, kv_head, b, offs_h % GROUP, offs_i, kv_heads, batch, q_len, GROUP)
+    tl.store(partial_lse_ptr + places, lse, mask=mask_m)
+    mask_out = mask_q & (lse != float("-inf"))[:, None]
+    tl.store((partial_ptr + places * HEAD_DIM)[:, None] + offs_d[None, :], out, mask=mask_out)
+
+
+@runtime_jit
+def grouped_kernel(
+    q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, partial_ptr, partial_lse_ptr,
+    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, bias_ptr, planned_ptr, tasks_ptr, members_ptr,
+    stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
+    stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
+    stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
+    stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
+    stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
+    stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
+    batch, kv_heads, q_len, kv_capacity, num_tasks, tiles, row_tiles, prefix_chunks, own_chunks,
+    prefix_items, request_items, window, scale_log2, softcap_inner, bias_reach, bias_scale,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, BIAS_OF_SLOTS: tl.constexpr,
+    MIN_TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Partial results (`prefix_attn.kernels.merge.Partials`) of the prefix chunks, then of the own ones."""
+    pid = tl.program_id(0)
+    both = 2 * tl.minimum(prefix_items, request_items)
+    on_prefix = tl.where(pid < both, pid % 2 == 0, prefix_items > request_items)
+    item = tl.where(pid < both, pid // 2, pid - both // 2)
+    if on_prefix:
+        prefix_item(
+            item, q_ptr, prefix_k_ptr, prefix_v_ptr, partial_ptr, partial_lse_ptr,
+            starts_ptr, lens_ptr, kv_len_ptr, bias_ptr, tasks_ptr, members_ptr,
+            stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
+            stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
+            stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
+            stride_kv_len, stride_bias_head, stride_bias_entry,
+            batch, kv_heads, q_len, kv_capacity, num_tasks, tiles, prefix_chunks,
+            window, scale_log2, softcap_inner, bias_reach, bias_scale,
+            GROUP=GROUP, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BIAS_OF_SLOTS=BIAS_OF_SLOTS, MIN_TILES=MIN_TILES,
+            BLOCK_M=BLOCK_P, BLOCK_N=BLOCK_N, BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D)  # fmt: skip
+    else:
+        request_item(
+            item, q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, partial_ptr, partial_lse_ptr,
+            task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, bias_ptr, planned_ptr,
+            stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
+            stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
+            stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
+            stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
+            stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
+            stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
+            batch, kv_heads, q_len, kv_capacity, num_tasks, row_tiles, prefix_chunks, own_chunks,
+            window, scale_log2, softcap_inner, bias_reach, bias_scale,
+            GROUP=GROUP, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, CAUSAL=CAUSAL, BIAS_OF_SLOTS=BIAS_OF_SLOTS,
+            MIN_TILES=MIN_TILES, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_E, BLOCK_D=BLOCK_D)  # fmt: skip
 
 
 def grouped_attention(
@@ -136,45 +280,50 @@ def grouped_attention(
     Args:
         planned, tasks, members: who shares with whom, as in `prefix_attn.plan.RowTiles`.
         max_len: about how long the longest prefix is; only speed depends on it.
-        config: of the first launch.
         chunks: of the prefixes and of the own keys; by default they follow from shapes and max_len. Nothing is read
             back from the device.
     """
     operands = operands.scaled
-    of_prefix, of_own = (None, None) if chunks is None else chunks
-    first = _launch(operands.layout(), *members.shape, max_len, config, of_prefix)
-    second = plan_launch(operands.layout(out), False, None, of_own, first.chunks)
-    partials = second.empty_partials(operands)
-    first.run(
-        prefix_kernel, q_ptr=operands.q, prefix_k_ptr=operands.prefix_k, prefix_v_ptr=operands.prefix_v,
-        partial_ptr=partials.out, partial_lse_ptr=partials.lse, starts_ptr=operands.starts.contiguous(),
-        lens_ptr=operands.lens.contiguous(), kv_len_ptr=operands.kv_len, bias_ptr=operands.relative_bias,
-        tasks_ptr=tasks, members_ptr=members,
+    launch = _launch(operands.layout(), *members.shape, max_len, config, chunks)
+    partials = Partials.empty(launch.chunks, operands.q, operands.kv_heads)
+    launch.run(
+        grouped_kernel, **operands.tensors(), partial_ptr=partials.out, partial_lse_ptr=partials.lse,
+        bias_ptr=operands.relative_bias, planned_ptr=planned, tasks_ptr=tasks, members_ptr=members,
     )  # fmt: skip
-    launch_decode(second, operands, out, lse, partials, planned)
+    merge_chunks(partials, out, lse, operands.sinks, launch.chunks)
 
 
 class _Launch(NamedTuple):
     run: Launcher
-    chunks: int
+    chunks: int  # of prefixes and own keys
 
 
 @lru_cache(maxsize=LAYOUTS)
 def _launch(
-    layout: Layout, tiles: int, tile_rows: int, max_len: int, config: TileConfig | None, chunks: int | None
+    layout: Layout, tiles: int, tile_rows: int, max_len: int, config: TileConfig | None, chunks: tuple[int, int] | None
 ) -> _Launch:
-    """A launch of prefix_kernel but for its tensors."""
-    (batch, _, q_len, head_dim), (_, kv_heads, _, _) = layout.q_shape, layout.k_shape
+    """A launch of grouped_kernel but for its tensors."""
+    (batch, _, q_len, head_dim), (_, kv_heads, kv_capacity, _) = layout.q_shape, layout.k_shape
+    rows = q_len * layout.group
     config = config or config_for(layout.kind("grouped"), head_dim, layout.dtype, layout.device)
+    block_m, block_e = decode_rows(rows), edge_keys(config.block_n)
+    row_tiles = cdiv(rows, block_m)
     if chunks is None:
         at_once = Residency.of("grouped", config, head_dim, layout.dtype, layout.device)
-        programs = cdiv(batch * q_len * layout.group, tile_rows) * kv_heads
-        chunks = choose_chunks(programs, cdiv(max_len, config.block_n), at_once, 0.0, CHUNK_TILES)
-    of_layout = {**layout.arguments(), **layout.bias_arguments()}
-    arguments = {name: x for name, x in of_layout.items() if name in prefix_kernel.arg_names} | {
-        "batch": batch, "tiles": tiles, "chunks": chunks, "MIN_TILES": MIN_TILES,
-        "BLOCK_M": tile_rows, "BLOCK_N": config.block_n, "BLOCK_E": edge_keys(config.block_n),
+        programs, requests = cdiv(batch * rows, tile_rows) * kv_heads, batch * kv_heads * row_tiles
+        chunks = (
+            choose_chunks(programs, cdiv(max_len, config.block_n), at_once, 0.0, CHUNK_TILES),
+            choose_chunks(requests, cdiv(kv_capacity, block_e), at_once, 0.0, CHUNK_TILES),
+        )
+    prefix_chunks, own_chunks = (min(c, MAX_CHUNKS // 2) for c in chunks)
+    prefix_items = tiles * kv_heads * prefix_chunks
+    request_items = batch * kv_heads * row_tiles * own_chunks
+    arguments = {
+        **layout.arguments(), **layout.bias_arguments(), "batch": batch, "tiles": tiles, "row_tiles": row_tiles,
+        "prefix_chunks": prefix_chunks, "own_chunks": own_chunks,
+        "prefix_items": prefix_items, "request_items": request_items, "MIN_TILES": MIN_TILES,
+        "BLOCK_P": tile_rows, "BLOCK_M": block_m, "BLOCK_N": config.block_n, "BLOCK_E": block_e,
         "BLOCK_D": padded_head_dim(head_dim),
         "num_warps": config.num_warps, "num_stages": config.num_stages, **LAUNCH_OPTIONS,
     }  # fmt: skip
-    return _Launch(Launcher(tiles * kv_heads * chunks, arguments), chunks)
+    return _Launch(Launcher(prefix_items + request_items, arguments), prefix_chunks + own_chunks)

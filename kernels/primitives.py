@@ -314,12 +314,9 @@ def add_sink(acc, row_sum, row_max, sink_log2):
 
 
 @triton.jit
-def add_partial(acc, row_sum, row_max, out, lse):
-    """The state after all keys of a partial result: normalised ``out`` ``[BLOCK_M, BLOCK_D]``, ``lse`` in base 2."""
-    top = tl.maximum(row_max, lse)  # [BLOCK_M]
-    shift = tl.where(top == float("-inf"), 0.0, top)
-    decay, weight = tl.exp2(row_max - shift), tl.exp2(lse - shift)
-    return acc * decay[:, None] + out * weight[:, None], row_sum * decay + weight, top
+def partial_rows(chunk, kv_head, b, g, i, kv_heads, batch, q_len, GROUP: tl.constexpr):
+    """Where query i of head ``kv_head * GROUP + g`` of row b has its partial result (`merge.Partials`); int64."""
+    return (((chunk * kv_heads + kv_head.to(tl.int64)) * batch + b) * GROUP + g) * q_len + i
 
 
 @triton.jit

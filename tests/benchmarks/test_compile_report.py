@@ -47,7 +47,7 @@ def test_every_kernel_and_config_is_compiled_for_every_target_head_dim_and_dtype
     assert plain >= set(product(kernels, TARGETS, HEAD_DIMS, TYPES))
     biased = {(j.kernel, j.target, j.head_dim, j.dtype) for j in tried if j.options == ("bias",)}
     assert biased == set(product(kernels, TARGETS, HEAD_DIMS, ("bfloat16", "float32")))
-    alone = {"split", "bias", "planned"}
+    alone = {"split", "bias"}
     assert {x for j in tried for x in j.options} - alone == {"window", "softcap", "sinks", "lse", "kv_start", "kv_len"}
 
 

@@ -37,7 +37,7 @@ class Compiled:
     found: dict[str, list[Any]] = {}  # noqa: RUF012
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel, self.arg_names = kernel, kernel.arg_names
+        self.kernel = kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(**arguments: Any) -> None:
@@ -70,7 +70,7 @@ def main() -> None:
     decode.decode_kernel = Compiled(decode.decode_kernel)
     merge.merge_kernel = Compiled(merge.merge_kernel)
     prefill.prefill_kernel = Compiled(prefill.prefill_kernel)
-    grouped.prefix_kernel = Compiled(grouped.prefix_kernel)
+    grouped.grouped_kernel = Compiled(grouped.grouped_kernel)
     backward.delta_kernel = Compiled(backward.delta_kernel)
     backward_dq.backward_dq_kernel = Compiled(backward_dq.backward_dq_kernel)
     backward_dkv.backward_own_kernel = Compiled(backward_dkv.backward_own_kernel)
