@@ -158,14 +158,19 @@ class Comparison:
             cache=point.cache, status="", failed=False, environment=environment,
         )  # fmt: skip
 
+    def prepare(self, name: str) -> None:
+        """Patch the model for ours, undo it for PEFT: once per model in a server's life, and not timed."""
+        if name == OURS:
+            pa.patch(self.model, self.bank)
+        else:
+            pa.unpatch(self.model)
+
     def patched(self, new: int) -> Answer:
         """The batch as it is."""
-        pa.patch(self.model, self.bank)
         return self._generate(self.model, self.prompts, new, task_ids=self.task_of)
 
     def grouped(self, new: int) -> Answer:
         """One batch after another, each of one task."""
-        pa.unpatch(self.model)
         tokens = self.prompts.new_empty(self.point.rows, self.point.prompt + new)
         logits: Tensor | None = None
         for name, rows in self.groups.items():
@@ -205,6 +210,7 @@ class Comparison:
         row = replace(self.template, provider=name, version=version)
         held, at_once = self._held(name)
         try:
+            self.prepare(name)
             self.answers[name] = self.run[name](self.point.new)
             few = self.point.new if self.device.type == "cuda" else 2  # two tokens show it; more take time
             allocated = allocated_at_once(lambda: self.run[name](few), self.device)
@@ -247,6 +253,7 @@ class Comparison:
         times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in names}
         for _ in range(repeats):
             for name in rng.sample(list(names), len(names)):
+                self.prepare(name)
                 for new, found in zip((1, self.point.new), times[name], strict=True):
                     begin = time.perf_counter()
                     self.run[name](new)

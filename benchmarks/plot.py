@@ -6,6 +6,7 @@ is below 1 lies on red ground.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -61,17 +62,23 @@ class Device:
 
 
 def latest(folder: Path) -> list[Path]:
-    """The newest results file of each device, and the one of generation; by the date in their names."""
+    """The newest results file of each device, and the one of generation; by when their last run began."""
     found: list[Path] = []
     for device in sorted(path for path in folder.glob("*") if path.is_dir()):
         for generation in (False, True):
             files = [f for f in device.glob("2*-*.jsonl") if f.stem.endswith("-generate") == generation]
-            found += sorted(files, key=lambda file: (file.name[:10], file.stat().st_mtime))[-1:]
+            found += sorted(files, key=lambda file: (file.name[:10], last_run(file)))[-1:]
     if not found:
         raise PrefixAttnError(
             f"{folder}: expected DEVICE/DATE-COMMIT.jsonl files; make some with `prefix-attn bench all`"
         )
     return found
+
+
+def last_run(file: Path) -> str:
+    """When the run of the file's last row began, UTC; empty for an old row, which does not say."""
+    lines = file.read_text().splitlines()
+    return str(json.loads(lines[-1]).get("run", "")) if lines else ""
 
 
 def draw(files: Iterable[Path], folder: Path) -> list[Path]:

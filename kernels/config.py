@@ -16,8 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from prefix_attn.plan import TILE_ROWS
-
 #: Bytes of shared memory one program may take, by target.
 SHARED_MEMORY = {
     "sm_80": 166_912, "sm_86": 101_376, "sm_87": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448,
@@ -48,7 +46,7 @@ def default_config(kind: str, q: Tensor, rows: int = 0) -> TileConfig:
 
     Args:
         kind: "decode", "prefill", "grouped", "backward_dq" or "backward_dkv"; after "biased_" with a relative bias.
-        rows: in decode, how many query rows share the keys.
+        rows: in decode, how many query rows share the keys; in grouped decode, the rows of a prefix tile.
     """
     return config_for(kind, q.shape[3], q.dtype, q.device, rows)
 
@@ -66,7 +64,7 @@ def decode_rows(rows: int) -> int:
 @cache
 def config_for(kind: str, head_dim: int, dtype: torch.dtype, device: torch.device, rows: int = 0) -> TileConfig:
     """`default_config` for a q of this dtype and device."""
-    block_m = {"decode": decode_rows(rows), "grouped": TILE_ROWS}.get(kind.removeprefix("biased_"), 0)
+    block_m = {"decode": decode_rows(rows), "grouped": rows}.get(kind.removeprefix("biased_"), 0)
     tuned = tuned_configs(device).get(tuned_key(kind, head_dim, dtype, block_m))
     return tuned or heuristic(kind, head_dim, dtype.itemsize, target_of(device), block_m)
 
@@ -111,7 +109,7 @@ def _shape(kind: str, block_d: int, itemsize: int, target: str, block_m: int) ->
     # Distances and entries of a relative bias take the registers of half a tile.
     biased, kind = kind.startswith("biased_"), kind.removeprefix("biased_")
     if kind == "grouped":
-        return _grouped_shape(block_d, itemsize, amd, large, biased)
+        return _grouped_shape(block_d, itemsize, amd, large, block_m, biased)
     if kind in ("backward_dq", "backward_dkv"):
         return _backward_shape(kind, block_d, itemsize, amd, large, biased)
     if itemsize == 4:  # full float32 products run on the ordinary cores, where tiles only cost registers
@@ -140,9 +138,8 @@ def _shape(kind: str, block_d: int, itemsize: int, target: str, block_m: int) ->
     return TileConfig(128 if large and not biased else 64, 32, 8, 3)
 
 
-def _grouped_shape(block_d: int, itemsize: int, amd: bool, large: bool, biased: bool) -> TileConfig:
-    """Tiles of query rows gathered by task (`prefix_attn.plan`) and keys of their prefix."""
-    rows = TILE_ROWS
+def _grouped_shape(block_d: int, itemsize: int, amd: bool, large: bool, rows: int, biased: bool) -> TileConfig:
+    """Key tiles and warps of both kinds of work items; the rows are those of a plan's tiles."""
     if itemsize == 4:
         return TileConfig(rows, 16, 8, 1)  # with two stages in flight sm_90 spills
     if block_d > 128:

@@ -305,7 +305,7 @@ def _launch(
     """A launch of grouped_kernel but for its tensors."""
     (batch, _, q_len, head_dim), (_, kv_heads, kv_capacity, _) = layout.q_shape, layout.k_shape
     rows = q_len * layout.group
-    config = config or config_for(layout.kind("grouped"), head_dim, layout.dtype, layout.device)
+    config = config or config_for(layout.kind("grouped"), head_dim, layout.dtype, layout.device, tile_rows)
     block_m, block_e = decode_rows(rows), edge_keys(config.block_n)
     row_tiles = cdiv(rows, block_m)
     if chunks is None:

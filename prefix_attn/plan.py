@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 #: Query rows of a tile: the fewest that take the wide matrix instructions (wgmma) of sm_90. Twice as many would halve
-#: the reads of the prefix, but have a multiprocessor to themselves; they were slower at all points but one (H200).
+#: the reads of the prefix, but have a multiprocessor to themselves: slower at every point of a sweep on an H200.
 TILE_ROWS = 64
 
 

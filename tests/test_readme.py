@@ -23,7 +23,7 @@ def test_the_example_prints_what_it_says(capsys: pytest.CaptureFixture[str], mon
 
 def test_the_numbers_stand_in_the_results() -> None:
     """The table of mixed-task decode: 32 rows over 8 tasks, from the file that the text names."""
-    file = re.findall(r"`(benchmarks/results/[^`]*generate\.jsonl)`", README)[0]
+    file = re.findall(r"`(benchmarks/results/amd[^`]*generate\.jsonl)`", README)[0]
     rows = [row for row in map(json.loads, (ROOT / file).read_text().splitlines()) if row["rows"] == 32]
     latest = {(row["prefix_tokens"], row["provider"].split(",")[0]): row for row in rows if row["tasks"] == 8}
     for m in sorted({m for m, _ in latest}):
@@ -34,3 +34,32 @@ def test_the_numbers_stand_in_the_results() -> None:
         assert row is not None, f"README has no row that starts with {start!r}"
         held = [float(cell.split()[0]) for cell in row.split("|")[5:7]]
         assert held == pytest.approx([ours["prefix_bytes"] / 2**20, peft["prefix_bytes"] / 2**20], rel=0.005)
+
+
+def test_the_numbers_of_a_gpu_stand_in_the_results() -> None:
+    """Decode with Llama-3's heads over 64 own keys; each row of the table against the file that the text names."""
+    file = re.findall(r"`(benchmarks/results/nvidia[^`]*\.jsonl)`", README)[0]
+    times: dict[tuple[int, ...], dict[str, float]] = {}
+    for row in map(json.loads, (ROOT / file).read_text().splitlines()):
+        if row["op"] == "decode" and row["median_us"] is not None:
+            times.setdefault((row["batch"], row["tasks"], row["m"]), {})[row["provider"]] = row["median_us"]
+    table = README.partition("| rows | tasks | prefix tokens |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(table) == 10
+    for line in table:
+        rows, tasks, m, ours, other, *ratios = (cell.strip(" *") for cell in line.strip("|").split("|"))
+        at = times[int(rows), int(tasks), int(m)]
+        best = min((us, name) for name, us in at.items() if not name.startswith("prefix_attn"))
+        assert float(ours) == pytest.approx(at["prefix_attn"], abs=0.051), line
+        assert other.lower() == f"{best[0]:.1f}, {best[1]}", line
+        slower = [best[0], at["hugging face, concatenation"], at["peft, grouped by task"]]
+        for said, us in zip(ratios, slower, strict=True):
+            assert float(said.rstrip("x")) == pytest.approx(us / at["prefix_attn"], rel=0.03), line
+
+
+def test_generation_on_a_gpu_stands_in_the_results() -> None:
+    file = re.findall(r"`(benchmarks/results/nvidia[^`]*generate\.jsonl)`", README)[0]
+    rows = [row for row in map(json.loads, (ROOT / file).read_text().splitlines()) if row["rows"] == 64]
+    assert len(rows) == 3
+    for row in rows:
+        assert f"{row['decode_tokens_per_s']:,.0f}" in README
+        assert f"{1e-9 * row['peak_bytes']:.1f}" in README

@@ -24,7 +24,7 @@ from .problem import Point, Problem
 MOST_PAIRS = 2**32
 
 #: Seconds of compilation after which no further shape is begun.
-COMPILE_SECONDS = 60.0
+COMPILE_SECONDS = 20.0
 
 
 class FlexAttention(Peer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -49,18 +50,20 @@ def refusal(call: AttentionCall) -> str | None:
         )
     if device not in ("cuda", "cpu"):
         return f"the kernels run on NVIDIA and AMD GPUs, not on {device!r}"
-    if (
-        device == "cuda"
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(call.q.device) < MIN_CAPABILITY
-    ):
+    if device == "cuda" and torch.version.hip is None and capability(call.q.device) < MIN_CAPABILITY:
         return f"Triton needs an NVIDIA GPU of compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or later"
     return TRITON_MISSING
 
 
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of an NVIDIA GPU, asked once: each call of each layer comes here."""
+    return torch.cuda.get_device_capability(device)
+
+
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Out in q's layout, and lse (float32) if ``call.return_lse``; grouped decode if the call has tiles."""
-    q, operands = call.q, _operands(call)
+    q, operands = call.q, operands_of(call)
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if call.return_lse else None
     with _device_of(q):
@@ -96,12 +99,12 @@ def backward(
         assert lse is not None, "forward returns lse where it is asked for"
     with _device_of(call.q):
         q, k, v, prefix_k, prefix_v, sinks = attention_backward(
-            _operands(call), out, lse, grad_out, grad_lse, needed[:6]
+            operands_of(call), out, lse, grad_out, grad_lse, needed[:6]
         )
     return PerInput(q, k, v, prefix_k, prefix_v, sinks, relative_bias=None)  # which is refused
 
 
-def _operands(call: AttentionCall) -> Operands:
+def operands_of(call: AttentionCall) -> Operands:
     """The call as the launchers take it."""
     prefix = call.prefix
     return Operands(

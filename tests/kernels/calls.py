@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from prefix_attn.backends import reference
+from prefix_attn.backends.triton import operands_of
 from prefix_attn.checks import checked_call
 from prefix_attn.kernels.config import TileConfig
 from prefix_attn.kernels.decode import decode_attention
 from prefix_attn.kernels.grouped import grouped_attention
-from prefix_attn.kernels.launch import Operands
 from prefix_attn.kernels.prefill import prefill_attention
 from prefix_attn.plan import row_tiles
 from prefix_attn.types import AttentionCall, PrefixKV
@@ -26,28 +26,18 @@ TILE = TileConfig(block_m=16, block_n=16, num_warps=4, num_stages=2)
 WAYS = {"decode": 1, "decode_split": 3, "grouped": (2, 2), "prefill": None}
 
 
-def operands(call: AttentionCall) -> Operands:
-    """A call as the launchers take it."""
-    prefix = call.prefix
-    return Operands(
-        q=call.q, k=call.k, v=call.v, prefix_k=prefix.k, prefix_v=prefix.v, starts=prefix.starts, lens=prefix.lens,
-        task_ids=call.task_ids, kv_start=call.kv_start, kv_len=call.kv_len, sinks=call.sinks, causal=call.causal,
-        scale=call.scale, window=call.window, softcap=call.softcap, relative_bias=call.relative_bias,
-    )  # fmt: skip
-
-
 def launch(call: AttentionCall, way: str, tile: TileConfig = TILE) -> tuple[Tensor, Tensor]:
     """Out and lse of one kernel; both start as NaN, so that an element nobody writes shows."""
     out = torch.full_like(call.q, float("nan"))
     lse = torch.full(call.q.shape[:3], float("nan"), device=call.q.device)
     chunks = WAYS[way]
     if chunks is None:
-        prefill_attention(operands(call), out, lse, config=tile)
+        prefill_attention(operands_of(call), out, lse, config=tile)
     elif isinstance(chunks, tuple):
         tiles = row_tiles(call.task_ids, call.prefix.lens, call.q_len * call.group, tile.block_m)
-        grouped_attention(operands(call), *tiles, out, lse, max_len=100, config=tile, chunks=chunks)
+        grouped_attention(operands_of(call), *tiles, out, lse, max_len=100, config=tile, chunks=chunks)
     else:
-        decode_attention(operands(call), out, lse, config=tile, chunks=chunks)
+        decode_attention(operands_of(call), out, lse, config=tile, chunks=chunks)
     return out, lse
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn.backends import reference
+from prefix_attn.backends.triton import operands_of
 from prefix_attn.checks import checked_call
 from prefix_attn.kernels.backward import attention_backward, saved_rows
 from prefix_attn.kernels.backward_dkv import bank_gradients, bank_tiles, own_key_gradients
@@ -16,7 +17,7 @@ from prefix_attn.kernels.backward_dq import query_gradient
 from prefix_attn.regime import use_decode
 from prefix_attn.types import AttentionCall
 from tests.cases import CASES, DIFFERENTIABLE, Case, Inputs, make, poisoned
-from tests.kernels.calls import DEVICE, TILE, launch, operands, with_tasks
+from tests.kernels.calls import DEVICE, TILE, launch, with_tasks
 from tests.tolerance import GRADIENT, assert_close
 
 EDGES = Case("edges", prefix_lens=(5, 33, 16), task_ids=(1, 0, 1), q_heads=2, kv_heads=1, q_len=18, kv_len=35,
@@ -54,7 +55,7 @@ def autograd(inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
 
 def backward(call: AttentionCall, out: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None) -> list[Tensor]:
     """Gradients of the kernels, with tiles small enough that every edge is an edge of one, and sums in two parts."""
-    inputs = operands(call)
+    inputs = operands_of(call)
     rows = saved_rows(inputs, out, lse, do, dlse)
     grads = [query_gradient(inputs, *rows, TILE), *own_key_gradients(inputs, *rows, TILE)]
     grads += bank_gradients(inputs, *rows, TILE, parts=2)
@@ -161,7 +162,7 @@ def check_tiles(seed: int) -> None:
     inputs = make(replace(EDGES, prefix_lens=tuple(max(m, 0) for m in lens), starts=None, ends=None), device=DEVICE)
     call = checked_call(*inputs.args, **inputs.options)
     ids = torch.randint(-2, 6, (3,), generator=rng).tolist()
-    tables = bank_tiles(operands(with_tasks(call, ids, torch.tensor(lens, dtype=torch.int32, device=DEVICE))), 32)
+    tables = bank_tiles(operands_of(with_tasks(call, ids, torch.tensor(lens, dtype=torch.int32, device=DEVICE))), 32)
     order, first, readers, tasks, slots = (x.tolist() for x in tables)
     found = [(task, slot) for task, slot in zip(tasks, slots, strict=True) if task >= 0]
     assert found == [(t, j) for t, m in enumerate(lens) if t in ids for j in range(0, m, 32)]

@@ -60,14 +60,14 @@ def launch_repeatedly(way: str) -> list[Launch]:
     """The same call twice, then with a q that is not aligned, then with a second result."""
     launches: list[Launch] = []
     pretend_driver(launches)
+    from prefix_attn.backends.triton import operands_of
     from prefix_attn.checks import checked_call
     from prefix_attn.kernels.decode import decode_attention
     from prefix_attn.kernels.merge import Partials, merge_chunks
     from prefix_attn.kernels.prefill import prefill_attention
-    from tests.kernels.calls import operands
 
     inputs = make(CASE, torch.bfloat16)
-    plain = operands(checked_call(*inputs.args, **inputs.options))
+    plain = operands_of(checked_call(*inputs.args, **inputs.options))
     odd = torch.zeros(plain.q.numel() + 1, dtype=torch.bfloat16)[1:].view(plain.q.shape)
     out, lse = torch.empty_like(plain.q), torch.empty(plain.q.shape[:3])
     partials = Partials.empty(2, out, kv_heads=1)

@@ -10,12 +10,13 @@ import torch
 
 from prefix_attn import regime
 from prefix_attn.backends import reference
+from prefix_attn.backends.triton import operands_of
 from prefix_attn.checks import checked_call
 from prefix_attn.kernels import decode, prefill, primitives
 from prefix_attn.kernels.config import TileConfig
 from prefix_attn.types import AttentionCall
 from tests.cases import Case, make
-from tests.kernels.calls import DEVICE, TILE, launch, operands
+from tests.kernels.calls import DEVICE, TILE, launch
 from tests.tolerance import assert_close
 
 #: 64 query rows are 32 queries of two heads.
@@ -102,7 +103,7 @@ def test_short_prompts_fill_a_machine(q_heads: int, kv_heads: int, q_len: int, m
     module, kernel = (decode, "decode_kernel") if few else (prefill, "prefill_kernel")
     monkeypatch.setattr(module, kernel, grid)
     if few:
-        decode.decode_attention(operands(call), torch.empty_like(call.q), None)
+        decode.decode_attention(operands_of(call), torch.empty_like(call.q), None)
     else:
-        prefill.prefill_attention(operands(call), torch.empty_like(call.q), None)
+        prefill.prefill_attention(operands_of(call), torch.empty_like(call.q), None)
     assert grid.programs >= 2 * 132
