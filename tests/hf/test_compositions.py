@@ -148,8 +148,10 @@ def test_bitsandbytes_nf4(tmp_path: Path) -> None:
     )
 
 
-def test_layers_offloaded_to_disk(tmp_path: Path) -> None:
-    """A device map with a layer on disk: its weights are on the meta device between calls."""
+@pytest.mark.parametrize("automatic", [False, True])
+def test_layers_offloaded_to_disk(automatic: bool, tmp_path: Path) -> None:
+    """A device map with a layer on disk, given or found by accelerate for lack of memory: between calls its weights are
+    on the meta device."""
     model = tiny_model("llama")
     bank = make_bank(model)
     expected = pa.patch(model, bank).generate(**padded_inputs(), **GREEDY, task_ids=TASKS)
@@ -157,9 +159,12 @@ def test_layers_offloaded_to_disk(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
               "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    room = {"cpu": sum(4 * p.numel() for p in model.parameters()) - 1} if automatic else None
     offloaded = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload", dtype=torch.float32
-    )
+        tmp_path / "model", device_map="auto" if automatic else places, max_memory=room,
+        offload_folder=tmp_path / "offload", dtype=torch.float32,
+    )  # fmt: skip
+    assert set(offloaded.hf_device_map.values()) == {"cpu", "disk"}
     assert any(p.is_meta for p in offloaded.parameters())
     pa.patch(offloaded, bank, verify=True)
     assert torch.equal(offloaded.generate(**padded_inputs(), **GREEDY, task_ids=TASKS), expected)
