@@ -106,7 +106,7 @@ def run_tests(targets: list[str], seconds: float, under: Sequence[str] = ()) -> 
 
     ``under`` is a command that runs another and looks at it; then one process has to do.
     """
-    workers = min(8, (os.cpu_count() or 1) // 2)
+    workers = min(12, 3 * (os.cpu_count() or 1) // 4)  # most of a test is a compilation
     parallel = ["-n", str(workers)] if find_spec("xdist") and workers > 1 and not under else []
     # Warnings are errors where the tests are developed, not with whatever versions a machine has.
     command = [*under, sys.executable, "-m", "pytest", "-q", "--tb=short", "-W", "default", *parallel, *targets]
