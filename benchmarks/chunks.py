@@ -10,7 +10,6 @@ Exit code: 0; 2 without a GPU.
 
 from __future__ import annotations
 
-import os
 import random
 
 import torch
@@ -19,7 +18,7 @@ import typer
 from prefix_attn.cost import Cost
 
 from .peers import Point, Problem
-from .record import Environment
+from .record import Environment, first_gpu
 from .timing import input_sets, measure, runner_for
 from .tune import launch
 
@@ -48,12 +47,7 @@ def sweep(point: Point, grouped: bool, device: torch.device) -> dict[str, float]
 
 def main() -> None:
     """Sweep on the first GPU."""
-    if not torch.cuda.is_available():
-        typer.echo("benchmarks.chunks needs a GPU that PyTorch can use, and finds none; nothing was run", err=True)
-        raise typer.Exit(2)
-    os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
-    device = torch.device("cuda", 0)
-    torch.cuda.set_device(device)
+    device = first_gpu("benchmarks.chunks")
     print(Environment.read(device))
     for way, points in (("inline", INLINE), ("grouped", GROUPED)):
         for sizes in points:

@@ -28,7 +28,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from . import record
@@ -194,12 +193,7 @@ def main(
 ) -> None:
     """Run the stages on the first GPU and say what was found."""
     limits = Budget(budget, chosen(stages))
-    if not torch.cuda.is_available():
-        typer.echo("benchmarks.gpu needs a GPU that PyTorch can use, and finds none; nothing was run", err=True)
-        raise typer.Exit(2)
-    os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
-    device = torch.device("cuda", 0)
-    torch.cuda.set_device(device)
+    device = record.first_gpu("benchmarks.gpu")
     environment = record.Environment.read(device, commit)
     print(environment, flush=True)
     outcome = Outcome(out / environment.slug / f"{environment.file_name}.jsonl")

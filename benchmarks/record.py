@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+import typer
 
 from .peers.problem import Point
 
@@ -24,6 +26,17 @@ if TYPE_CHECKING:
 #: The checkout, also where this file was reached through the package's link; in an installed wheel, the package.
 ROOT = Path(__file__).resolve().parents[1]
 UNKNOWN = "unknown"
+
+
+def first_gpu(command: str) -> torch.device:
+    """The first GPU, made current; where there is none, the command that needs it ends with exit code 2."""
+    if not torch.cuda.is_available():
+        typer.echo(f"{command} needs a GPU that PyTorch can use, and finds none; nothing was run", err=True)
+        raise typer.Exit(2)
+    os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    return device
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from prefix_attn.plan import TILE_ROWS
 from . import compile_report
 from .peers import Point, Problem
 from .peers.check import Reference
-from .record import Environment
+from .record import Environment, first_gpu
 from .timing import Runner, first_line, input_sets, measure, runner_for
 
 #: Query rows, keys, warps and stages of a tile. Where rows are 0 they follow from the call, and are not searched.
@@ -284,12 +284,7 @@ def main(
     wanted = [
         Target.of(kind, int(head_dim), dtype) for dtype, head_dim, kind in product(types, dims, some_of(kinds, SPACE))
     ]
-    if not torch.cuda.is_available():
-        typer.echo("benchmarks.tune needs a GPU that PyTorch can use, and finds none; nothing was written", err=True)
-        raise typer.Exit(2)
-    os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
-    device = torch.device("cuda", 0)
-    torch.cuda.set_device(device)
+    device = first_gpu("benchmarks.tune")
     name, path, environment = configs.target_of(device), configs.tuned_file(device), Environment.read(device, commit)
     deadline = time.monotonic() + budget
     with multiprocessing.get_context("spawn").Pool(processes) as pool:

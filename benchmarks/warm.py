@@ -20,6 +20,7 @@ import torch
 import typer
 
 from .peers import Peer, Point, Problem, SharedPages, all_peers
+from .record import first_gpu
 from .suites import SUITES, attention_points
 
 #: Processes at most: each holds a context on the device, and the memory of one point.
@@ -56,10 +57,7 @@ def main(
     names = [name.strip() for name in suites.split(",")]
     if not set(names) <= set(SUITES) - {"generate"}:
         raise typer.BadParameter(f"expected some of decode, prefill, mixed, got {suites!r}")
-    if not torch.cuda.is_available():
-        typer.echo("benchmarks.warm needs a GPU that PyTorch can use, and finds none; nothing was compiled", err=True)
-        raise typer.Exit(2)
-    os.environ.pop("TRITON_INTERPRET", None)  # before Triton is imported
+    first_gpu("benchmarks.warm")
     points = [p for name in names for p in attention_points(name, on_gpu=True, quick=False)]
     start = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(processes()) as pool:

@@ -301,7 +301,9 @@ def bank_gradients(
     if parts is None:
         queries = operands.batch * operands.q_len * operands.group
         at_once = Residency.of("backward_dkv", config, operands.head_dim, operands.q.dtype, prefix_k.device)
-        parts = choose_chunks(tiles * operands.kv_heads, cdiv(queries, config.block_m), at_once, MERGE_TILES)
+        query_tiles = cdiv(queries, config.block_m)
+        parts = choose_chunks(tiles * operands.kv_heads, query_tiles, at_once, MERGE_TILES)
+        parts = min(parts, max(1, query_tiles // MIN_TILES))
     dtype = prefix_k.dtype if parts == 1 else torch.float32
     dk, dv = (torch.zeros((parts, *x.shape), dtype=dtype, device=x.device) for x in (prefix_k, prefix_v))
     rows = operands.row_arguments()

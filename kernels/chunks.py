@@ -1,9 +1,9 @@
 """Into how many chunks the keys of a program are cut, so that a GPU is filled and no multiprocessor is left over.
 
-The unit of time is that of a tile of keys. A multiprocessor that reads alone is bound by latency, and two programs on
-it take hardly longer than one; from then on each further one costs its own time, since memory, or the L2 cache, is what
-they wait for. So a wave of programs takes as long as the fullest multiprocessor has programs, times the tiles of each;
-a partial wave at the end falls unevenly on the multiprocessors. More chunks cost what joins them.
+The unit of time is that of a tile of keys, on a multiprocessor whose share of memory, or of the L2 cache, is used up.
+One program nearly does that, and is bound by latency; each further one takes its own time. So a wave of programs lasts
+as long as the fullest multiprocessor has programs, times the tiles of each; a partial wave at the end falls unevenly on
+the multiprocessors. More chunks cost what joins them.
 (Fitted to sweeps on an H200: kernels/README.md.)
 """
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from prefix_attn.kernels.chunks import Residency, choose_chunks
 from prefix_attn.kernels.config import TileConfig, config_for, padded_head_dim
+from prefix_attn.kernels.direct_launch import Launcher
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
-from prefix_attn.kernels.launcher import Launcher
 from prefix_attn.kernels.merge import Partials, merge_chunks
 from prefix_attn.kernels.primitives import (
     LN_2,

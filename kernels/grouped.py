@@ -29,8 +29,8 @@ from torch import Tensor
 from prefix_attn.kernels.chunks import MAX_CHUNKS, Residency, choose_chunks
 from prefix_attn.kernels.config import TileConfig, config_for, decode_rows, edge_keys, padded_head_dim
 from prefix_attn.kernels.decode import MIN_TILES
+from prefix_attn.kernels.direct_launch import Launcher
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
-from prefix_attn.kernels.launcher import Launcher
 from prefix_attn.kernels.merge import Partials, merge_chunks
 from prefix_attn.kernels.primitives import (
     again,

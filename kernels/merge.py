@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from prefix_attn.kernels.config import padded_head_dim
+from prefix_attn.kernels.direct_launch import Launcher
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS
-from prefix_attn.kernels.launcher import Launcher
 from prefix_attn.kernels.primitives import LN_2, LOG2_E, cast, merge_weights, runtime_jit
 
 

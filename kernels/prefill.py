@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from prefix_attn.kernels.config import TileConfig, config_for, edge_keys, padded_head_dim
+from prefix_attn.kernels.direct_launch import Launcher
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
-from prefix_attn.kernels.launcher import Launcher
 from prefix_attn.kernels.primitives import (
     LN_2,
     LOG2_E,

@@ -184,6 +184,16 @@ def test_failing_and_slow_tests_are_failures(tmp_path: Path, capsys: pytest.Capt
     assert "cut short after 2 s" in capsys.readouterr().out
 
 
+def test_what_failed_is_said_before_the_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import time\ndef test_bad(): assert 1 == 2\ndef test_slow(): time.sleep(60)\n"
+    )
+    assert not run_tests([str(tmp_path / "test_it.py"), "-p", "tests.conftest"], seconds=8)
+    said = capfd.readouterr().out
+    assert "test_it.py::test_bad" in said
+    assert "assert 1 == 2" in said
+
+
 def test_tests_run_under_a_checker_and_leave_nothing_behind(tmp_path: Path) -> None:
     checker, said = tmp_path / "checker", tmp_path / "said"
     checker.write_text(
@@ -259,7 +269,7 @@ def test_every_point_is_run_once_beforehand(monkeypatch: pytest.MonkeyPatch) -> 
     app.command()(warm.main)
     assert CliRunner().invoke(app, ["--suites", "generate"]).exit_code == 2
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "finds none; nothing was compiled" in CliRunner().invoke(app).output
+    assert "finds none; nothing was run" in CliRunner().invoke(app).output
 
 
 def test_points_are_left_out_aloud(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,7 +152,7 @@ def test_without_a_gpu_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     result = command()
     assert result.exit_code == 2
-    assert "finds none; nothing was written" in result.output
+    assert "finds none; nothing was run" in result.output
     assert "expected some of decode, grouped, prefill" in command("--kinds", "decode,warmup").output
 
 

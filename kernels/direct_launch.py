@@ -4,6 +4,9 @@ Triton looks at every argument of a launch to find the kernel that was compiled 
 decode, on the host of an H200. Where all but the tensors is fixed, what it looks for can change only with their dtypes,
 with which of them are None, and with addresses that are no multiples of 16. For each combination Triton is asked once;
 after that its own launcher gets the arguments, tensors as addresses.
+
+On AMD GPUs it also looks whether a tensor's storage is larger than 2 GiB, and compiles other loads: there it is always
+asked.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ class Launcher:
             direct(addresses)
             return
         compiled = kernel[self.grid](**tensors, **self.arguments)
-        if aligned and isinstance(kernel, JITFunction):  # neither interpreted nor replaced by a test
+        # A kernel that is interpreted, or replaced by a test, is no JITFunction.
+        if aligned and isinstance(kernel, JITFunction) and torch.version.hip is None:
             self._kernel = kernel
             self._direct[key] = self._launch(kernel.arg_names, compiled, list(tensors))
 

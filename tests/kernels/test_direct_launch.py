@@ -56,9 +56,10 @@ def pretend_driver(launches: list[Launch]) -> None:
     triton.JITFunction.run = noted
 
 
-def launch_repeatedly(way: str) -> list[Launch]:
-    """The same call twice, then with a q that is not aligned, then with a second result."""
+def launch_repeatedly(way: str, hip: str | None = None) -> list[Launch]:
+    """The same call twice, then with a q that is not aligned, then with a second result; ``hip`` is PyTorch's."""
     launches: list[Launch] = []
+    torch.version.hip = hip
     pretend_driver(launches)
     from prefix_attn.backends.triton import operands_of
     from prefix_attn.checks import checked_call
@@ -91,3 +92,11 @@ def test_direct_launches(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert odd[2] != first[2], "addresses that are not aligned take another kernel"
     assert second[2] != first[2], "so does another result"
     assert len(first[3]) > 10
+
+
+def test_on_amd_triton_is_always_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels depend on the size of what a tensor is a view of, too."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        launches = pool.apply(launch_repeatedly, ("merge", "7.0"))
+    assert [launch[0] for launch in launches] == [True] * 4
