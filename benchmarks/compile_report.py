@@ -26,6 +26,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from benchmarks.predict import PROBLEMS, predict
@@ -137,7 +138,7 @@ def jobs(quick: bool) -> list[Job]:
 
 def shapes(target: str, head_dim: int, dtype: str, options: tuple[str, ...] = ()) -> list[Job]:
     """One job for each tile config that may be chosen for a head dimension and dtype."""
-    few = [("decode", 4), ("decode", 64), ("grouped", 4)]
+    few = [("decode", 4), ("decode_few", 4), ("decode", 64), ("grouped", 4)]
     kernels = [*few, *((kernel, 0) for kernel in ("prefill", *BACKWARD))]
     return [Job(kernel, target, head_dim, dtype, rows=rows, options=options) for kernel, rows in kernels]
 
@@ -175,7 +176,7 @@ def compile_job(job: Job, config: dict[str, int] | None = None) -> Row:
     row.shared = compiled.metadata.shared
     row.registers, row.spills = amd_usage(text) if amd else cuda_usage(compiled.asm["cubin"])
     row.blocks = resident_blocks(row)
-    work = predict(job.kernel, job.head_dim, job.dtype, job.group, job.rows, config)
+    work = predict(job.kernel.removesuffix("_few"), job.head_dim, job.dtype, job.group, job.rows, config)
     if work is not None:
         row.predicted_us, row.bound = work.time(float32=job.dtype == "float32")
     return row
@@ -190,11 +191,13 @@ def specialisation(job: Job, config: dict[str, int] | None) -> tuple[Any, dict[s
     align = min(16, job.head_dim & -job.head_dim)
     absent = {"kv_start", "kv_len", "sinks", "window", "softcap", "lse", "bias"} - set(job.options)
     constants: dict[str, Any] = {"HEAD_DIM": job.head_dim, "BLOCK_D": block_d}
+    early = job.target in ("sm_90", "sm_100")
     if job.kernel == "merge":
-        constants |= {"BLOCK_C": 8, "stride_out_dim": 1, "sinks_ptr": None, "lse_ptr": None}
+        constants |= {"BLOCK_C": 8, "EARLY": early, "stride_out_dim": 1, "sinks_ptr": None, "lse_ptr": None}
         return merge.merge_kernel, {"num_warps": merge.merge_warps(8, block_d)}, constants
     itemsize = TYPES[job.dtype][1]
-    block_m = {"decode": configs.decode_rows(job.rows), "grouped": TILE_ROWS}.get(job.kernel, 0)
+    few = configs.decode_rows(job.rows)
+    block_m = {"decode": few, "decode_few": few, "grouped": TILE_ROWS}.get(job.kernel, 0)
     kind = "backward_dkv" if job.kernel in ("backward_own", "backward_bank") else job.kernel
     kind = f"biased_{kind}" if "bias" in job.options else kind
     config = config or asdict(configs.heuristic(kind, job.head_dim, itemsize, job.target, block_m))
@@ -213,12 +216,16 @@ def specialisation(job: Job, config: dict[str, int] | None) -> tuple[Any, dict[s
         return kernel, config, {name: x for name, x in constants.items() if name in present}
     if job.kernel == "prefill":
         return prefill.prefill_kernel, config, constants
-    constants["MIN_TILES"] = decode.MIN_TILES
+    constants |= {"MIN_TILES": decode.MIN_TILES, "EARLY": early}
+    dtype = getattr(torch, job.dtype)
     if job.kernel == "grouped":
-        constants |= {"BLOCK_P": config["block_m"], "BLOCK_M": configs.decode_rows(job.rows)}
+        constants |= {"BLOCK_P": config["block_m"], "BLOCK_M": few}
+        constants["ROWS"] = configs.slices(few, constants["BLOCK_E"], config["num_warps"], job.head_dim, dtype)
         present = {parameter.name for parameter in grouped.grouped_kernel.params}
         return grouped.grouped_kernel, config, {name: x for name, x in constants.items() if name in present}
     constants["SPLIT"] = "split" in job.options
+    shape = config["block_m"], config["block_n"], config["num_warps"]
+    constants["SLICES"] = configs.slices(*shape, job.head_dim, dtype)
     if "split" not in job.options:
         constants |= {"partial_ptr": None, "partial_lse_ptr": None}
     return decode.decode_kernel, config, constants
@@ -311,11 +318,11 @@ def small_loads(row: Row) -> int:
 
     job, config = row.job, row.config
     threads = config["num_warps"] * (64 if job.target.startswith("gfx") else 32)
-    decodes = job.kernel in ("decode", "grouped")
+    decodes = job.kernel in ("decode", "decode_few", "grouped")
     queries = int(decodes and decode_rows(job.rows) * padded_head_dim(job.head_dim) <= threads)
     if "bias" not in job.options:
         return queries
-    loops = 1 if job.kernel in ("decode", "backward_bank") else 2
+    loops = 1 if job.kernel in ("decode", "decode_few", "backward_bank") else 2
     loops += job.kernel == "grouped"
     return queries + 3 * loops * max(1, config["block_m"] * config["block_n"] // threads)
 

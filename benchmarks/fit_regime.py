@@ -4,10 +4,11 @@
 
 With t the times of both ways and the copy bandwidth of the run, regime.py says
 
-    (t_inline - t_grouped) * bandwidth = saved / L2_SPEED - partials - LAUNCH_BYTES
+    (t_inline - t_grouped) * bandwidth = (own + re-read) / L2_SPEED - (own + once) - partials - LAUNCH_BYTES
 
-which is linear in 1 / L2_SPEED and LAUNCH_BYTES: least squares over all points where rows share, each relative to its
-inline time. PLAN_LAUNCHES is the median time of a plan in units of a launch. Nothing is written.
+which is linear in 1 / L2_SPEED and LAUNCH_BYTES: least squares over all points where rows share and inline decode waits
+for the cache, each relative to its inline time. PLAN_LAUNCHES is the median time of a plan in units of a launch.
+Nothing is written.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Pair:
     inline_us: float
     grouped_us: float
     plan_us: float | None
-    saved: float
+    read: float  # by inline decode, from memory and the cache
+    least: float  # what must come from memory
     partials: float
 
     @classmethod
@@ -48,15 +50,16 @@ class Pair:
         assert grouped.median_us is not None
         p = inline.point
         element = 4 if p.dtype == "float32" else 2
-        reread = p.batch * p.m * 2 * p.kv_heads * p.head_dim * element
+        token = 2 * p.kv_heads * p.head_dim * element
         partials = 8 * p.head_dim * p.q_heads * p.q_len * p.batch * (1 + math.ceil(p.m / regime.CHUNK))
         return cls(
-            p, inline.median_us, grouped.median_us, grouped.plan_us, reread * (1 - p.tasks / p.batch), float(partials)
-        )
+            p, inline.median_us, grouped.median_us, grouped.plan_us, read=p.batch * (p.n + p.m) * token,
+            least=(p.batch * p.n + p.tasks * p.m) * token, partials=float(partials),
+        )  # fmt: skip
 
     def slowdown(self, constants: Constants) -> float:
         """How many times longer the way that the constants choose takes than the faster one, with a plan at hand."""
-        grouped = self.saved / constants.l2_speed > self.partials + constants.launch_bytes
+        grouped = self.read / constants.l2_speed - self.least > self.partials + constants.launch_bytes
         return (self.grouped_us if grouped else self.inline_us) / min(self.grouped_us, self.inline_us)
 
 
@@ -79,9 +82,12 @@ class Constants:
         Raises:
             ValueError: the points do not determine the constants, or no speed explains them.
         """
+        pairs = [pair for pair in pairs if pair.read / regime.L2_SPEED > pair.least]
         weights = np.array([1 / (pair.inline_us * bandwidth) for pair in pairs])
-        gained = np.array([(pair.inline_us - pair.grouped_us) * bandwidth + pair.partials for pair in pairs])
-        terms = np.array([[pair.saved, -1.0] for pair in pairs])
+        gained = np.array(
+            [(pair.inline_us - pair.grouped_us) * bandwidth + pair.least + pair.partials for pair in pairs]
+        )
+        terms = np.array([[pair.read, -1.0] for pair in pairs])
         (share, launch), _, rank, _ = np.linalg.lstsq(terms * weights[:, None], gained * weights, rcond=None)
         if rank < 2 or share <= 0:
             raise ValueError(f"{len(pairs)} points do not determine the constants; measure more of the decode grid")
@@ -103,7 +109,7 @@ class Constants:
 def pairs_of(rows: Iterable[Row]) -> tuple[list[Pair], float]:
     """Points that tell the ways apart, and the run's copy bandwidth in bytes per microsecond.
 
-    That is: rows share, both ways were timed, and the prefix is not hidden behind own keys.
+    That is: rows share, and both ways were timed.
     """
     rows = list(rows)
     times = {(row.provider, row.point): row for row in rows if row.median_us is not None}
@@ -111,7 +117,7 @@ def pairs_of(rows: Iterable[Row]) -> tuple[list[Pair], float]:
         Pair.of(row, times[GROUPED, point])
         for (provider, point), row in times.items()
         if provider == INLINE and (GROUPED, point) in times and point.tasks < point.batch
-        if point.skew == "even" and not point.ragged and not regime.hidden(point.m, point.n)
+        if point.skew == "even" and not point.ragged
     ]
     # A floor is the longest of bytes, FLOPs and a launch: where bytes rule, it gives the bandwidth.
     return pairs, max((row.bytes / row.floor_us for row in rows if row.floor_us > 0), default=0.0)

@@ -46,13 +46,15 @@ from .timing import Runner, first_line, input_sets, measure, runner_for
 #: Query rows, keys, warps and stages of a tile. Where rows are 0 they follow from the call, and are not searched.
 SPACE: dict[str, dict[str, tuple[int, ...]]] = {
     "decode": {"block_m": (0,), "block_n": (32, 64, 128), "num_warps": (2, 4), "num_stages": (2, 3, 4)},
+    "decode_few": {"block_m": (0,), "block_n": (32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4)},
     "grouped": {"block_m": (0,), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
     "prefill": {"block_m": (64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
 }
 
 #: (batch, tasks, m, n) to time on: where each kernel is used, in memory, in between, and bound by arithmetic.
 WORKLOADS = {
-    "decode": ((64, 8, 128, 512), (256, 8, 32, 64), (16, 8, 128, 4096), (64, 8, 128, 64)),
+    "decode": ((64, 8, 128, 512), (256, 8, 32, 64), (64, 64, 1024, 64), (64, 8, 128, 64)),
+    "decode_few": ((16, 8, 128, 512), (16, 1, 32, 64), (1, 1, 8192, 512)),
     "grouped": ((64, 1, 8192, 64), (64, 8, 1024, 512), (256, 8, 8192, 512)),
     "prefill": ((4, 1, 1024, 4096), (16, 4, 1024, 512), (64, 8, 128, 64)),
 }
@@ -79,7 +81,8 @@ class Target:
     @classmethod
     def of(cls, kind: str, head_dim: int, dtype: str) -> Target:
         q_heads, kv_heads = HEADS[head_dim]
-        rows = {"decode": configs.decode_rows(q_heads // kv_heads), "grouped": TILE_ROWS}
+        few = configs.decode_rows(q_heads // kv_heads)
+        rows = {"decode": few, "decode_few": few, "grouped": TILE_ROWS}
         return cls(kind, head_dim, dtype, rows.get(kind, 0))
 
     @property
@@ -160,7 +163,7 @@ def launch(
         out = torch.empty_like(call.q)
         if tiles is not None:
             grouped_attention(operands, *tiles, out, None, max_len=prefix.expected_max_len, config=tile, chunks=both)
-        elif kind == "decode":
+        elif kind.startswith("decode"):
             decode_attention(operands, out, None, config=tile, chunks=chunks)
         else:
             prefill_attention(operands, out, None, config=tile)

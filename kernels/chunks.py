@@ -1,9 +1,9 @@
 """Into how many chunks the keys of a program are cut, so that a GPU is filled and no multiprocessor is left over.
 
-The unit of time is that of a tile of keys, on a multiprocessor whose share of memory, or of the L2 cache, is used up.
-One program nearly does that, and is bound by latency; each further one takes its own time. So a wave of programs lasts
-as long as the fullest multiprocessor has programs, times the tiles of each; a partial wave at the end falls unevenly on
-the multiprocessors. More chunks cost what joins them.
+The unit of time is that of a tile of keys, on a multiprocessor whose share of memory, or of the L2 cache, is used up:
+one program nearly does that, or waits as long for a tile that nobody else wants; further ones take their time each. So
+a wave of programs lasts as long as a multiprocessor has programs in the mean, times the tiles of each. More chunks cost
+what joins them.
 (Fitted to sweeps on an H200: kernels/README.md.)
 """
 
@@ -19,11 +19,8 @@ from prefix_attn.kernels.launch import cdiv
 #: Chunks at most: what joins them holds one number per chunk and output element of a row in registers.
 MAX_CHUNKS = 64
 
-#: How much longer a tile takes on a multiprocessor that has nothing else to do while it waits.
-ALONE = 1.1
-
 #: What it costs to begin and end a program, in tiles of its own, and what the uneven end of several waves costs.
-START, UNEVEN = 1.5, 1.0
+START, UNEVEN = 2.0, 1.0
 
 
 class Residency(NamedTuple):
@@ -38,22 +35,24 @@ class Residency(NamedTuple):
 
     def waves(self, programs: int) -> float:
         """How long so many programs of one tile each take, in tiles."""
-        slots = self.multiprocessors * self.programs
-        if programs <= self.multiprocessors:
-            return ALONE
-        whole, rest = divmod(programs, slots)
-        return self.programs * whole + cdiv(rest, self.multiprocessors) + (UNEVEN if whole else 0)
+        whole, rest = divmod(programs, self.multiprocessors * self.programs)
+        last = max(1.0, rest / self.multiprocessors) if rest else 0.0
+        return self.programs * whole + last + (UNEVEN if whole else 0)
 
 
-def choose_chunks(programs: int, tiles: int, at_once: Residency, merge_tiles: float, chunk_tiles: float = 0.0) -> int:
+def choose_chunks(
+    programs: int, tiles: int, at_once: Residency, merge_tiles: float, chunk_tiles: float = 0.0, most: int | None = None
+) -> int:
     """The fewest chunks with which ``programs`` programs of ``tiles`` tiles each are done soonest.
 
     Args:
         merge_tiles: what it costs to have more than one chunk; chunk_tiles: and each of them; in the time of a tile.
+        most: chunks; by default those of two tiles.
     """
 
     def cost(chunks: int) -> float:
         joined = merge_tiles * (chunks > 1) + chunk_tiles * chunks
         return at_once.waves(programs * chunks) * (cdiv(tiles, chunks) + START) + joined
 
-    return min(range(1, max(1, min(MAX_CHUNKS, cdiv(tiles, 2))) + 1), key=cost)
+    most = cdiv(tiles, 2) if most is None else most
+    return min(range(1, max(1, min(MAX_CHUNKS, most)) + 1), key=cost)

@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from prefix_attn.kernels.chunks import Residency, choose_chunks
-from prefix_attn.kernels.config import TileConfig, config_for, padded_head_dim
+from prefix_attn.kernels.config import TileConfig, config_for, decode_rows, multiprocessors, padded_head_dim, slices
 from prefix_attn.kernels.direct_launch import Launcher
+from prefix_attn.kernels.early_launch import early, let_next_begin, options, wait_for_previous
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
 from prefix_attn.kernels.merge import Partials, merge_chunks
 from prefix_attn.kernels.primitives import (
@@ -30,12 +31,15 @@ from prefix_attn.kernels.primitives import (
     again,
     attend_tile,
     cast,
+    empty_state,
+    join_slices,
     normalise,
     open_bias,
     open_row,
     partial_rows,
     query_rows,
     runtime_jit,
+    slice_queries,
 )
 from prefix_attn.kernels.spans import visible_span
 
@@ -44,7 +48,10 @@ MIN_TILES = 2
 
 #: Into how many chunks a long row is cut when batch_invariant: enough to fill a GPU with its kv heads. They take more
 #: tiles at least, since short rows are split too.
-INVARIANT_CHUNKS, INVARIANT_TILES = 16, 4
+INVARIANT_CHUNKS, INVARIANT_TILES = 16, 8
+
+#: Programs a multiprocessor up to which a batch has few.
+FEW = 2
 
 #: What a merge costs, in the time of a tile.
 MERGE_TILES = 2.5
@@ -67,12 +74,16 @@ def decode_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr,
     BIAS_OF_SLOTS: tl.constexpr,
     MIN_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SLICES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """``out[b, h, i] = softmax_j(s_ij) @ v_j`` over one chunk of the keys j of row b.
 
     With SPLIT, the results go to partial and partial_lse (`prefix_attn.kernels.merge.Partials`), and merge_kernel
     finishes; out and lse are not used. Without, it is the other way round.
     """
+    wait_for_previous(EARLY)
+    if SPLIT:
+        let_next_begin(EARLY)
     # Rows vary fastest: programs that run together share a kv head, and so the prefixes in the L2 cache.
     pid = tl.program_id(0)
     b = pid % batch
@@ -117,9 +128,8 @@ def decode_kernel(
     first_tile = chunk * per_chunk
     last_tile = tl.minimum(first_tile + per_chunk, tiles)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    q = slice_queries(q, SLICES)
+    acc, row_sum, row_max = empty_state(q)
     for tile in tl.range(first_tile, last_tile):
         turn = tile // period  # prefix tiles before this one, while some are left
         own = (turn >= prefix_tiles) | (tile % period < period - 1)
@@ -127,7 +137,8 @@ def decode_kernel(
         acc, row_sum, row_max = attend_tile(
             acc, row_sum, row_max, q, query, start, own_hi, prefix_hi, prefix_len, own, own_keys, prefix_keys, window,
             scale_log2, softcap_inner, bias, MASKED=True, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN,
-            BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
+            BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, SLICES=SLICES)  # fmt: skip
+    acc, row_sum, row_max = join_slices(acc, row_sum, row_max)
 
     offs_i, offs_h, mask_m = query_rows(again(row_tile), kv_head, q_len, GROUP, BLOCK_M)
     i64, h64 = offs_i.to(tl.int64), offs_h.to(tl.int64)
@@ -189,7 +200,12 @@ def _launch(layout: Layout, batch_invariant: bool, config: TileConfig | None, ch
     """A launch of decode_kernel but for its tensors."""
     (batch, _, q_len, head_dim), (_, kv_heads, kv_capacity, _) = layout.q_shape, layout.k_shape
     rows = q_len * layout.group
-    config = config or config_for(layout.kind("decode"), head_dim, layout.dtype, layout.device, rows)
+    if config is None:
+        # Which tiles is part of a row's bits: batch_invariant takes the same for every batch.
+        programs = batch * kv_heads * cdiv(rows, decode_rows(rows))
+        few = programs <= FEW * multiprocessors(layout.device) and not batch_invariant
+        kind = layout.kind("decode_few" if few else "decode")
+        config = config_for(kind, head_dim, layout.dtype, layout.device, rows)
     row_tiles = cdiv(rows, config.block_m)
     programs = batch * kv_heads * row_tiles
     if chunks is None and batch_invariant:
@@ -208,6 +224,8 @@ def _launch(layout: Layout, batch_invariant: bool, config: TileConfig | None, ch
         **layout.arguments(), **layout.bias_arguments(), "batch": batch, "row_tiles": row_tiles, "chunks": chunks,
         "SPLIT": chunks > 1, "MIN_TILES": least_tiles,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": padded_head_dim(head_dim),
-        "num_warps": config.num_warps, "num_stages": config.num_stages, **LAUNCH_OPTIONS,
+        "SLICES": slices(config.block_m, config.block_n, config.num_warps, head_dim, layout.dtype),
+        "EARLY": early(layout.device), "num_warps": config.num_warps, "num_stages": config.num_stages,
+        **options(layout.device), **LAUNCH_OPTIONS,
     }  # fmt: skip
     return _Launch(Launcher(programs * launched, arguments), chunks, launched)

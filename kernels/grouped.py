@@ -19,6 +19,7 @@ longer on an H200 up to 64 rows, and 10% less at 256.)
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -27,25 +28,28 @@ import triton.language as tl
 from torch import Tensor
 
 from prefix_attn.kernels.chunks import MAX_CHUNKS, Residency, choose_chunks
-from prefix_attn.kernels.config import TileConfig, config_for, decode_rows, edge_keys, padded_head_dim
+from prefix_attn.kernels.config import TileConfig, config_for, decode_rows, edge_keys, padded_head_dim, slices
 from prefix_attn.kernels.decode import MIN_TILES
 from prefix_attn.kernels.direct_launch import Launcher
+from prefix_attn.kernels.early_launch import early, let_next_begin, options, wait_for_previous
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
 from prefix_attn.kernels.merge import Partials, merge_chunks
 from prefix_attn.kernels.primitives import (
     again,
     attend_keys,
+    empty_state,
+    load_row,
     normalise,
     open_bias,
-    open_row,
     partial_rows,
+    per_row,
     query_rows,
     runtime_jit,
 )
 from prefix_attn.kernels.spans import split_span, visible_span
 
-#: What each chunk costs where they are joined, in the time of a tile.
-CHUNK_TILES = 0.7
+#: What each chunk costs where they are joined, in the time of a tile, and for each of its elements.
+CHUNK_TILES, ELEMENT_TILES = 0.7, 0.3 / (64 * 32 * 128)
 
 
 @triton.jit
@@ -137,50 +141,54 @@ def prefix_item(
 
 @triton.jit
 def request_item(
-    item, q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, partial_ptr, partial_lse_ptr,
+    item, q_ptr, k_ptr, v_ptr, partial_ptr, partial_lse_ptr,
     task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, bias_ptr, planned_ptr,
     stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
     stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
     stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
-    stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
-    stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
     stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
     batch, kv_heads, q_len, kv_capacity, num_tasks, row_tiles, prefix_chunks, own_chunks,
     window, scale_log2, softcap_inner, bias_reach, bias_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, BIAS_OF_SLOTS: tl.constexpr,
-    MIN_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MIN_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Partial results of one tile of a row's query rows over one chunk of its own keys."""
-    b = item % batch
-    item = item // batch
+    """Partial results of one tile of the query rows of ROWS rows, each over one chunk of its own keys.
+
+    Chunks are counted in tiles of BLOCK_N keys; the ROWS rows share such a tile's place, BLOCK_N / ROWS keys each.
+    """
+    KEYS: tl.constexpr = BLOCK_N // ROWS
+    b = item % tl.cdiv(batch, ROWS)
+    item = item // tl.cdiv(batch, ROWS)
     kv_head = item % kv_heads
     item = item // kv_heads
     row_tile = item % row_tiles
     chunk = item // row_tiles
+    # What belongs to a row is a scalar if there is one row, else [ROWS]: a warp has a row to itself.
+    if ROWS > 1:
+        b = b * ROWS + tl.arange(0, ROWS)
+        present = b < batch
+        b = tl.minimum(b, batch - 1)
 
     offs_i, offs_h, mask_m = query_rows(row_tile, kv_head, q_len, GROUP, BLOCK_M)  # [BLOCK_M] x 3
+    if ROWS > 1:
+        mask_m = present[:, None] & mask_m  # [ROWS, BLOCK_M]
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
-    mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
     b64, i64, h64 = b.to(tl.int64), offs_i.to(tl.int64), offs_h.to(tl.int64)
-    rows_q = (b64 * stride_q_batch + h64 * stride_q_head + i64 * stride_q_seq) * ALIGN  # [BLOCK_M]
-    q = tl.load(q_ptr + rows_q[:, None] + offs_d[None, :] * stride_q_dim, mask=mask_q, other=0.0)  # [BLOCK_M, BLOCK_D]
+    rows_q = (per_row(b64 * stride_q_batch, 1) + h64 * stride_q_head + i64 * stride_q_seq) * ALIGN  # [(ROWS,) BLOCK_M]
+    mask_q = tl.expand_dims(mask_m, -1) & (offs_d < HEAD_DIM)  # [(ROWS,) BLOCK_M, BLOCK_D], as q
+    q = tl.load(q_ptr + tl.expand_dims(rows_q, -1) + offs_d * stride_q_dim, mask=mask_q, other=0.0)
 
-    keys, _, own_start, own_end, prefix_len, broken = open_row(
-        b, kv_head, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr,
-        task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr,
-        stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
-        stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
-        stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
-        stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
-        stride_task_ids, stride_kv_start, stride_kv_len, kv_capacity, num_tasks, ALIGN)  # fmt: skip
+    _, prefix_len, own_start, own_end, broken = load_row(
+        b, task_ids_ptr, stride_task_ids, starts_ptr, lens_ptr, kv_start_ptr, stride_kv_start, kv_len_ptr,
+        stride_kv_len, num_tasks, kv_capacity)  # fmt: skip
     # A plan of other ids, or of the bank as it was, has left the row out or given it to another task.
     planned = tl.load(planned_ptr + b)
     task = tl.load(task_ids_ptr + b64 * stride_task_ids)
     broken = broken | ((planned != task) & ((planned >= 0) | (prefix_len > 0)))
     past = own_end - q_len
-    query = past + offs_i  # [BLOCK_M]
+    query = per_row(past, 1) + offs_i  # [(ROWS,) BLOCK_M]
     bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h[:, None],
-                     (kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)[:, None])  # fmt: skip
+                     tl.expand_dims(kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query, -1))  # fmt: skip
     lo, hi, _, _ = visible_span(
         own_start, own_end, past + row_tile * BLOCK_M // GROUP,
         past + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1), window, CAUSAL)  # fmt: skip
@@ -190,28 +198,40 @@ def request_item(
     if window is not None:
         first = query - window + 1
 
-    key_tiles = tl.cdiv(hi - lo, BLOCK_N)
-    per_chunk = tl.maximum(tl.cdiv(key_tiles, own_chunks), MIN_TILES)
-    begin = chunk * per_chunk
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for n in tl.range(begin, tl.minimum(begin + per_chunk, key_tiles)):
+    per_chunk = tl.maximum(tl.cdiv(tl.cdiv(hi - lo, BLOCK_N), own_chunks), MIN_TILES) * BLOCK_N
+    begin = lo + chunk * per_chunk
+    end = tl.minimum(begin + per_chunk, hi)
+    steps = tl.cdiv(end - begin, KEYS)
+    if ROWS > 1:
+        steps = tl.max(steps, 0)
+    head = kv_head.to(tl.int64)
+    keys = (
+        k_ptr + per_row(b64 * stride_k_batch + head * stride_k_head, 2) * ALIGN,
+        v_ptr + per_row(b64 * stride_v_batch + head * stride_v_head, 2) * ALIGN,
+        stride_k_seq, stride_k_dim, stride_v_seq, stride_v_dim,
+    )  # fmt: skip
+    begin, end = per_row(begin, 2), per_row(end, 2)
+    acc, row_sum, row_max = empty_state(q)
+    for n in tl.range(0, steps):
         acc, row_sum, row_max = attend_keys(
-            acc, row_sum, row_max, q, lo + n * BLOCK_N, hi, first, last, keys, scale_log2, softcap_inner, bias, 0,
-            MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D)  # fmt: skip
+            acc, row_sum, row_max, q, begin + n * KEYS, end, first, last, keys, scale_log2, softcap_inner, bias, 0,
+            MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=KEYS, BLOCK_D=BLOCK_D)  # fmt: skip
 
-    out, lse = normalise(acc, row_sum, row_max, broken)
+    out, lse = normalise(acc, row_sum, row_max, per_row(broken, 1))
     offs_i, offs_h, mask_m = query_rows(again(row_tile), kv_head, q_len, GROUP, BLOCK_M)
-    mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
-    if (planned < 0) & (chunk == 0):  # no prefix item writes for this row
+    if ROWS > 1:
+        mask_m = present[:, None] & mask_m
+    place = per_row(b64, 1)
+    if chunk == 0:  # no prefix item writes for a row that is not planned
+        alone = mask_m & (tl.minimum(per_row(planned, 1), offs_i) < 0)  # as mask_m
         for c in tl.range(0, prefix_chunks):
-            places = partial_rows(c, kv_head, b, offs_h % GROUP, offs_i, kv_heads, batch, q_len, GROUP)
-            tl.store(partial_lse_ptr + places, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=mask_m)
-    places = partial_rows(prefix_chunks + chunk, kv_head, b, offs_h % GROUP, offs_i, kv_heads, batch, q_len, GROUP)
+            places = partial_rows(c, kv_head, place, offs_h % GROUP, offs_i, kv_heads, batch, q_len, GROUP)
+            nothing = tl.full(places.shape, float("-inf"), tl.float32)
+            tl.store(partial_lse_ptr + places, nothing, mask=alone)
+    places = partial_rows(prefix_chunks + chunk, kv_head, place, offs_h % GROUP, offs_i, kv_heads, batch, q_len, GROUP)
     tl.store(partial_lse_ptr + places, lse, mask=mask_m)
-    mask_out = mask_q & (lse != float("-inf"))[:, None]
-    tl.store((partial_ptr + places * HEAD_DIM)[:, None] + offs_d[None, :], out, mask=mask_out)
+    mask_out = tl.expand_dims(mask_m & (lse != float("-inf")), -1) & (offs_d < HEAD_DIM)
+    tl.store(partial_ptr + tl.expand_dims(places * HEAD_DIM, -1) + offs_d, out, mask=mask_out)
 
 
 @runtime_jit
@@ -228,9 +248,11 @@ def grouped_kernel(
     prefix_items, request_items, window, scale_log2, softcap_inner, bias_reach, bias_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, BIAS_OF_SLOTS: tl.constexpr,
     MIN_TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Partial results (`prefix_attn.kernels.merge.Partials`) of the prefix chunks, then of the own ones."""
+    wait_for_previous(EARLY)
+    let_next_begin(EARLY)
     pid = tl.program_id(0)
     both = 2 * tl.minimum(prefix_items, request_items)
     on_prefix = tl.where(pid < both, pid % 2 == 0, prefix_items > request_items)
@@ -249,18 +271,16 @@ def grouped_kernel(
             BLOCK_M=BLOCK_P, BLOCK_N=BLOCK_N, BLOCK_E=BLOCK_E, BLOCK_D=BLOCK_D)  # fmt: skip
     else:
         request_item(
-            item, q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, partial_ptr, partial_lse_ptr,
+            item, q_ptr, k_ptr, v_ptr, partial_ptr, partial_lse_ptr,
             task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, bias_ptr, planned_ptr,
             stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
             stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
             stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
-            stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
-            stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
             stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
             batch, kv_heads, q_len, kv_capacity, num_tasks, row_tiles, prefix_chunks, own_chunks,
             window, scale_log2, softcap_inner, bias_reach, bias_scale,
             GROUP=GROUP, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, CAUSAL=CAUSAL, BIAS_OF_SLOTS=BIAS_OF_SLOTS,
-            MIN_TILES=MIN_TILES, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_E, BLOCK_D=BLOCK_D)  # fmt: skip
+            MIN_TILES=MIN_TILES, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_E, BLOCK_D=BLOCK_D, ROWS=ROWS)  # fmt: skip
 
 
 def grouped_attention(
@@ -308,22 +328,29 @@ def _launch(
     config = config or config_for(layout.kind("grouped"), head_dim, layout.dtype, layout.device, tile_rows)
     block_m, block_e = decode_rows(rows), edge_keys(config.block_n)
     row_tiles = cdiv(rows, block_m)
+    item_rows = slices(block_m, block_e, config.num_warps, head_dim, layout.dtype)
+    requests = cdiv(batch, item_rows) * kv_heads * row_tiles
     if chunks is None:
         at_once = Residency.of("grouped", config, head_dim, layout.dtype, layout.device)
-        programs, requests = cdiv(batch * rows, tile_rows) * kv_heads, batch * kv_heads * row_tiles
+        joined = CHUNK_TILES + ELEMENT_TILES * math.prod(layout.q_shape)
+        # As many tiles as there are if all tasks have as many rows.
+        groups = max(1, min(batch, layout.num_tasks))
+        programs = groups * cdiv(cdiv(batch, groups) * rows, tile_rows) * kv_heads
+        steps = cdiv(kv_capacity, block_e // item_rows)  # of a request item, each as much work as a tile
         chunks = (
-            choose_chunks(programs, cdiv(max_len, config.block_n), at_once, 0.0, CHUNK_TILES),
-            choose_chunks(requests, cdiv(kv_capacity, block_e), at_once, 0.0, CHUNK_TILES),
+            choose_chunks(programs, cdiv(max_len, config.block_n), at_once, 0.0, joined),
+            choose_chunks(requests, steps, at_once, 0.0, joined, cdiv(kv_capacity, MIN_TILES * block_e)),
         )
     prefix_chunks, own_chunks = (min(c, MAX_CHUNKS // 2) for c in chunks)
     prefix_items = tiles * kv_heads * prefix_chunks
-    request_items = batch * kv_heads * row_tiles * own_chunks
+    request_items = requests * own_chunks
     arguments = {
         **layout.arguments(), **layout.bias_arguments(), "batch": batch, "tiles": tiles, "row_tiles": row_tiles,
         "prefix_chunks": prefix_chunks, "own_chunks": own_chunks,
         "prefix_items": prefix_items, "request_items": request_items, "MIN_TILES": MIN_TILES,
         "BLOCK_P": tile_rows, "BLOCK_M": block_m, "BLOCK_N": config.block_n, "BLOCK_E": block_e,
-        "BLOCK_D": padded_head_dim(head_dim),
-        "num_warps": config.num_warps, "num_stages": config.num_stages, **LAUNCH_OPTIONS,
+        "BLOCK_D": padded_head_dim(head_dim), "ROWS": item_rows, "EARLY": early(layout.device),
+        "num_warps": config.num_warps, "num_stages": config.num_stages, **options(layout.device),
+        **LAUNCH_OPTIONS,
     }  # fmt: skip
     return _Launch(Launcher(prefix_items + request_items, arguments), prefix_chunks + own_chunks)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from prefix_attn.kernels.config import padded_head_dim
 from prefix_attn.kernels.direct_launch import Launcher
+from prefix_attn.kernels.early_launch import early, options, wait_for_previous
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS
 from prefix_attn.kernels.primitives import LN_2, LOG2_E, cast, merge_weights, runtime_jit
 
@@ -28,7 +29,7 @@ def merge_kernel(
     partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, sinks_ptr,
     stride_out_batch, stride_out_head, stride_out_seq, stride_out_dim,
     rows, batch, heads, group, q_len, chunks,
-    HEAD_DIM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """``out[b, h, i] = sum_c w_c partial[c, b, h, i] / total``; program = one (b, h, i), all chunks in one tile."""
     row = tl.program_id(0)
@@ -41,6 +42,7 @@ def merge_kernel(
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
 
+    wait_for_previous(EARLY)
     partial_lse = tl.load(partial_lse_ptr + rows_c, mask=offs_c < chunks, other=float("-inf"))
     weights, total, top = merge_weights(partial_lse, sink)
     mask = (weights > 0)[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_C, BLOCK_D]
@@ -95,10 +97,10 @@ def _launch(
         "stride_out_batch": strides[0], "stride_out_head": strides[1], "stride_out_seq": strides[2],
         "stride_out_dim": strides[3], "rows": batch * heads * q_len, "batch": batch, "heads": heads, "group": group,
         "q_len": q_len, "chunks": chunks, "HEAD_DIM": head_dim, "BLOCK_C": block_c, "BLOCK_D": block_d,
-        "num_warps": merge_warps(block_c, block_d), **LAUNCH_OPTIONS,
+        "EARLY": early(device), "num_warps": merge_warps(block_c, block_d), **options(device), **LAUNCH_OPTIONS,
     })  # fmt: skip
 
 
 def merge_warps(block_c: int, block_d: int) -> int:
-    """Warps for a tile of partials: a few 16-byte loads a thread."""
-    return max(1, min(4, block_c * block_d // 512))
+    """Warps for a tile of partials: one as long as its threads can hold all chunks, and need not meet to add them."""
+    return max(1, min(4, block_c * block_d // 2048))

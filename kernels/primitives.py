@@ -79,51 +79,65 @@ def tanh(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def load_keys(ptr, stride_seq, stride_dim, start, end, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr,
-              ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+              ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr = 1):  # fmt: skip
     """Rows ``start .. start + BLOCK_N`` of a ``[seq, HEAD_DIM]`` matrix; 0 from ``end`` on (if MASKED) and beyond
     HEAD_DIM.
 
+    ``[BLOCK_N, BLOCK_D]``; in slices, ``[SLICES, BLOCK_N / SLICES, BLOCK_D]``; of several matrices, if ptr, start and
+    end are ``[ROWS, 1, 1]``, ``[ROWS, BLOCK_N, BLOCK_D]``.
+
     Offsets within the tile are 32 bits wide, which saves registers; the backend refuses strides too large for that.
     """
-    offs_n = tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    offs_n = tl.expand_dims(tile_keys(BLOCK_N, SLICES), -1)  # [(SLICES,) keys, 1]
+    offs_d = tl.arange(0, BLOCK_D)[None, :]  # [1, BLOCK_D]
     ptr += start.to(tl.int64) * stride_seq * ALIGN
-    ptrs = ptr + (offs_n[:, None] * (stride_seq * ALIGN) + offs_d[None, :] * stride_dim)  # [BLOCK_N, BLOCK_D]
+    ptrs = ptr + (offs_n * (stride_seq * ALIGN) + offs_d * stride_dim)
     if MASKED and HEAD_DIM < BLOCK_D:
-        return tl.load(ptrs, mask=(start + offs_n < end)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+        return tl.load(ptrs, mask=(start + offs_n < end) & (offs_d < HEAD_DIM), other=0.0)
     if MASKED:
-        return tl.load(ptrs, mask=(start + offs_n < end)[:, None], other=0.0)
+        return tl.load(ptrs, mask=start + offs_n < end, other=0.0)
     if HEAD_DIM < BLOCK_D:
-        return tl.load(ptrs, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
+        return tl.load(ptrs, mask=offs_d < HEAD_DIM, other=0.0)
     return tl.load(ptrs)
+
+
+@triton.jit
+def tile_keys(BLOCK_N: tl.constexpr, SLICES: tl.constexpr):
+    """``0 .. BLOCK_N``, as ``[BLOCK_N]`` or ``[SLICES, BLOCK_N / SLICES]``."""
+    keys = tl.arange(0, BLOCK_N // SLICES)
+    if SLICES > 1:
+        keys = tl.arange(0, SLICES)[:, None] * (BLOCK_N // SLICES) + keys[None, :]
+    return keys
 
 
 @triton.jit
 def softmax_update(acc, row_sum, row_max, scores, v, scale_log2, MASKED: tl.constexpr):
     """One step of the online softmax (module docstring); ``scale_log2 > 0``, hidden scores are -inf if MASKED."""
-    top = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)  # [BLOCK_M]
+    LAST: tl.constexpr = len(scores.shape) - 1
+    top = tl.maximum(row_max, tl.max(scores, LAST) * scale_log2)  # [BLOCK_M]
     shift = top
     if MASKED:
         shift = tl.where(top == float("-inf"), 0.0, top)
-    weights = tl.exp2(scores * scale_log2 - shift[:, None])  # [BLOCK_M, BLOCK_N]
+    weights = tl.exp2(scores * scale_log2 - tl.expand_dims(shift, LAST))  # [BLOCK_M, BLOCK_N]
     decay = tl.exp2(row_max - shift)  # [BLOCK_M]
-    row_sum = row_sum * decay + tl.sum(weights, 1)
-    acc = dot(cast(weights, v.dtype), v, acc * decay[:, None])
+    row_sum = row_sum * decay + tl.sum(weights, LAST)
+    acc = dot(cast(weights, v.dtype), v, acc * tl.expand_dims(decay, LAST))
     return acc, row_sum, top
 
 
 @triton.jit
-def visible_keys(start, end, first, last, BLOCK_N: tl.constexpr):
-    """Which of the keys ``start .. start + BLOCK_N`` are before ``end`` and in each query's ``first .. last``.
+def visible_keys(start, end, first, last, BLOCK_N: tl.constexpr, SLICES: tl.constexpr = 1):
+    """Which of the keys of a tile (`load_keys`) are before ``end`` and in each query's ``first .. last``.
 
-    first, last: ``[BLOCK_M]``, or None where there is no such limit. Returns ``[BLOCK_M or 1, BLOCK_N]``.
+    first, last: ``[(ROWS,) BLOCK_M]``, or None where there is no such limit. Returns
+    ``[(SLICES or ROWS,) BLOCK_M or 1, keys]``.
     """
-    offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    visible = (offs_n < end)[None, :]  # [1, BLOCK_N], [BLOCK_M, BLOCK_N] below
+    offs_n = start + tl.expand_dims(tile_keys(BLOCK_N, SLICES), -2)  # [(SLICES or ROWS,) 1, keys]
+    visible = offs_n < end
     if last is not None:
-        visible = visible & (offs_n[None, :] <= last[:, None])
+        visible = visible & (offs_n <= tl.expand_dims(last, -1))
     if first is not None:
-        visible = visible & (offs_n[None, :] >= first[:, None])
+        visible = visible & (offs_n >= tl.expand_dims(first, -1))
     return visible
 
 
@@ -168,7 +182,7 @@ def finish_scores(products, softcap_inner, bias, key, PRECISE: tl.constexpr):
 @triton.jit
 def attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_log2, softcap_inner, bias, shift,
                 MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
-                BLOCK_D: tl.constexpr):  # fmt: skip
+                BLOCK_D: tl.constexpr, SLICES: tl.constexpr = 1):  # fmt: skip
     """The state after keys ``start .. start + BLOCK_N``; from ``end`` on none is loaded (if MASKED).
 
     Args:
@@ -178,13 +192,50 @@ def attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_l
         bias: `open_bias` of a column of queries; shift: how much further a query stands from these keys than it would
             from the row's own: 0, or the length of the prefix.
     """
-    k = load_keys(keys[0], keys[2], keys[3], start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)
-    key = (start - shift + tl.arange(0, BLOCK_N))[None, :]  # [1, BLOCK_N]
+    k = load_keys(keys[0], keys[2], keys[3], start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D, SLICES)
+    key = start - shift + tl.expand_dims(tile_keys(BLOCK_N, SLICES), -2)  # [(SLICES or ROWS,) 1, keys]
     scores = finish_scores(dot(q, tl.trans(k)), softcap_inner, bias, key, q.dtype == tl.float32)  # [BLOCK_M, BLOCK_N]
     if MASKED:
-        scores = tl.where(visible_keys(start, end, first, last, BLOCK_N), scores, float("-inf"))
-    v = load_keys(keys[1], keys[4], keys[5], start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)
+        scores = tl.where(visible_keys(start, end, first, last, BLOCK_N, SLICES), scores, float("-inf"))
+    v = load_keys(keys[1], keys[4], keys[5], start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D, SLICES)
     return softmax_update(acc, row_sum, row_max, scores, v, scale_log2, MASKED)
+
+
+@triton.jit
+def empty_state(q):
+    """``(acc, row_sum, row_max)`` of a tile of queries that has seen no key."""
+    ROWS: tl.constexpr = q.shape[:-1]
+    return tl.zeros(q.shape, tl.float32), tl.zeros(ROWS, tl.float32), tl.full(ROWS, float("-inf"), tl.float32)
+
+
+@triton.jit
+def slice_queries(q, SLICES: tl.constexpr):
+    """``q`` for each of SLICES: ``[SLICES, BLOCK_M, BLOCK_D]``, or as it is for one."""
+    if SLICES > 1:
+        q = tl.broadcast_to(q[None, :, :], [SLICES, q.shape[0], q.shape[1]])
+    return q
+
+
+@triton.jit
+def join_slices(acc, row_sum, row_max):
+    """One state of the states of the slices, or of the one there is."""
+    if len(acc.shape) == 3:
+        top = tl.max(row_max, 0)  # [BLOCK_M]
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        weights = tl.exp2(row_max - shift[None, :])  # [SLICES, BLOCK_M]
+        acc, row_sum, row_max = sum_slices(acc * weights[:, :, None]), tl.sum(row_sum * weights, 0), top
+    return acc, row_sum, row_max
+
+
+@triton.jit
+def sum_slices(x):
+    """``tl.sum(x, 0)`` of ``[SLICES, BLOCK_M, BLOCK_D]``: as halves that are added, which needs no shuffles."""
+    x = tl.permute(x, (1, 2, 0))
+    for _ in tl.static_range(5):  # at most 32 slices
+        if x.shape[2] > 1:
+            even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], x.shape[2] // 2, 2]))
+            x = even + odd
+    return tl.reshape(x, [x.shape[0], x.shape[1]])
 
 
 @triton.jit
@@ -202,7 +253,7 @@ def select_keys(own, own_end, prefix_end, prefix_len, own_keys, prefix_keys):
 def attend_tile(acc, row_sum, row_max, q, query, start, own_end, prefix_end, prefix_len, own, own_keys, prefix_keys,
                 window, scale_log2, softcap_inner, bias,
                 MASKED: tl.constexpr, CAUSAL: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr,
-                BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+                BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr = 1):  # fmt: skip
     """`attend_keys` for a tile of the row's own keys (if ``own``) or of its prefix.
 
     Both kinds of tile run through one loop, told apart by scalars, so that loads of the first own tile are already
@@ -217,7 +268,7 @@ def attend_tile(acc, row_sum, row_max, q, query, start, own_end, prefix_end, pre
     first = query + shift - window + 1 if window is not None else None  # [BLOCK_M]
     last = tl.where(own, query, NO_LIMIT) if CAUSAL else None  # [BLOCK_M]
     return attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_log2, softcap_inner, bias, shift,
-                       MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D)  # fmt: skip
+                       MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D, SLICES)  # fmt: skip
 
 
 @triton.jit
@@ -320,12 +371,21 @@ def partial_rows(chunk, kv_head, b, g, i, kv_heads, batch, q_len, GROUP: tl.cons
 
 
 @triton.jit
+def per_row(x, AXES: tl.constexpr):
+    """``x`` with AXES more axes behind those it has; a scalar stays one."""
+    for _ in tl.static_range(AXES):
+        if len(x.shape) > 0:
+            x = tl.expand_dims(x, -1)
+    return x
+
+
+@triton.jit
 def normalise(acc, row_sum, row_max, broken):
     """``(acc / row_sum, lse in base 2)``; 0 and -inf for a state without keys; NaN for a broken row."""
     poison = tl.where(broken, float("nan"), 0.0)
     seen = tl.where(row_sum == 0, 1.0, row_sum)  # [BLOCK_M]
     lse = tl.where(row_sum == 0, float("-inf"), row_max + tl.log2(seen))
-    return acc / seen[:, None] + poison, lse + poison
+    return acc / tl.expand_dims(seen, -1) + per_row(poison, 1), lse + poison
 
 
 @triton.jit

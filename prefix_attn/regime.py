@@ -1,18 +1,18 @@
 """Which kernels the Triton backend gives a call to, and why; from shapes and host-known lengths, never from the device.
 
-Inline decode reads a prefix once per row, mostly from the L2 cache; grouped decode reads it once per tile of rows, and
-pays with float32 partial results, a second launch and, where nobody made one, a plan. All four are counted in bytes of
-memory traffic, the currency of decode:
+Inline decode reads a prefix once per row, mostly from the L2 cache, while memory yields own keys; grouped decode reads
+it once per tile of rows, and pays with float32 partial results, a second launch and, where nobody made one, a plan. All
+are counted in bytes of memory traffic, the currency of decode:
 
-    re-read  = batch * m * 2 * kv_heads * D * e                 m: the longest prefix, cut to the window
-    saved    = re-read * (1 - tasks / batch) / L2_SPEED
+    own, re-read, once = batch * n, batch * m, tasks * m, each times 2 * kv_heads * D * e
+    saved    = (own + re-read) / L2_SPEED - (own + once)
     partials = 2 * 4 * D * q_heads * q_len * batch * (1 + ceil(m / CHUNK))          written, then read
     price    = partials + LAUNCH_BYTES * (1 [+ PLAN_LAUNCHES])
 
-Grouped if saved > price, unless the prefix is short and `hidden`: inline decode spreads its tiles among the own ones,
-so that the cache yields them while memory is busy. A bank of at least as many tasks as the batch has rows says nothing
-about sharing (all rows may have one task, or each its own); then grouped only if price <= BET * re-read, so that a lost
-bet goes unnoticed.
+with n own keys a row and m the longest prefix, both cut to the window. Grouped if saved > price: a short prefix is read
+while memory is busy with own keys, and has nothing to save. A bank of at least as many tasks as the batch has rows says
+nothing about sharing (all rows may have one task, or each its own); then grouped only if price <= BET * re-read, so
+that a lost bet goes unnoticed.
 """
 
 from __future__ import annotations
@@ -24,22 +24,19 @@ from prefix_attn.types import AttentionCall
 #: Query rows per kv head (q_len * group) up to which a row is decoded; more make tiles worth a prefill.
 DECODE_ROWS = 64
 
-#: How much faster re-reads from the L2 cache are than reads from memory: 5.5 against 4.3 TB/s on an H200.
-L2_SPEED = 1.3
+#: How much faster the L2 cache is than memory, for programs that read both: 7.7 against 4.3 TB/s on an H200.
+L2_SPEED = 1.8
 
-#: What memory could have moved in the 5 us that grouped decode takes for a second launch and longer programs, at the
-#: 4.3e12 B/s of an H200. With these two, at 38 points measured there, what is chosen is 0.2% slower than the faster way
-#: in the geometric mean, and 4.2% at worst.
-LAUNCH_BYTES = 5e-6 * 4.3e12
+#: What memory could have moved in the 2.5 us that grouped decode takes for a second launch and longer programs, at the
+#: 4.3e12 B/s of an H200. With these two, at 40 points measured there, what is chosen is 0.2% slower than the faster way
+#: in the geometric mean, and 4.0% at worst.
+LAUNCH_BYTES = 2.5e-6 * 4.3e12
 
 #: How many times that it takes to work out a plan: 0.7 to 1.2 ms, most of them on the host.
-PLAN_LAUNCHES = 150
+PLAN_LAUNCHES = 300
 
 #: Keys of a prefix chunk where the prefix is long.
 CHUNK = 2048
-
-#: Prefixes up to this many tokens are hidden behind enough own keys; longer ones are not left to that estimate.
-SHORT_PREFIX = 256
 
 #: Share of the time of reading every row's prefix that may be lost where sharing is a guess.
 BET = 0.02
@@ -73,11 +70,9 @@ def choose(call: AttentionCall) -> Regime:
     longest, tasks = call.prefix.expected_max_len, call.prefix.num_tasks
     if batch < 2 or longest == 0:
         return Regime("inline", "one row has nobody to share with" if batch < 2 else "no prefix is longer than 0")
-    m = longest if call.window is None else min(longest, call.window)
-    if hidden(m, own_keys):
-        why = "prefixes up to {} tokens come from the cache while {} own keys are read"
-        return Regime("inline", why, sizes=(m, own_keys))
-    reread = batch * m * 2 * kv_heads * head_dim * call.q.element_size()
+    m, n = (x if call.window is None else min(x, call.window) for x in (longest, own_keys))
+    token = 2 * kv_heads * head_dim * call.q.element_size()
+    reread = batch * m * token
     partials = 8 * head_dim * q_heads * q_len * batch * (1 + -(-m // CHUNK))
     price = partials + LAUNCH_BYTES * (1 if call.plan is not None else 1 + PLAN_LAUNCHES)
     why = "{} rows, {} tasks, prefixes up to {} tokens: "
@@ -86,8 +81,11 @@ def choose(call: AttentionCall) -> Regime:
         why += "who shares is unknown, and grouping costs {:.1%} of reading a prefix per row"
         sizes: tuple[float, ...] = (batch, tasks, m, price / reread)
     else:
-        saved = reread * (1 - tasks / batch) / L2_SPEED
+        saved = saved_bytes(batch * n * token, reread, tasks * m * token)
         grouped = saved > price
+        if saved <= 0:
+            why = "prefixes up to {} tokens come from the cache while {} own keys are read"
+            return Regime("inline", why, sizes=(m, n))
         why += "grouping saves about {:.1f} MB of traffic and costs {:.1f} MB"
         sizes = (batch, tasks, m, saved / 1e6, price / 1e6)
     if grouped:
@@ -95,6 +93,6 @@ def choose(call: AttentionCall) -> Regime:
     return Regime("inline", why, sizes=sizes)
 
 
-def hidden(m: int, own_keys: int) -> bool:
-    """Whether rows read prefixes of m tokens at no cost: ``(own keys + m) / L2_SPEED <= own keys``, and m is short."""
-    return m <= SHORT_PREFIX and (own_keys + m) / L2_SPEED <= own_keys
+def saved_bytes(own: float, reread: float, once: float) -> float:
+    """``saved`` of the module's docstring; negative where memory is slower with own keys than the cache with all."""
+    return (own + reread) / L2_SPEED - (own + once)

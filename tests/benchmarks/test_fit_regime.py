@@ -40,7 +40,7 @@ def made_up(constants: Constants, noise: float = 0.0) -> list[Row]:
     for point in POINTS:
         blank = Pair.of(row(INLINE, point, 1.0), row(GROUPED, point, 1.0))
         grouped = 20.0 + point.batch * point.n / 1000
-        gain = (blank.saved / constants.l2_speed - blank.partials - constants.launch_bytes) / BANDWIDTH
+        gain = (blank.read / constants.l2_speed - blank.least - blank.partials - constants.launch_bytes) / BANDWIDTH
         both = [max(0.5, us) * rng.uniform(1 - noise, 1 + noise) for us in (grouped + gain, grouped)]
         plan = constants.plan_launches * constants.launch_bytes / BANDWIDTH
         rows += [row(INLINE, point, both[0]), row(GROUPED, point, both[1], plan), row("other", point, 1.0)]
@@ -76,7 +76,7 @@ def test_points_that_say_nothing() -> None:
 @pytest.mark.parametrize("point", POINTS, ids=str)
 def test_the_terms_are_those_of_the_package(point: Point) -> None:
     """With regime.py's own constants, the pair chooses as regime.py does."""
-    chosen = regime.choose(call(point.batch, point.tasks, point.m))
+    chosen = regime.choose(call(point.batch, point.tasks, point.m, own=point.n))
     pair = Pair.of(row(INLINE, point, 1.0), row(GROUPED, point, 2.0))
     assert (pair.slowdown(Constants.now()) == 2.0) == (chosen.name == "grouped")
 

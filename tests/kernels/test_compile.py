@@ -42,11 +42,12 @@ def test_default_configs_are_fit() -> None:
 
 
 def test_a_new_length_batch_or_window_compiles_nothing_and_loads_stay_wide() -> None:
-    """One variant each of: plain decode, decode with a window in chunks, grouped decode, the merge of both, prefill,
-    decode at head_dim 72, and the backward kernels, that of the bank in one part or more."""
+    """One variant each of: plain decode and decode with a window in chunks, both with the tiles for few programs or
+    those for many; grouped decode, the merge of both, prefill, decode at head_dim 72, and the backward kernels, that
+    of the bank in one part or more."""
     kernels = json.loads(run_module("tests.kernels.specialise"))
     names = [f"{name}_kernel" for name in (
-        "backward_bank", "backward_bank", "backward_dq", "backward_own", "decode", "decode", "decode", "delta",
+        "backward_bank", "backward_bank", "backward_dq", "backward_own", *["decode"] * 5, "delta",
         "grouped", "merge", "prefill"
     )]  # fmt: skip
     assert sorted(name for name, _ in kernels) == names

@@ -15,7 +15,7 @@ from prefix_attn.backends import triton as backend
 from prefix_attn.checks import checked_call
 from prefix_attn.kernels.chunks import MAX_CHUNKS, Residency, choose_chunks
 from prefix_attn.kernels.decode import INVARIANT_CHUNKS, MERGE_TILES
-from prefix_attn.kernels.grouped import CHUNK_TILES
+from prefix_attn.kernels.grouped import CHUNK_TILES, ELEMENT_TILES
 from prefix_attn.plan import row_tiles
 from prefix_attn.types import AttentionCall
 from tests.cases import Case, make, poisoned
@@ -157,24 +157,29 @@ def test_refusals() -> None:
 
 
 @pytest.mark.parametrize(
-    ("programs", "tiles", "chunks"),
+    ("at_once", "programs", "tiles", "chunks"),
     [
-        (512, 66, 3),  # 64 rows over 8 kv heads, 4096 own keys: 250 us on an H200, against 279 unsplit
-        (128, 66, 2),  # 16 rows: 69 against 75
-        (512, 9, 1),  # 44 against 46 in two chunks
-        (128, 10, 1),  # 15.8 against 16.9
-        (512, 3, 1),
-        (2048, 2, 1),
+        (3, 128, 66, 1),  # 16 rows over 8 kv heads, 4096 own keys: 68 us on an H200, against 70 in two chunks
+        (3, 64, 66, 3),  # 39.6 against 62.8 unsplit
+        (3, 128, 10, 1),  # 14.8 against 16.9
+        (3, 192, 10, 1),  # 19.2 against 22.4
+        (6, 512, 132, 1),  # 247 against 255
+        (6, 512, 34, 1),
+        (6, 2048, 3, 1),
     ],
 )
-def test_chunks_of_decode(programs: int, tiles: int, chunks: int) -> None:
-    assert choose_chunks(programs, tiles, Residency(132, 3), MERGE_TILES) == chunks
+def test_chunks_of_decode(at_once: int, programs: int, tiles: int, chunks: int) -> None:
+    assert choose_chunks(programs, tiles, Residency(132, at_once), MERGE_TILES) == chunks
 
 
-@pytest.mark.parametrize(("programs", "tiles", "chunks"), [(8, 16, 4), (64, 16, 2), (32, 128, 4)])
-def test_chunks_of_prefixes(programs: int, tiles: int, chunks: int) -> None:
-    """As they were fastest on an H200, 16 rows of one task, 64 of eight and 64 of one."""
-    assert choose_chunks(programs, tiles, Residency(132, 2), 0.0, CHUNK_TILES) == chunks
+@pytest.mark.parametrize(
+    ("rows", "programs", "tiles", "chunks"),
+    [(16, 8, 16, 4), (64, 64, 16, 2), (64, 32, 16, 4), (256, 128, 16, 1), (64, 32, 128, 4), (256, 128, 128, 2)],
+)
+def test_chunks_of_prefixes(rows: int, programs: int, tiles: int, chunks: int) -> None:
+    """As they were fastest on an H200, or within 5% of it, with 32 heads of 128."""
+    joined = CHUNK_TILES + ELEMENT_TILES * rows * 32 * 128
+    assert choose_chunks(programs, tiles, Residency(132, 2), 0.0, joined) == chunks
 
 
 def test_few_rows_are_cut_into_many_chunks() -> None:

@@ -7,8 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from prefix_attn.kernels.config import TileConfig
 from tests.cases import Case, make
 from tests.kernels.calls import DEVICE, TILE, WAYS, check
+
+#: Tiles of which each warp has its own keys, in decode a slice of the tile's, in grouped decode another row's.
+WARPED = pytest.mark.parametrize("tile", [TileConfig(16, 64, 4, 2), TileConfig(16, 32, 2, 3)], ids=("four", "two"))
 
 EDGES = (0, 1, 15, 16, 17, 33)
 WAY = pytest.mark.parametrize("way", WAYS)
@@ -102,6 +106,29 @@ def test_edges_in_narrower_tiles_than_the_rest(own: int, window: int | None, way
     case = Case("narrow", prefix_lens=(127, 193, 700), task_ids=(0, 1, -1, 2), q_heads=2, kv_heads=1, q_len=18,
                 kv_len=own, starts=(0, 45, 1, 0), window=window)  # fmt: skip
     check(make(case, device=DEVICE), way, replace(TILE, block_n=128))
+
+
+@WARPED
+@pytest.mark.parametrize("way", ["decode", "decode_split", "grouped"])
+@pytest.mark.parametrize("n", [0, 1, 16, 17, 33, 63, 64, 65, 130])
+def test_own_keys_and_prefixes_around_the_edges_of_warps(way: str, n: int, tile: TileConfig) -> None:
+    """Five rows are no multiple of the warps; one is without prefix, and all but one end before the last key."""
+    case = Case("warps", prefix_lens=(n, 40, 3), task_ids=(0, -1, 1, 0, 2), q_heads=4, kv_heads=2, kv_len=n + 20,
+                ends=(n + 20, n, max(n - 1, 0), min(n, 3), n))  # fmt: skip
+    check(make(case, torch.bfloat16, DEVICE), way, tile)
+
+
+@WARPED
+@pytest.mark.parametrize("way", ["decode", "decode_split", "grouped"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"window": 1}, {"window": 20}, {"window": 50, "softcap": 3.0}, {"reach": 11, "sinks": True}, {"causal": False},
+     {"head_dim": 24, "starts": (0, 5, 70, 16, 33)}, {"q_len": 9}],
+    ids=str,
+)  # fmt: skip
+def test_options_with_keys_of_a_warp(way: str, options: dict[str, object], tile: TileConfig) -> None:
+    case = Case("warps", prefix_lens=(70, 0, 33), task_ids=(0, 1, 2, -1, 0), q_heads=4, kv_heads=2, q_len=3, kv_len=75)
+    check(make(replace(case, **options), torch.bfloat16, DEVICE), way, tile)  # type: ignore[arg-type]
 
 
 def test_default_tiles() -> None:
