@@ -275,7 +275,9 @@ def some_of(names: str, known: Iterable[str]) -> list[str]:
 
 
 def main(
-    kinds: Annotated[str, typer.Option(help="comma-separated, of decode, grouped, prefill")] = ",".join(SPACE),
+    kinds: Annotated[str, typer.Option(help="comma-separated, of decode, decode_few, grouped, prefill")] = ",".join(
+        SPACE
+    ),
     head_dims: Annotated[str, typer.Option(help="comma-separated, of 64, 128, 256")] = "128,64,256",
     dtypes: Annotated[str, typer.Option(help="comma-separated names of PyTorch's")] = "bfloat16",
     budget: Annotated[float, typer.Option(help="seconds for everything")] = 480,

@@ -157,21 +157,14 @@ def request_item(
     Chunks are counted in tiles of BLOCK_N keys; the ROWS rows share such a tile's place, BLOCK_N / ROWS keys each.
     """
     KEYS: tl.constexpr = BLOCK_N // ROWS
-    b = item % tl.cdiv(batch, ROWS)
+    batch_tile = item % tl.cdiv(batch, ROWS)
     item = item // tl.cdiv(batch, ROWS)
     kv_head = item % kv_heads
     item = item // kv_heads
     row_tile = item % row_tiles
     chunk = item // row_tiles
     # What belongs to a row is a scalar if there is one row, else [ROWS]: a warp has a row to itself.
-    if ROWS > 1:
-        b = b * ROWS + tl.arange(0, ROWS)
-        present = b < batch
-        b = tl.minimum(b, batch - 1)
-
-    offs_i, offs_h, mask_m = query_rows(row_tile, kv_head, q_len, GROUP, BLOCK_M)  # [BLOCK_M] x 3
-    if ROWS > 1:
-        mask_m = present[:, None] & mask_m  # [ROWS, BLOCK_M]
+    b, offs_i, offs_h, mask_m = item_rows(batch_tile, batch, row_tile, kv_head, q_len, GROUP, BLOCK_M, ROWS)
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     b64, i64, h64 = b.to(tl.int64), offs_i.to(tl.int64), offs_h.to(tl.int64)
     rows_q = (per_row(b64 * stride_q_batch, 1) + h64 * stride_q_head + i64 * stride_q_seq) * ALIGN  # [(ROWS,) BLOCK_M]
@@ -218,11 +211,11 @@ def request_item(
             MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=KEYS, BLOCK_D=BLOCK_D)  # fmt: skip
 
     out, lse = normalise(acc, row_sum, row_max, per_row(broken, 1))
-    offs_i, offs_h, mask_m = query_rows(again(row_tile), kv_head, q_len, GROUP, BLOCK_M)
-    if ROWS > 1:
-        mask_m = present[:, None] & mask_m
-    place = per_row(b64, 1)
+    b, offs_i, offs_h, mask_m = item_rows(
+        again(batch_tile), batch, again(row_tile), kv_head, q_len, GROUP, BLOCK_M, ROWS)  # fmt: skip
+    place = per_row(b.to(tl.int64), 1)
     if chunk == 0:  # no prefix item writes for a row that is not planned
+        planned = tl.load(planned_ptr + b)
         alone = mask_m & (tl.minimum(per_row(planned, 1), offs_i) < 0)  # as mask_m
         for c in tl.range(0, prefix_chunks):
             places = partial_rows(c, kv_head, place, offs_h % GROUP, offs_i, kv_heads, batch, q_len, GROUP)
@@ -232,6 +225,19 @@ def request_item(
     tl.store(partial_lse_ptr + places, lse, mask=mask_m)
     mask_out = tl.expand_dims(mask_m & (lse != float("-inf")), -1) & (offs_d < HEAD_DIM)
     tl.store(partial_ptr + tl.expand_dims(places * HEAD_DIM, -1) + offs_d, out, mask=mask_out)
+
+
+@triton.jit
+def item_rows(batch_tile, batch, row_tile, kv_head, q_len, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+              ROWS: tl.constexpr):  # fmt: skip
+    """Rows of a request item, a scalar or ``[ROWS]``, and their `query_rows`; the mask is ``[(ROWS,) BLOCK_M]``."""
+    b = batch_tile
+    offs_i, offs_h, mask = query_rows(row_tile, kv_head, q_len, GROUP, BLOCK_M)
+    if ROWS > 1:
+        b = b * ROWS + tl.arange(0, ROWS)
+        mask = (b < batch)[:, None] & mask
+        b = tl.minimum(b, batch - 1)
+    return b, offs_i, offs_h, mask
 
 
 @runtime_jit
@@ -328,15 +334,17 @@ def _launch(
     config = config or config_for(layout.kind("grouped"), head_dim, layout.dtype, layout.device, tile_rows)
     block_m, block_e = decode_rows(rows), edge_keys(config.block_n)
     row_tiles = cdiv(rows, block_m)
-    item_rows = slices(block_m, block_e, config.num_warps, head_dim, layout.dtype)
-    requests = cdiv(batch, item_rows) * kv_heads * row_tiles
+    # A softcap takes the registers that a state for each warp would need.
+    capped = layout.softcap is not None
+    rows_at_once = 1 if capped else slices(block_m, block_e, config.num_warps, head_dim, layout.dtype)
+    requests = cdiv(batch, rows_at_once) * kv_heads * row_tiles
     if chunks is None:
         at_once = Residency.of("grouped", config, head_dim, layout.dtype, layout.device)
         joined = CHUNK_TILES + ELEMENT_TILES * math.prod(layout.q_shape)
         # As many tiles as there are if all tasks have as many rows.
         groups = max(1, min(batch, layout.num_tasks))
         programs = groups * cdiv(cdiv(batch, groups) * rows, tile_rows) * kv_heads
-        steps = cdiv(kv_capacity, block_e // item_rows)  # of a request item, each as much work as a tile
+        steps = cdiv(kv_capacity, block_e // rows_at_once)  # of a request item, each as much work as a tile
         chunks = (
             choose_chunks(programs, cdiv(max_len, config.block_n), at_once, 0.0, joined),
             choose_chunks(requests, steps, at_once, 0.0, joined, cdiv(kv_capacity, MIN_TILES * block_e)),
@@ -349,7 +357,7 @@ def _launch(
         "prefix_chunks": prefix_chunks, "own_chunks": own_chunks,
         "prefix_items": prefix_items, "request_items": request_items, "MIN_TILES": MIN_TILES,
         "BLOCK_P": tile_rows, "BLOCK_M": block_m, "BLOCK_N": config.block_n, "BLOCK_E": block_e,
-        "BLOCK_D": padded_head_dim(head_dim), "ROWS": item_rows, "EARLY": early(layout.device),
+        "BLOCK_D": padded_head_dim(head_dim), "ROWS": rows_at_once, "EARLY": early(layout.device),
         "num_warps": config.num_warps, "num_stages": config.num_stages, **options(layout.device),
         **LAUNCH_OPTIONS,
     }  # fmt: skip

@@ -48,10 +48,12 @@ class BatchPlan:
     Attributes:
         task_ids: integer ``[batch]``; -1 for a row without prefix.
         lens: int32 ``[tasks]``, as in `PrefixKV`.
+        distinct: how many tasks the rows have, where the host knows; only the choice of a regime depends on it.
     """
 
     task_ids: Tensor
     lens: Tensor
+    distinct: int | None = None
     _recorded: bool = field(init=False, repr=False)
     _tiles: dict[tuple[int, int], RowTiles] = field(default_factory=dict, init=False, repr=False)
 

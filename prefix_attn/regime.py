@@ -10,14 +10,16 @@ are counted in bytes of memory traffic, the currency of decode:
     price    = partials + LAUNCH_BYTES * (1 [+ PLAN_LAUNCHES])
 
 with n own keys a row and m the longest prefix, both cut to the window. Grouped if saved > price: a short prefix is read
-while memory is busy with own keys, and has nothing to save. A bank of at least as many tasks as the batch has rows says
-nothing about sharing (all rows may have one task, or each its own); then grouped only if price <= BET * re-read, so
-that a lost bet goes unnoticed.
+while memory is busy with own keys, and has nothing to save. Where nobody says how many tasks the rows have
+(`BatchPlan.distinct`), a bank of at least as many as the batch has rows says nothing about sharing (all rows may have
+one task, or each its own); then grouped only if price <= BET * re-read, so that a lost bet goes unnoticed.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+import torch
 
 from prefix_attn.types import AttentionCall
 
@@ -67,16 +69,19 @@ def choose(call: AttentionCall) -> Regime:
         return Regime("prefill", "{} queries a row, {} rows per kv head, fill tiles", sizes=(q_len, q_len * group))
     if call.batch_invariant:
         return Regime("inline", "batch_invariant: a row is decoded as if it were alone")
-    longest, tasks = call.prefix.expected_max_len, call.prefix.num_tasks
-    if batch < 2 or longest == 0:
-        return Regime("inline", "one row has nobody to share with" if batch < 2 else "no prefix is longer than 0")
+    longest = call.prefix.expected_max_len
+    # What is compiled must not depend on who shares with whom.
+    distinct = None if call.plan is None or torch.compiler.is_compiling() else call.plan.distinct
+    tasks = call.prefix.num_tasks if distinct is None else distinct
+    if batch < 2 or longest == 0 or tasks == 0:
+        return Regime("inline", "one row has nobody to share with" if batch < 2 else "no row has a prefix")
     m, n = (x if call.window is None else min(x, call.window) for x in (longest, own_keys))
     token = 2 * kv_heads * head_dim * call.q.element_size()
     reread = batch * m * token
     partials = 8 * head_dim * q_heads * q_len * batch * (1 + -(-m // CHUNK))
     price = partials + LAUNCH_BYTES * (1 if call.plan is not None else 1 + PLAN_LAUNCHES)
     why = "{} rows, {} tasks, prefixes up to {} tokens: "
-    if tasks >= batch:
+    if tasks >= batch and distinct is None:
         grouped = price <= BET * reread
         why += "who shares is unknown, and grouping costs {:.1%} of reading a prefix per row"
         sizes: tuple[float, ...] = (batch, tasks, m, price / reread)

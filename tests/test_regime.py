@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,6 +51,20 @@ def call(
 )
 def test_decode(batch: int, tasks: int, m: int, name: str) -> None:
     assert choose(call(batch, tasks, m)).name == name
+
+
+@pytest.mark.parametrize(
+    ("distinct", "m", "name"),
+    [(4, 1024, "grouped"), (64, 1024, "inline"), (64, 8192, "inline"), (0, 8192, "inline"), (None, 1024, "inline")],
+)
+def test_a_plan_that_knows_how_many_tasks_share_the_batch(distinct: int | None, m: int, name: str) -> None:
+    """64 rows, and a bank of 100 tasks."""
+    plain = call(64, 100, m)
+    assert plain.plan is not None
+    known = replace(plain, plan=replace(plain.plan, distinct=distinct))
+    assert choose(known).name == name
+    eager = torch.compile(lambda: choose(known).name, backend="eager", fullgraph=True)
+    assert eager() == choose(plain).name  # what is compiled does not depend on it
 
 
 def test_many_queries_are_a_prefill() -> None:

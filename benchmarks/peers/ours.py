@@ -29,7 +29,8 @@ class Ours(Peer):
     def prepare(self, problem: Problem) -> Callable[[], Tensor]:
         plan, self.plan_us = None, None
         if self.backend == "triton" and problem.point.op == "decode":
-            plan = BatchPlan(problem.task_ids, problem.prefix.lens)
+            distinct = len(set(problem.point.task_ids))  # a caller has names, and bank.plan counts them
+            plan = BatchPlan(problem.task_ids, problem.prefix.lens, distinct)
             self.work_out(plan, problem)
 
         def call() -> Tensor:

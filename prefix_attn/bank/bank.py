@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -224,9 +225,14 @@ class PrefixBank:
 
         Costs nothing until a kernel needs it. Make a new one for other rows, or after a change of the bank.
 
-        Args, Raises: as in `task_ids`; part as in `layer`.
+        Args, Raises: as in `task_ids`; part as in `layer`. Of a list the host knows how many tasks share the batch,
+        which a tensor on a GPU does not tell.
         """
-        return self.plans(self.task_ids(tasks), part)[self.device]
+        plan = self.plans(self.task_ids(tasks), part)[self.device]
+        if isinstance(tasks, Tensor):
+            return plan
+        ids = {self._ids[task] if isinstance(task, str) else task for task in tasks}
+        return replace(plan, distinct=len(ids - {None, -1}))
 
     def plans(self, task_ids: Tensor, part: str = DECODER) -> dict[torch.device, BatchPlan]:
         """`plan` for each device that layers are on, of ids that `task_ids` returned."""

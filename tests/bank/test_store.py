@@ -183,6 +183,14 @@ def test_plan(bank: PrefixBank) -> None:
         bank.plan(["short"])
 
 
+def test_a_plan_counts_the_tasks_the_host_knows(bank: PrefixBank) -> None:
+    for name in ("a", "b", "c"):
+        bank.add(name, random_kv(bank.geometry, 3))
+    assert bank.plan(["a", "c", None, 0, -1, "a"]).distinct == 2
+    assert bank.plan([None]).distinct == 0
+    assert bank.plan(torch.tensor([0, 1])).distinct is None
+
+
 def test_unknown_names(bank: PrefixBank) -> None:
     bank.add("a", random_kv(bank.geometry, 3))
     for call in (bank.remove, bank.prefix_len):

@@ -153,7 +153,7 @@ def test_without_a_gpu_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     result = command()
     assert result.exit_code == 2
     assert "finds none; nothing was run" in result.output
-    assert "expected some of decode, grouped, prefill" in command("--kinds", "decode,warmup").output
+    assert "expected some of decode, decode_few, grouped, prefill" in command("--kinds", "decode,warmup").output
 
 
 @pytest.fixture
