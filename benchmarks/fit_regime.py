@@ -2,13 +2,9 @@
 
     python -m benchmarks.fit_regime benchmarks/results/nvidia-h200/*.jsonl
 
-With t the times of both ways and the copy bandwidth of the run, regime.py says
-
-    (t_inline - t_grouped) * bandwidth = (own + re-read) / L2_SPEED - (own + once) - partials - LAUNCH_BYTES
-
-which is linear in 1 / L2_SPEED and LAUNCH_BYTES: least squares over all points where rows share and inline decode waits
-for the cache, each relative to its inline time. PLAN_LAUNCHES is the median time of a plan in units of a launch.
-Nothing is written.
+L2_SPEED and LAUNCH_BYTES are those of a grid with which the way that regime.py chooses is slower than the faster one by
+the least, in the geometric mean over all points where rows share; among equals, the middle. PLAN_LAUNCHES is the median
+time of a plan in units of a launch. Nothing is written.
 """
 
 from __future__ import annotations
@@ -30,6 +26,9 @@ from .peers import Point
 from .record import Row
 
 INLINE, GROUPED = "prefix_attn, inline", "prefix_attn, grouped"
+
+#: The grid of L2_SPEED and LAUNCH_BYTES.
+SPEEDS, LAUNCHES_MB = np.arange(1.0, 4.0, 0.05), np.arange(0.5, 80.0, 0.5)
 
 
 @dataclass(frozen=True)
@@ -77,23 +76,23 @@ class Constants:
 
     @classmethod
     def fitted(cls, pairs: Sequence[Pair], bandwidth: float) -> Constants:
-        """Least squares; bandwidth in bytes per microsecond.
+        """The best of the grid; bandwidth in bytes per microsecond.
 
         Raises:
-            ValueError: the points do not determine the constants, or no speed explains them.
+            ValueError: the same way is faster at all points.
         """
-        pairs = [pair for pair in pairs if pair.read / regime.L2_SPEED > pair.least]
-        weights = np.array([1 / (pair.inline_us * bandwidth) for pair in pairs])
-        gained = np.array(
-            [(pair.inline_us - pair.grouped_us) * bandwidth + pair.least + pair.partials for pair in pairs]
-        )
-        terms = np.array([[pair.read, -1.0] for pair in pairs])
-        (share, launch), _, rank, _ = np.linalg.lstsq(terms * weights[:, None], gained * weights, rcond=None)
-        if rank < 2 or share <= 0:
+        inline, grouped, read, least, partials = np.array(
+            [[pair.inline_us, pair.grouped_us, pair.read, pair.least, pair.partials] for pair in pairs]
+        ).T[:, :, None]  # each [pairs, 1]
+        speeds, launches = (x.ravel() for x in np.meshgrid(SPEEDS, 1e6 * LAUNCHES_MB, indexing="ij"))
+        chosen = np.where(read / speeds - least > partials + launches, grouped, inline)  # [pairs, constants]
+        lost = np.log(chosen / np.minimum(inline, grouped)).mean(0)
+        if not (inline < grouped).any() or not (inline > grouped).any():
             raise ValueError(f"{len(pairs)} points do not determine the constants; measure more of the decode grid")
-        launch = max(float(launch), 1.0)
+        best = np.flatnonzero(lost <= lost.min() + 1e-9)
+        speed, launch = (float(np.median(x[best])) for x in (speeds, launches))
         plans = [pair.plan_us * bandwidth / launch for pair in pairs if pair.plan_us is not None]
-        return cls(1 / float(share), launch, statistics.median(plans) if plans else regime.PLAN_LAUNCHES)
+        return cls(speed, launch, statistics.median(plans) if plans else regime.PLAN_LAUNCHES)
 
     def verdict(self, pairs: Sequence[Pair]) -> str:
         """How well they choose."""
@@ -119,8 +118,7 @@ def pairs_of(rows: Iterable[Row]) -> tuple[list[Pair], float]:
         if provider == INLINE and (GROUPED, point) in times and point.tasks < point.batch
         if point.skew == "even" and not point.ragged
     ]
-    # A floor is the longest of bytes, FLOPs and a launch: where bytes rule, it gives the bandwidth.
-    return pairs, max((row.bytes / row.floor_us for row in rows if row.floor_us > 0), default=0.0)
+    return pairs, 1e-6 * max((row.roof_bytes_per_s or 0.0 for row in rows), default=0.0)
 
 
 def main(files: Annotated[list[Path], typer.Argument(help="results of one GPU")]) -> None:

@@ -26,16 +26,16 @@ from prefix_attn.types import AttentionCall
 #: Query rows per kv head (q_len * group) up to which a row is decoded; more make tiles worth a prefill.
 DECODE_ROWS = 64
 
-#: How much faster the L2 cache is than memory, for programs that read both: 7.7 against 4.3 TB/s on an H200.
-L2_SPEED = 1.8
+#: How much faster the L2 cache is than memory, for programs that read both.
+L2_SPEED = 1.65
 
-#: What memory could have moved in the 2.5 us that grouped decode takes for a second launch and longer programs, at the
-#: 4.3e12 B/s of an H200. With these two, at 40 points measured there, what is chosen is 0.2% slower than the faster way
-#: in the geometric mean, and 4.0% at worst.
-LAUNCH_BYTES = 2.5e-6 * 4.3e12
+#: What memory could have moved in the time that grouped decode takes for a second launch and longer programs, at the
+#: 4.3e12 B/s of an H200. With these two, at 124 points measured there, what is chosen is 0.2% slower than the faster way
+#: in the geometric mean, and 7.8% at worst.
+LAUNCH_BYTES = 3.5e-6 * 4.3e12
 
-#: How many times that it takes to work out a plan: 0.7 to 1.2 ms, most of them on the host.
-PLAN_LAUNCHES = 300
+#: How many times that it takes to work out a plan: 0.6 to 1.4 ms, most of them on the host.
+PLAN_LAUNCHES = 200
 
 #: Keys of a prefix chunk where the prefix is long.
 CHUNK = 2048
