@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 
 from prefix_attn.errors import PrefixAttnError
 
-from .panels import legend, log_grid, panels, ticks
+from .panels import legend, log_grid, panels, stacked_panels, ticks
 from .peers import OURS, Point
 from .record import GenerationRow, Row, read
 
@@ -209,14 +209,13 @@ def heat_map(device: Device) -> Figure | None:
     if not kinds:
         return None
     cells = {kind: {_place(p): r for p, r in ratios.items() if _kind(p) == kind} for kind in kinds}
-    lines = {op: sorted({line for kind in kinds if kind[0] == op for line, _ in cells[kind]}) for op, *_ in kinds}
+    lines = {kind: sorted({line for line, _ in cells[kind]}) for kind in kinds}
     titles = [f"{op}, {_heads(q, kv, d)} {dtype}" for op, q, kv, d, dtype in kinds]
-    size = 4.6, 1.2 + 0.27 * max(map(len, lines.values()))
     what = "time of the fastest other provider over ours, each cell a point"
-    figure, grid = panels(device.name, titles, what, size, per_row=3)
+    figure, grid, side = stacked_panels(device.name, titles, what, [len(lines[kind]) for kind in kinds])
     for axes, kind in zip(grid, kinds, strict=True):
-        image = _paint(axes, cells[kind], lines[kind[0]])
-    bar = figure.colorbar(image, ax=grid, shrink=0.6, extend="max", pad=0.01)
+        image = _paint(axes, cells[kind], lines[kind])
+    bar = figure.colorbar(image, cax=side, extend="max")
     bar.set_label("framed, below 1: another is faster")
     return figure
 
@@ -262,7 +261,7 @@ def _lines(
     figure, grid = panels(device.name, titles, f"decode: {what}, against the fastest other provider")
     names = sorted({name for kind in kinds for name in lines[kind]})
     shades = {name: f"C{i}" for i, name in enumerate(names)}
-    marks = {name: "osD^vP*X<>"[i % 10] for i, name in enumerate(names)}
+    marks = {name: "osD^vP*X<>"[(i + i // 10) % 10] for i, name in enumerate(names)}  # colours repeat after ten
     ratios = device.ratios
     for axes, kind in zip(grid, kinds, strict=True):
         for name, some in lines[kind].items():

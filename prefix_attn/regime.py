@@ -30,8 +30,8 @@ DECODE_ROWS = 64
 L2_SPEED = 1.65
 
 #: What memory could have moved in the time that grouped decode takes for a second launch and longer programs, at the
-#: 4.3e12 B/s of an H200. With these two, at 124 points measured there, what is chosen is 0.2% slower than the faster way
-#: in the geometric mean, and 7.8% at worst.
+#: 4.3e12 B/s of an H200. With these two, at 124 points measured there, what is chosen is 0.2% slower than the faster
+#: way in the geometric mean, and 7.8% at worst.
 LAUNCH_BYTES = 3.5e-6 * 4.3e12
 
 #: How many times that it takes to work out a plan: 0.6 to 1.4 ms, most of them on the host.
