@@ -45,11 +45,15 @@ INSTRUCTIONS = {
     "cp.async narrow": r"cp\.async\.ca\.shared\.global[^;]*, 0x[48],",
     "bulk copy": r"cp\.async\.bulk",
     "wide load": r"ld\.global[^;]*\.v4\.b32|ld\.global[^;]*\.v2\.b64|global_load_dwordx4|buffer_load_dwordx4",
+    "early wait": r"griddepcontrol\.wait",
     "scalar load": r"ld\.global[^;v]*\.b16 |global_load_ushort|global_load_short|buffer_load_ushort",
 }
 
 #: Kernels of the backward pass that make products.
 BACKWARD = ("backward_dq", "backward_own", "backward_bank")
+
+#: Kernels that are launched before the one before them has ended (kernels/early_launch.py).
+EARLY = ("decode", "decode_few", "grouped", "merge")
 
 #: Every width of tile, and a dimension that fills none.
 HEAD_DIMS = (16, 32, 64, 80, 128, 256)
@@ -145,13 +149,33 @@ def shapes(target: str, head_dim: int, dtype: str, options: tuple[str, ...] = ()
 
 def compile_job(job: Job, config: dict[str, int] | None = None) -> Row:
     """Compile one job, with the default config if none is given, and read the result."""
+    kernel, config, constants = specialisation(job, config)
+    row = Row(job, config)
+    try:
+        compiled = compile_for(job, kernel, config, constants)
+    except Exception as e:  # the compiler's own errors, of many types; each is a row of the report
+        row.error = f"{type(e).__name__}: {str(e).splitlines()[0][:120]}"
+        return row
+    amd = job.target.startswith("gfx")
+    text = compiled.asm["amdgcn" if amd else "ptx"]
+    row.instructions = {name: n for name, p in INSTRUCTIONS.items() if (n := len(re.findall(p, text)))}
+    row.shared = compiled.metadata.shared
+    row.registers, row.spills = amd_usage(text) if amd else cuda_usage(compiled.asm["cubin"])
+    row.blocks = resident_blocks(row)
+    work = predict(job.kernel.removesuffix("_few"), job.head_dim, job.dtype, job.group, job.rows, config)
+    if work is not None:
+        row.predicted_us, row.bound = work.time(float32=job.dtype == "float32")
+    return row
+
+
+def compile_for(job: Job, kernel: Any, config: dict[str, int], constants: dict[str, Any]) -> Any:
+    """The kernel of a `specialisation`, compiled by Triton for the job's target."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from prefix_attn.kernels.launch import LAUNCH_OPTIONS
 
-    kernel, config, constants = specialisation(job, config)
     signature, attributes = {}, {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -165,21 +189,7 @@ def compile_job(job: Job, config: dict[str, int] | None = None) -> Row:
     amd = job.target.startswith("gfx")
     target = GPUTarget("hip", job.target, 64) if amd else GPUTarget("cuda", int(job.target[3:]), 32)
     options = {key: config[key] for key in ("num_warps", "num_stages") if key in config} | LAUNCH_OPTIONS
-    row = Row(job, config)
-    try:
-        compiled = triton.compile(source, target=target, options=options)
-    except Exception as e:  # the compiler's own errors, of many types; each is a row of the report
-        row.error = f"{type(e).__name__}: {str(e).splitlines()[0][:120]}"
-        return row
-    text = compiled.asm["amdgcn" if amd else "ptx"]
-    row.instructions = {name: n for name, p in INSTRUCTIONS.items() if (n := len(re.findall(p, text)))}
-    row.shared = compiled.metadata.shared
-    row.registers, row.spills = amd_usage(text) if amd else cuda_usage(compiled.asm["cubin"])
-    row.blocks = resident_blocks(row)
-    work = predict(job.kernel.removesuffix("_few"), job.head_dim, job.dtype, job.group, job.rows, config)
-    if work is not None:
-        row.predicted_us, row.bound = work.time(float32=job.dtype == "float32")
-    return row
+    return triton.compile(source, target=target, options=options)
 
 
 def specialisation(job: Job, config: dict[str, int] | None) -> tuple[Any, dict[str, int], dict[str, Any]]:
@@ -289,6 +299,8 @@ def complaints(row: Row) -> list[str]:
     from prefix_attn.kernels.config import SHARED_MEMORY
 
     job, ins, found = row.job, row.instructions, []
+    if job.kernel in EARLY and job.target in ("sm_90", "sm_100") and not ins.get("early wait"):
+        found.append("begins early, and does not wait for the kernel before")
     if row.shared > SHARED_MEMORY[job.target]:
         found.append(f"shared memory {row.shared} exceeds {SHARED_MEMORY[job.target]}")
     if row.spills and job.head_dim <= 128:

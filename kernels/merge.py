@@ -32,6 +32,7 @@ def merge_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """``out[b, h, i] = sum_c w_c partial[c, b, h, i] / total``; program = one (b, h, i), all chunks in one tile."""
+    wait_for_previous(EARLY)
     row = tl.program_id(0)
     offs_c = tl.arange(0, BLOCK_C)  # [BLOCK_C]
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
@@ -42,7 +43,6 @@ def merge_kernel(
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
 
-    wait_for_previous(EARLY)
     partial_lse = tl.load(partial_lse_ptr + rows_c, mask=offs_c < chunks, other=float("-inf"))
     weights, total, top = merge_weights(partial_lse, sink)
     mask = (weights > 0)[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_C, BLOCK_D]
