@@ -160,9 +160,8 @@ def _shape(kind: str, block_d: int, itemsize: int, target: str, block_m: int) ->
 def _grouped_shape(block_d: int, itemsize: int, amd: bool, large: bool, rows: int, biased: bool) -> TileConfig:
     """Key tiles and warps of both kinds of work items; the rows are those of a plan's tiles."""
     if itemsize == 4:
-        return TileConfig(
-            rows, 16, 4 if biased and block_d <= 32 else 8, 1
-        )  # otherwise, or with two stages, sm_90 spills
+        # Otherwise, or with two stages in flight, sm_90 spills.
+        return TileConfig(rows, 16, 4 if biased and block_d <= 32 else 8, 1)
     if block_d > 128:
         return TileConfig(rows, 32, 8, 2 if amd else 3)
     if block_d <= 32:
