@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from prefix_attn.bank.base import Base
 from prefix_attn.bank.format import Provenance
 from prefix_attn.bank.geometry import DECODER, Geometry, LayerKV
 from prefix_attn.bank.ids import checked_ids
+from prefix_attn.bank.latest import LatestPlans, Plans
 from prefix_attn.bank.memory import MemoryUsage, readable
 from prefix_attn.bank.names import check_name
 from prefix_attn.bank.parts import KeyValues, Part, Reserve, prepared_parts
@@ -54,6 +54,7 @@ class PrefixBank:
             )
             for part, geometry in base.geometries.items()
         }  # fmt: skip
+        self._plans = {part: LatestPlans() for part in self._parts}
         self._tasks: list[_Task | None] = []  # by id; None was removed
         self._ids: dict[str, int] = {}
 
@@ -228,15 +229,17 @@ class PrefixBank:
         Args, Raises: as in `task_ids`; part as in `layer`. Of a list the host knows how many tasks share the batch,
         which a tensor on a GPU does not tell.
         """
-        plan = self.plans(self.task_ids(tasks), part)[self.device]
-        if isinstance(tasks, Tensor):
-            return plan
-        ids = {self._ids[task] if isinstance(task, str) else task for task in tasks}
-        return replace(plan, distinct=len(ids - {None, -1}))
+        ids, distinct = self.task_ids(tasks), None
+        if not isinstance(tasks, Tensor):
+            distinct = len({self._ids[x] if isinstance(x, str) else x for x in tasks} - {None, -1})
+        return self.plans(ids, part, distinct)[self.device]
 
-    def plans(self, task_ids: Tensor, part: str = DECODER) -> dict[torch.device, BatchPlan]:
-        """`plan` for each device that layers are on, of ids that `task_ids` returned."""
-        return {device: BatchPlan(task_ids.to(device), lens) for device, lens in self._parts[part].lens.items()}
+    def plans(self, task_ids: Tensor, part: str = DECODER, distinct: int | None = None) -> Plans:
+        """`plan` for each device that layers are on, of ids that `task_ids` returned.
+
+        The latest are kept: asked for the same tensor again, and the bank unchanged, these are returned.
+        """
+        return self._plans[part].of(task_ids, self._parts[part].lens, distinct)
 
     def prefix_len(self, name: str, part: str = DECODER) -> int:
         """Tokens of a task's prefix in a part; UnknownTask where there is no such task."""

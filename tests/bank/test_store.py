@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefix_attn import ContextOverflow, DTypeError, IncompatiblePrefix, ShapeError, UnknownTask
-from prefix_attn.bank import MemoryUsage, PrefixBank
+from prefix_attn.bank import MemoryUsage, PrefixBank, latest
 from prefix_attn.types import ALIGNMENT, PrefixKV
 from tests.bank.models import bits, random_kv, read, same_bits, state, tiny
 
@@ -189,6 +189,37 @@ def test_a_plan_counts_the_tasks_the_host_knows(bank: PrefixBank) -> None:
     assert bank.plan(["a", "c", None, 0, -1, "a"]).distinct == 2
     assert bank.plan([None]).distinct == 0
     assert bank.plan(torch.tensor([0, 1])).distinct is None
+
+
+def test_the_plans_of_the_latest_batch_are_kept(bank: PrefixBank) -> None:
+    for name in ("a", "b"):
+        bank.add(name, random_kv(bank.geometry, 3))
+    plan = bank.plan(["a", "b", "a"])
+    ids = plan.task_ids
+    assert bank.plan(ids) is plan, "of the same tensor, with what the host knew about it"
+    assert bank.plans(ids)[bank.device] is plan
+    assert bank.plan(ids.clone()) is not plan
+    plan = bank.plan(ids)
+    ids[0] = 1
+    changed = bank.plan(ids)
+    assert changed is not plan, "written to"
+    assert changed.distinct is None
+    bank.add("c", random_kv(bank.geometry, 5))
+    assert bank.plan(ids) is not changed, "the bank has changed"
+    with torch.inference_mode():
+        some = torch.tensor([0, 1], dtype=torch.int32)
+        assert bank.plan(some) is not bank.plan(some), "nobody would see it change"
+
+
+def test_plans_are_made_anew_in_a_graph(bank: PrefixBank, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank.add("a", random_kv(bank.geometry, 3))
+    before = bank.plan(["a", None])
+    monkeypatch.setattr(latest, "recording", lambda tensor: True)
+    inside = bank.plan(before.task_ids)
+    assert inside is not before
+    assert inside is not bank.plan(before.task_ids)
+    monkeypatch.undo()
+    assert bank.plan(before.task_ids) is before, "what a graph made is not kept"
 
 
 def test_unknown_names(bank: PrefixBank) -> None:

@@ -11,6 +11,8 @@ import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
 import prefix_attn as pa
+from prefix_attn.bank import PrefixBank
+from prefix_attn.plan import BatchPlan
 from tests.hf.conftest import TASKS, make_bank, padded_inputs
 from tests.hf.families import LLAMA_LIKE, random_prefix, tiny_model
 from tests.hf.shrink import tiny_random_model
@@ -61,6 +63,28 @@ def test_another_bank_replaces_the_first(llama: Any) -> None:
     llama.generate(**padded_inputs(), **GREEDY, task_ids=["other"] * 4)
     with pytest.raises(pa.UnknownTask, match="other"):
         llama.generate(**padded_inputs(), **GREEDY, task_ids=TASKS)
+
+
+@pytest.mark.parametrize(("options", "kept"), [({}, True), ({"num_beams": 2}, False)], ids=["greedy", "beams"])
+def test_all_steps_of_a_generation_share_one_plan(
+    llama: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], kept: bool
+) -> None:
+    """It knows how many tasks the batch has, unless rows are copied for beams: then it is found out on the device."""
+    bank, plans = llama._prefix_attn.bank, list[BatchPlan]()
+
+    def plans_of(*args: Any) -> Any:
+        found = PrefixBank.plans(bank, *args)
+        plans.append(found[bank.device])
+        return found
+
+    monkeypatch.setattr(bank, "plans", plans_of)
+    llama.generate(**padded_inputs(), **GREEDY, **options, task_ids=TASKS)
+    before, *steps = plans
+    assert len(steps) == 6
+    assert all(step is steps[0] for step in steps)
+    assert (steps[0] is before) == kept
+    assert before.distinct == len(set(TASKS) - {None})
+    assert steps[0].distinct == (before.distinct if kept else None)
 
 
 def test_a_model_sharing_the_config_is_not_touched() -> None:
