@@ -55,10 +55,11 @@ def refusal(call: AttentionCall) -> str | None:
     return TRITON_MISSING
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of an NVIDIA GPU, asked once: each call of each layer comes here."""
-    return _capability(device)  # which the compiler would look into, and warn that it keeps what it found
+    if torch.compiler.is_compiling():  # which makes it a constant, and would warn of a cache
+        return torch.cuda.get_device_capability(device)
+    return _capability(device)
 
 
 _capability = cache(torch.cuda.get_device_capability)
