@@ -6,6 +6,9 @@ Program = (row, kv head, tile of query rows, key chunk). The G query heads of a 
 the rows of one tile, so each key is loaded once for all of them. The tiles of prefix and own keys are numbered through,
 the prefix's spread among the own; chunk c takes ``c * per_chunk`` and on, where ``per_chunk`` follows from the row
 alone. A short prefix thus costs neither a launch nor a merge, and a long one is split like any other keys.
+
+Where a tile has 16 rows, each warp attends to a slice of its keys by itself, and the slices' states are joined once, at
+the end: warps that shared all keys would meet for the maximum, the sum and the weights of every tile.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False

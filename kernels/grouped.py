@@ -8,11 +8,11 @@ prefix chunks, own chunks:
 - prefix item = (tile of query rows gathered by task, kv head, chunk of the task's prefix). The rows of a tile belong to
   many rows of the batch; they are found by index (prefix_attn/plan.py), nothing is moved. Full tiles of keys take no
   mask; the edges are tiles of BLOCK_E keys, as are those of the other kind.
-- request item = (row, kv head, tile of query rows, chunk of the row's own keys), as in decode.py without the prefix.
+- request item = (as many rows as warps, kv head, tile of query rows, chunk of each row's own keys): a warp has a row to
+  itself, where registers allow; else an item has one row, as in decode.py without the prefix.
 
 The first kind keeps the tensor cores busy and the second the memory; they alternate in the launch, so that they
-overlap. (Two launches, the second of which ran own keys by decode.py and joined what the first had found, took 9 to 23%
-longer on an H200 up to 64 rows, and 10% less at 256.)
+overlap. (In two launches, one for each kind, it took 2 to 25% longer on an H200: kernels/README.md.)
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
