@@ -67,6 +67,7 @@ def slices(block_m: int, block_n: int, num_warps: int, head_dim: int, dtype: tor
     registers, or one for all.
 
     Warps with keys of their own meet only at the end; otherwise at each tile, for the maximum, the sum and the weights.
+    In grouped decode it is the number of rows of a request item, a warp for each.
     """
     fits = block_m == 16 and padded_head_dim(head_dim) <= 128 and dtype.itemsize == 2 and block_n >= 16 * num_warps
     return num_warps if fits else 1
