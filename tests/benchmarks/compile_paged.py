@@ -9,6 +9,7 @@ import json
 import re
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -16,18 +17,19 @@ from triton.compiler import ASTSource
 from benchmarks.compile_report import cuda_usage
 from benchmarks.peers.paged_kernel import paged_kernel, tile_shape
 from benchmarks.peers.paging import PAGE
-from prefix_attn.kernels.config import padded_head_dim
+from prefix_attn.kernels.config import padded_head_dim, slices
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS
 
-#: Query heads to a kv head, head dim, and whether rows are split.
-SHAPES = [(4, 128, True), (2, 256, False)]
+#: Query heads to a kv head, head dim, whether rows are split, and whether programs are few.
+SHAPES = [(4, 128, True, True), (4, 128, False, False), (2, 256, False, False)]
 
 
-def compiled(group: int, head_dim: int, split: bool) -> dict[str, int]:
-    config = tile_shape(group, head_dim, itemsize=2)
+def compiled(group: int, head_dim: int, split: bool, few: bool) -> dict[str, int]:
+    config = tile_shape(group, head_dim, itemsize=2, few=few)
     constants: dict[str, Any] = {
         "KV_HEADS": 8, "GROUP": group, "HEAD_DIM": head_dim, "PAGE": PAGE, "SPLIT": split,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": padded_head_dim(head_dim),
+        "SLICES": slices(config.block_m, config.block_n, config.num_warps, head_dim, torch.bfloat16),
     }  # fmt: skip
     if not split:
         constants["lse_ptr"] = None

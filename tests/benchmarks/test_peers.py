@@ -83,6 +83,17 @@ def test_shared_pages(lens: list[int], own: int, sizes: dict[str, int], dtype: s
     check(SharedPages(), ragged(point, lens, [b % len(lens) for b in range(point.batch)]))
 
 
+@pytest.mark.parametrize("few", [0, 100])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_shared_pages_in_the_tiles_of_few_programs_and_of_many(
+    monkeypatch: pytest.MonkeyPatch, few: int, head_dim: int
+) -> None:
+    from benchmarks.peers import paged_kernel
+
+    monkeypatch.setattr(paged_kernel, "FEW", few)
+    check(SharedPages(), ragged(replace(DECODE, dtype="bfloat16", head_dim=head_dim), [70, 33], [1, 0, 1]))
+
+
 def test_shared_pages_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.peers import paged_kernel
 
@@ -122,7 +133,7 @@ def test_the_paged_kernel_compiles_for_sm_90() -> None:
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.compile_paged"]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     rows = json.loads(answer.stdout)
-    assert len(rows) == 2
+    assert len(rows) == 3
     for row in rows:
         assert row["spills"] == 0, row
         assert row["mma"] > 0, row
