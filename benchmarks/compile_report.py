@@ -230,8 +230,8 @@ def specialisation(job: Job, config: dict[str, int] | None) -> tuple[Any, dict[s
     dtype = getattr(torch, job.dtype)
     if job.kernel == "grouped":
         constants |= {"BLOCK_P": config["block_m"], "BLOCK_M": few}
-        rows = configs.slices(few, constants["BLOCK_E"], config["num_warps"], job.head_dim, dtype)
-        constants["ROWS"] = 1 if "softcap" in job.options else rows
+        shape, softcap = (few, constants["BLOCK_E"], config["num_warps"]), 1.0 if "softcap" in job.options else None
+        constants["ROWS"] = configs.item_rows(*shape, job.head_dim, dtype, softcap)
         present = {parameter.name for parameter in grouped.grouped_kernel.params}
         return grouped.grouped_kernel, config, {name: x for name, x in constants.items() if name in present}
     constants["SPLIT"] = "split" in job.options

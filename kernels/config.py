@@ -45,7 +45,7 @@ def default_config(kind: str, q: Tensor, rows: int = 0) -> TileConfig:
     """The tuned or heuristic config for q's device.
 
     Args:
-        kind: "decode", "decode_few" (no more programs than multiprocessors), "prefill", "grouped", "backward_dq" or
+        kind: "decode", "decode_few" (where decode.py finds few programs), "prefill", "grouped", "backward_dq" or
             "backward_dkv"; after "biased_" with a relative bias.
         rows: in decode, how many query rows share the keys; in grouped decode, the rows of a prefix tile.
     """
@@ -67,10 +67,17 @@ def slices(block_m: int, block_n: int, num_warps: int, head_dim: int, dtype: tor
     registers, or one for all.
 
     Warps with keys of their own meet only at the end; otherwise at each tile, for the maximum, the sum and the weights.
-    In grouped decode it is the number of rows of a request item, a warp for each.
     """
     fits = block_m == 16 and padded_head_dim(head_dim) <= 128 and dtype.itemsize == 2 and block_n >= 16 * num_warps
     return num_warps if fits else 1
+
+
+def item_rows(
+    block_m: int, block_n: int, num_warps: int, head_dim: int, dtype: torch.dtype, softcap: float | None
+) -> int:
+    """How many rows a request item of grouped decode has: one for each warp, as `slices`, or one."""
+    # A softcap takes the registers that a state for each warp would need.
+    return slices(block_m, block_n, num_warps, head_dim, dtype) if softcap is None else 1
 
 
 @cache

@@ -24,7 +24,7 @@ from torch import Tensor
 from prefix_attn.kernels.chunks import Residency, choose_chunks
 from prefix_attn.kernels.config import TileConfig, config_for, decode_rows, multiprocessors, padded_head_dim, slices
 from prefix_attn.kernels.direct_launch import Launcher
-from prefix_attn.kernels.early_launch import early, let_next_begin, options, wait_for_previous
+from prefix_attn.kernels.early_launch import early, early_options, let_next_begin, wait_for_previous
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
 from prefix_attn.kernels.merge import Partials, merge_chunks
 from prefix_attn.kernels.primitives import (
@@ -229,6 +229,6 @@ def _launch(layout: Layout, batch_invariant: bool, config: TileConfig | None, ch
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": padded_head_dim(head_dim),
         "SLICES": slices(config.block_m, config.block_n, config.num_warps, head_dim, layout.dtype),
         "EARLY": early(layout.device), "num_warps": config.num_warps, "num_stages": config.num_stages,
-        **options(layout.device), **LAUNCH_OPTIONS,
+        **early_options(layout.device), **LAUNCH_OPTIONS,
     }  # fmt: skip
     return _Launch(Launcher(programs * launched, arguments), chunks, launched)

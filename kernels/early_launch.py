@@ -1,9 +1,9 @@
 """Kernels that begin while the one before still runs: programmatic dependent launch, from sm_90 on.
 
-A kernel launched with `options` is set up while the last programs of the kernel before it, whosever that is, come to
-their end; `wait_for_previous` returns when all of them have ended and what they wrote can be seen. Every program calls
-it before it reads anything. With `let_next_begin` a kernel allows more: the next one, if it is launched so, is set up
-as soon as all programs of this one have come here, and its programs wait in places that are left.
+A kernel launched with `early_options` is set up while the last programs of the kernel before it, whosever that is, come
+to their end; `wait_for_previous` returns when all of them have ended and what they wrote can be seen. Every program
+calls it before it reads anything. With `let_next_begin` a kernel allows more: the next one, if it is launched so, is
+set up as soon as all programs of this one have come here, and its programs wait in places that are left.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
@@ -40,6 +40,6 @@ def early(device: torch.device) -> bool:
     return target.startswith("sm_") and int(target.removeprefix("sm_")) >= 90
 
 
-def options(device: torch.device) -> dict[str, Any]:
+def early_options(device: torch.device) -> dict[str, Any]:
     """Triton's options of a kernel that begins early."""
     return {"launch_pdl": True} if early(device) else {}

@@ -28,10 +28,10 @@ import triton.language as tl
 from torch import Tensor
 
 from prefix_attn.kernels.chunks import MAX_CHUNKS, Residency, choose_chunks
-from prefix_attn.kernels.config import TileConfig, config_for, decode_rows, edge_keys, padded_head_dim, slices
+from prefix_attn.kernels.config import TileConfig, config_for, decode_rows, edge_keys, item_rows, padded_head_dim
 from prefix_attn.kernels.decode import MIN_TILES
 from prefix_attn.kernels.direct_launch import Launcher
-from prefix_attn.kernels.early_launch import early, let_next_begin, options, wait_for_previous
+from prefix_attn.kernels.early_launch import early, early_options, let_next_begin, wait_for_previous
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
 from prefix_attn.kernels.merge import Partials, merge_chunks
 from prefix_attn.kernels.primitives import (
@@ -164,7 +164,7 @@ def request_item(
     row_tile = item % row_tiles
     chunk = item // row_tiles
     # What belongs to a row is a scalar if there is one row, else [ROWS]: a warp has a row to itself.
-    b, offs_i, offs_h, mask_m = item_rows(batch_tile, batch, row_tile, kv_head, q_len, GROUP, BLOCK_M, ROWS)
+    b, offs_i, offs_h, mask_m = rows_of_item(batch_tile, batch, row_tile, kv_head, q_len, GROUP, BLOCK_M, ROWS)
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     b64, i64, h64 = b.to(tl.int64), offs_i.to(tl.int64), offs_h.to(tl.int64)
     rows_q = (per_row(b64 * stride_q_batch, 1) + h64 * stride_q_head + i64 * stride_q_seq) * ALIGN  # [(ROWS,) BLOCK_M]
@@ -211,7 +211,7 @@ def request_item(
             MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=KEYS, BLOCK_D=BLOCK_D)  # fmt: skip
 
     out, lse = normalise(acc, row_sum, row_max, per_row(broken, 1))
-    b, offs_i, offs_h, mask_m = item_rows(
+    b, offs_i, offs_h, mask_m = rows_of_item(
         again(batch_tile), batch, again(row_tile), kv_head, q_len, GROUP, BLOCK_M, ROWS)  # fmt: skip
     place = per_row(b.to(tl.int64), 1)
     if chunk == 0:  # no prefix item writes for a row that is not planned
@@ -228,8 +228,8 @@ def request_item(
 
 
 @triton.jit
-def item_rows(batch_tile, batch, row_tile, kv_head, q_len, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-              ROWS: tl.constexpr):  # fmt: skip
+def rows_of_item(batch_tile, batch, row_tile, kv_head, q_len, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+                 ROWS: tl.constexpr):  # fmt: skip
     """Rows of a request item, a scalar or ``[ROWS]``, and their `query_rows`; the mask is ``[(ROWS,) BLOCK_M]``."""
     b = batch_tile
     offs_i, offs_h, mask = query_rows(row_tile, kv_head, q_len, GROUP, BLOCK_M)
@@ -334,9 +334,7 @@ def _launch(
     config = config or config_for(layout.kind("grouped"), head_dim, layout.dtype, layout.device, tile_rows)
     block_m, block_e = decode_rows(rows), edge_keys(config.block_n)
     row_tiles = cdiv(rows, block_m)
-    # A softcap takes the registers that a state for each warp would need.
-    capped = layout.softcap is not None
-    rows_at_once = 1 if capped else slices(block_m, block_e, config.num_warps, head_dim, layout.dtype)
+    rows_at_once = item_rows(block_m, block_e, config.num_warps, head_dim, layout.dtype, layout.softcap)
     requests = cdiv(batch, rows_at_once) * kv_heads * row_tiles
     if chunks is None:
         at_once = Residency.of("grouped", config, head_dim, layout.dtype, layout.device)
@@ -358,7 +356,7 @@ def _launch(
         "prefix_items": prefix_items, "request_items": request_items, "MIN_TILES": MIN_TILES,
         "BLOCK_P": tile_rows, "BLOCK_M": block_m, "BLOCK_N": config.block_n, "BLOCK_E": block_e,
         "BLOCK_D": padded_head_dim(head_dim), "ROWS": rows_at_once, "EARLY": early(layout.device),
-        "num_warps": config.num_warps, "num_stages": config.num_stages, **options(layout.device),
+        "num_warps": config.num_warps, "num_stages": config.num_stages, **early_options(layout.device),
         **LAUNCH_OPTIONS,
     }  # fmt: skip
     return _Launch(Launcher(prefix_items + request_items, arguments), prefix_chunks + own_chunks)

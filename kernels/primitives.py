@@ -112,7 +112,10 @@ def tile_keys(BLOCK_N: tl.constexpr, SLICES: tl.constexpr):
 
 @triton.jit
 def softmax_update(acc, row_sum, row_max, scores, v, scale_log2, MASKED: tl.constexpr):
-    """One step of the online softmax (module docstring); ``scale_log2 > 0``, hidden scores are -inf if MASKED."""
+    """One step of the online softmax (module docstring); ``scale_log2 > 0``, hidden scores are -inf if MASKED.
+
+    Shapes are those of one state; where each slice or row has its own, there is one axis more in front.
+    """
     LAST: tl.constexpr = len(scores.shape) - 1
     top = tl.maximum(row_max, tl.max(scores, LAST) * scale_log2)  # [BLOCK_M]
     shift = top
@@ -186,8 +189,9 @@ def attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_l
     """The state after keys ``start .. start + BLOCK_N``; from ``end`` on none is loaded (if MASKED).
 
     Args:
-        q: ``[BLOCK_M, BLOCK_D]``; first, last: the first and the last key each query sees, ``[BLOCK_M]``, or None where
-            nothing but ``end`` limits them; used if MASKED.
+        q: ``[(SLICES or ROWS,) BLOCK_M, BLOCK_D]``; start, end: scalars, or ``[ROWS, 1, 1]`` as in `load_keys`.
+        first, last: the first and the last key each query sees, ``[(ROWS,) BLOCK_M]``, or None where nothing but
+            ``end`` limits them; used if MASKED.
         keys: ``(k_ptr, v_ptr, stride_k_seq, stride_k_dim, stride_v_seq, stride_v_dim)``.
         bias: `open_bias` of a column of queries; shift: how much further a query stands from these keys than it would
             from the row's own: 0, or the length of the prefix.
@@ -260,7 +264,8 @@ def attend_tile(acc, row_sum, row_max, q, query, start, own_end, prefix_end, pre
     in flight while the last prefix tile is computed; two loops would drain the pipeline in between.
 
     Args:
-        q: ``[BLOCK_M, BLOCK_D]``; query: ``[BLOCK_M]``, ``past + i``; among prefix slots it stands prefix_len further.
+        q: ``[(SLICES,) BLOCK_M, BLOCK_D]``; query: ``[BLOCK_M]``, ``past + i``; among prefix slots it stands prefix_len
+            further.
         own_end, prefix_end: one past the last key of each kind that may be loaded.
         own_keys, prefix_keys, bias: as in `attend_keys`.
     """

@@ -8,6 +8,7 @@ plan needs no synchronisation, and can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -65,7 +66,9 @@ class BatchPlan:
         key, now = (rows, tile_rows), recording(self.task_ids)
         if key in self._tiles and (now or not self._recorded):
             return self._tiles[key]
-        tiles = row_tiles(self.task_ids, self.lens, rows, tile_rows)
+        # Kept tiles serve training too, which cannot save tensors that were made in the inference mode.
+        with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
+            tiles = row_tiles(self.task_ids, self.lens, rows, tile_rows)
         if now == self._recorded:
             self._tiles[key] = tiles
         return tiles

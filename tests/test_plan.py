@@ -66,6 +66,14 @@ def test_a_plan_is_worked_out_once_per_number_of_rows() -> None:
     assert plan.tiles(4) is not plan.tiles(8)
 
 
+def test_tiles_of_the_inference_mode_serve_training_too() -> None:
+    """Autograd cannot save tensors that were made there."""
+    with torch.inference_mode():
+        ids, lens = torch.tensor([0, 0]), torch.tensor([4], dtype=torch.int32)
+        tiles = BatchPlan(ids, lens).tiles(4)
+    assert not any(x.is_inference() for x in tiles)
+
+
 def test_what_a_graph_records_stays_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ids, lens = torch.tensor([0, 0]), torch.tensor([4], dtype=torch.int32)
 

@@ -19,12 +19,12 @@ from prefix_attn.bank.base import Base
 from prefix_attn.bank.format import Provenance
 from prefix_attn.bank.geometry import DECODER, Geometry, LayerKV
 from prefix_attn.bank.ids import checked_ids
-from prefix_attn.bank.latest import LatestPlans, Plans
 from prefix_attn.bank.memory import MemoryUsage, readable
 from prefix_attn.bank.names import check_name
 from prefix_attn.bank.parts import KeyValues, Part, Reserve, prepared_parts
 from prefix_attn.bank.peft import CONFIG as PEFT_CONFIG
 from prefix_attn.bank.peft import read_adapter
+from prefix_attn.bank.plans import LatestPlans, Plans
 from prefix_attn.bank.text import text_kv
 from prefix_attn.bank.window import SlidingWindow
 from prefix_attn.errors import IncompatiblePrefix, ShapeError, UnknownTask

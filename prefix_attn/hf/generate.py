@@ -66,7 +66,8 @@ class Generate(Method):
             return self.original(*args, **kwargs)
         options = inspect.signature(self.original_function).bind_partial(self.model, *args).arguments | kwargs
         options.pop("self", None)
-        ids = self.bank.plan(task_ids).task_ids  # the bank keeps the plan, and how many tasks it has, for the steps
+        with torch.inference_mode(False):  # the bank keeps the plan for the steps, if it can tell when ids are written
+            ids = self.bank.plan(task_ids).task_ids
         configs = [options.get("generation_config"), self.model.generation_config]
         _refuse_what_would_be_wrong(options, configs)
         inputs = next((x for name in INPUTS if (x := options.get(name)) is not None), None)

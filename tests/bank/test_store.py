@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefix_attn import ContextOverflow, DTypeError, IncompatiblePrefix, ShapeError, UnknownTask
-from prefix_attn.bank import MemoryUsage, PrefixBank, latest
+from prefix_attn.bank import MemoryUsage, PrefixBank, plans
 from prefix_attn.types import ALIGNMENT, PrefixKV
 from tests.bank.models import bits, random_kv, read, same_bits, state, tiny
 
@@ -214,7 +214,7 @@ def test_the_plans_of_the_latest_batch_are_kept(bank: PrefixBank) -> None:
 def test_plans_are_made_anew_in_a_graph(bank: PrefixBank, monkeypatch: pytest.MonkeyPatch) -> None:
     bank.add("a", random_kv(bank.geometry, 3))
     before = bank.plan(["a", None])
-    monkeypatch.setattr(latest, "recording", lambda tensor: True)
+    monkeypatch.setattr(plans, "recording", lambda tensor: True)
     inside = bank.plan(before.task_ids)
     assert inside is not before
     assert inside is not bank.plan(before.task_ids)

@@ -65,9 +65,13 @@ def test_another_bank_replaces_the_first(llama: Any) -> None:
         llama.generate(**padded_inputs(), **GREEDY, task_ids=TASKS)
 
 
-@pytest.mark.parametrize(("options", "kept"), [({}, True), ({"num_beams": 2}, False)], ids=["greedy", "beams"])
+@pytest.mark.parametrize(
+    ("options", "inference", "kept"),
+    [({}, False, True), ({}, True, True), ({"num_beams": 2}, False, False)],
+    ids=["greedy", "inference mode", "beams"],
+)
 def test_all_steps_of_a_generation_share_one_plan(
-    llama: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], kept: bool
+    llama: Any, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], inference: bool, kept: bool
 ) -> None:
     """It knows how many tasks the batch has, unless rows are copied for beams: then it is found out on the device."""
     bank, plans = llama._prefix_attn.bank, list[BatchPlan]()
@@ -78,7 +82,8 @@ def test_all_steps_of_a_generation_share_one_plan(
         return found
 
     monkeypatch.setattr(bank, "plans", plans_of)
-    llama.generate(**padded_inputs(), **GREEDY, **options, task_ids=TASKS)
+    with torch.inference_mode(inference):
+        llama.generate(**padded_inputs(), **GREEDY, **options, task_ids=TASKS)
     before, *steps = plans
     assert len(steps) == 6
     assert all(step is steps[0] for step in steps)
