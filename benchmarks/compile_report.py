@@ -52,8 +52,11 @@ INSTRUCTIONS = {
 #: Kernels of the backward pass that make products.
 BACKWARD = ("backward_dq", "backward_own", "backward_bank")
 
+#: Kernels that work out a plan: integers only, whatever the head dimension.
+PLAN = ("rank", "members")
+
 #: Kernels that are launched before the one before them has ended (kernels/early_launch.py).
-EARLY = ("decode", "decode_few", "grouped", "merge")
+EARLY = ("decode", "decode_few", "grouped", "merge", *PLAN)
 
 #: Every width of tile, and a dimension that fills none.
 HEAD_DIMS = (16, 32, 64, 80, 128, 256)
@@ -68,6 +71,8 @@ INTEGER_TABLES = {
         "kv_start",
         "kv_len",
         "planned",
+        "ranks",
+        "sizes",
         "tasks",
         "members",
         "order",
@@ -137,7 +142,7 @@ def jobs(quick: bool) -> list[Job]:
         found.append(Job("grouped", target, head_dim, "bfloat16", rows=64))
         found.append(Job("decode", target, head_dim, "bfloat16", rows=1, group=1))
         found.append(Job("prefill", target, head_dim, "bfloat16", group=1, options=("window", "kv_start", "kv_len")))
-    return found
+    return found + [Job(kernel, target, 0, "int32") for target, kernel in product(TARGETS, PLAN)]
 
 
 def shapes(target: str, head_dim: int, dtype: str, options: tuple[str, ...] = ()) -> list[Job]:
@@ -194,14 +199,20 @@ def compile_for(job: Job, kernel: Any, config: dict[str, int], constants: dict[s
 
 def specialisation(job: Job, config: dict[str, int] | None) -> tuple[Any, dict[str, int], dict[str, Any]]:
     """The jitted kernel, its tile config, and the values of its compile-time arguments."""
-    from prefix_attn.kernels import backward_dkv, backward_dq, decode, grouped, merge, prefill
+    from prefix_attn.kernels import backward_dkv, backward_dq, decode, grouped, merge, prefill, row_tiles
     from prefix_attn.kernels import config as configs
 
+    early = job.target in ("sm_90", "sm_100")
+    if job.kernel in PLAN:
+        kernel = getattr(row_tiles, f"{job.kernel}_kernel")
+        constants: dict[str, Any] = {"EARLY": early, "TILE_ROWS": TILE_ROWS}
+        constants |= {name: getattr(row_tiles, name) for name in ("BLOCK_B", "BLOCK_J", "BLOCK_R")}
+        present = {parameter.name for parameter in kernel.params}
+        return kernel, {"num_warps": 4}, {name: x for name, x in constants.items() if name in present}
     block_d = configs.padded_head_dim(job.head_dim)
     align = min(16, job.head_dim & -job.head_dim)
     absent = {"kv_start", "kv_len", "sinks", "window", "softcap", "lse", "bias"} - set(job.options)
-    constants: dict[str, Any] = {"HEAD_DIM": job.head_dim, "BLOCK_D": block_d}
-    early = job.target in ("sm_90", "sm_100")
+    constants = {"HEAD_DIM": job.head_dim, "BLOCK_D": block_d}
     if job.kernel == "merge":
         constants |= {"BLOCK_C": 8, "EARLY": early, "stride_out_dim": 1, "sinks_ptr": None, "lse_ptr": None}
         return merge.merge_kernel, {"num_warps": merge.merge_warps(8, block_d)}, constants
@@ -305,7 +316,7 @@ def complaints(row: Row) -> list[str]:
         found.append(f"shared memory {row.shared} exceeds {SHARED_MEMORY[job.target]}")
     if row.spills and job.head_dim <= 128:
         found.append(f"spills {row.spills} bytes")
-    if job.kernel == "merge" or job.dtype == "float32":
+    if job.kernel in ("merge", *PLAN) or job.dtype == "float32":
         return found
     if not any(ins.get(x) for x in ("mma", "wgmma", "tcgen05")):
         found.append("no tensor-core instructions")
@@ -366,7 +377,7 @@ def markdown(rows: Iterable[Row], version: str) -> str:
         counts = ", ".join(f"{name} {n}" for name, n in row.instructions.items())
         predicted = "" if row.predicted_us is None else f"{row.predicted_us:.1f}"
         lines.append(
-            f"| {job.kernel} | {job.target} | {job.head_dim} | {job.dtype} | {', '.join(options)} | {tile} | "
+            f"| {job.kernel} | {job.target} | {job.head_dim or ''} | {job.dtype} | {', '.join(options)} | {tile} | "
             f"{config['num_warps']} | {config.get('num_stages', '')} | {row.registers} | {row.spills} | "
             f"{row.shared / 1024:.1f} | {row.blocks or ''} | {counts} | {predicted} | {row.bound} | "
             f"{'; '.join(complaints(row))} |"

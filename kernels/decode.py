@@ -62,9 +62,8 @@ MERGE_TILES = 2.5
 
 @runtime_jit
 def decode_kernel(
-    q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
-    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, sinks_ptr, bias_ptr,
-    partial_ptr, partial_lse_ptr,
+    q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr,
+    sinks_ptr, bias_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
     stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
     stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
@@ -184,8 +183,8 @@ def decode_attention(
     launch = _launch(operands.layout(out), batch_invariant, config, chunks)
     partials = Partials.empty(launch.launched, operands.q, operands.kv_heads) if launch.chunks > 1 else None
     launch.run(
-        decode_kernel, **operands.tensors(), out_ptr=out, lse_ptr=lse, sinks_ptr=operands.sinks,
-        bias_ptr=operands.relative_bias, partial_ptr=None if partials is None else partials.out,
+        decode_kernel, **operands.tensors(), sinks_ptr=operands.sinks, bias_ptr=operands.relative_bias, out_ptr=out,
+        lse_ptr=lse, partial_ptr=None if partials is None else partials.out,
         partial_lse_ptr=None if partials is None else partials.lse,
     )  # fmt: skip
     if partials is not None:

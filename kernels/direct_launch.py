@@ -37,10 +37,10 @@ class Launcher:
         self._direct: dict[tuple[torch.dtype | None, ...], Callable[[list[int | None]], None]] = {}
 
     def __call__(self, kernel: Any, **tensors: Tensor | None) -> None:
-        """Launch ``kernel`` on the current device and stream; ``tensors`` by name, in the order of the first call."""
+        """Launch ``kernel`` on the current device and stream; ``tensors`` by name, in the order of its parameters."""
         key = tuple([None if x is None else x.dtype for x in tensors.values()])
         addresses = [None if x is None else x.data_ptr() for x in tensors.values()]
-        aligned = reduce(or_, [address for address in addresses if address is not None]) % 16 == 0
+        aligned = reduce(or_, filter(None, addresses), 0) % 16 == 0
         direct = self._direct.get(key) if aligned and kernel is self._kernel else None
         if direct is not None:
             direct(addresses)
@@ -52,14 +52,8 @@ class Launcher:
             self._direct[key] = self._launch(kernel.arg_names, compiled, list(tensors))
 
     def _launch(self, names: list[str], compiled: Any, tensors: list[str]) -> Callable[[list[int | None]], None]:
-        """A launch of the compiled kernel that takes the addresses of the tensors, in their order."""
-        values = [self.arguments.get(name) for name in names]
-        places, run = [names.index(name) for name in tensors], compiled[self.grid]
-
-        def launch(addresses: list[int | None]) -> None:
-            arguments = values.copy()
-            for place, address in zip(places, addresses, strict=True):
-                arguments[place] = address
-            run(*arguments)
-
-        return launch
+        """A launch of the compiled kernel that takes the addresses of the tensors."""
+        assert names[: len(tensors)] == tensors, "tensors come in the order of the kernel's parameters"
+        others = [self.arguments[name] for name in names[len(tensors) :]]
+        run = compiled[self.grid]
+        return lambda addresses: run(*addresses, *others)

@@ -242,8 +242,8 @@ def rows_of_item(batch_tile, batch, row_tile, kv_head, q_len, GROUP: tl.constexp
 
 @runtime_jit
 def grouped_kernel(
-    q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, partial_ptr, partial_lse_ptr,
-    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, bias_ptr, planned_ptr, tasks_ptr, members_ptr,
+    q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr,
+    bias_ptr, planned_ptr, tasks_ptr, members_ptr, partial_ptr, partial_lse_ptr,
     stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
     stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
     stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
@@ -313,8 +313,8 @@ def grouped_attention(
     launch = _launch(operands.layout(), *members.shape, max_len, config, chunks)
     partials = Partials.empty(launch.chunks, operands.q, operands.kv_heads)
     launch.run(
-        grouped_kernel, **operands.tensors(), partial_ptr=partials.out, partial_lse_ptr=partials.lse,
-        bias_ptr=operands.relative_bias, planned_ptr=planned, tasks_ptr=tasks, members_ptr=members,
+        grouped_kernel, **operands.tensors(), bias_ptr=operands.relative_bias, planned_ptr=planned, tasks_ptr=tasks,
+        members_ptr=members, partial_ptr=partials.out, partial_lse_ptr=partials.lse,
     )  # fmt: skip
     merge_chunks(partials, out, lse, operands.sinks, launch.chunks)
 

@@ -40,8 +40,8 @@ from prefix_attn.kernels.spans import edge_tile, full_tile, split_row
 
 @runtime_jit
 def prefill_kernel(
-    q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
-    task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr, sinks_ptr, bias_ptr,
+    q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, task_ids_ptr, starts_ptr, lens_ptr, kv_start_ptr, kv_len_ptr,
+    sinks_ptr, bias_ptr, out_ptr, lse_ptr,
     stride_q_batch, stride_q_head, stride_q_seq, stride_q_dim,
     stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
     stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
@@ -116,8 +116,8 @@ def prefill_attention(operands: Operands, out: Tensor, lse: Tensor | None, confi
     """Write out, and lse (float32 ``[batch, q_heads, q_len]``, contiguous) if given."""
     operands = operands.scaled
     _launch(operands.layout(out), config)(
-        prefill_kernel, **operands.tensors(), out_ptr=out, lse_ptr=lse, sinks_ptr=operands.sinks,
-        bias_ptr=operands.relative_bias,
+        prefill_kernel, **operands.tensors(), sinks_ptr=operands.sinks, bias_ptr=operands.relative_bias, out_ptr=out,
+        lse_ptr=lse,
     )  # fmt: skip
 
 

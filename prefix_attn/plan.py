@@ -15,9 +15,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prefix_attn.errors import BackendUnavailable
+from prefix_attn.kernels.device import device_of, refusal_on
+
 #: Query rows of a tile: the fewest that take the wide matrix instructions (wgmma) of sm_90. Twice as many would halve
 #: the reads of the prefix, but have a multiprocessor to themselves: slower at every point of a sweep on an H200.
 TILE_ROWS = 64
+
+_ROW_TILES = "prefix_attn::row_tiles"
+torch.library.define(
+    _ROW_TILES,
+    "(Tensor task_ids, Tensor lens, SymInt rows, SymInt tile_rows, SymInt tiles) -> "
+    "(Tensor planned, Tensor tasks, Tensor members)",
+)
 
 
 class RowTiles(NamedTuple):
@@ -86,32 +96,31 @@ def most_tiles(batch: int, tasks: int, rows: int, tile_rows: int = TILE_ROWS) ->
 
 
 def row_tiles(task_ids: Tensor, lens: Tensor, rows: int, tile_rows: int = TILE_ROWS) -> RowTiles:
-    """Gather ``rows`` query rows per batch row by task and cut them into tiles; static shapes only."""
+    """Gather ``rows`` query rows per batch row by task and cut them into tiles; one operator, two launches."""
     batch, tasks, device = task_ids.shape[0], lens.shape[0], task_ids.device
     count = most_tiles(batch, tasks, rows, tile_rows)
     if count == 0:
         nobody = torch.full((batch,), -1, dtype=torch.int32, device=device)
         return RowTiles(nobody, nobody.new_empty(0), nobody.new_empty((0, tile_rows)))
-    known = (task_ids >= 0) & (task_ids < tasks)
-    has_prefix = known & (lens[torch.where(known, task_ids, 0).long()] > 0)
-    planned = torch.where(has_prefix, task_ids, -1)
-    ids, order = torch.sort(torch.where(has_prefix, task_ids, tasks).long(), stable=True)  # rows without prefix last
+    return RowTiles(*torch.ops.prefix_attn.row_tiles(task_ids, lens, rows, tile_rows, count))
 
-    first = torch.searchsorted(ids, ids)  # of each sorted row's task
-    size = torch.searchsorted(ids, ids, right=True) - first
-    rank = torch.arange(batch, device=device) - first
-    # A tile belongs to the row it begins in: tile j of a task where rank * rows <= j * tile_rows < (rank + 1) * rows.
-    opened = (rank * rows + tile_rows - 1) // tile_rows
-    begun = torch.where(ids < tasks, ((rank + 1) * rows + tile_rows - 1) // tile_rows - opened, 0)
-    ends = torch.cumsum(begun, 0)
-    tile = torch.arange(count, device=device)
-    owner = torch.searchsorted(ends, tile, right=True)
-    used, owner = owner < batch, owner.clamp(max=batch - 1)
-    start = (opened[owner] + tile - (ends - begun)[owner]) * tile_rows
-    row = start[:, None] + torch.arange(
-        tile_rows, device=device
-    )  # [tiles, tile_rows], among the query rows of the task
-    place = (first[owner][:, None] + row // rows).clamp(max=batch - 1)
-    inside = used[:, None] & (row < (size[owner] * rows)[:, None])
-    members = torch.where(inside, order[place] * rows + row % rows, -1)
-    return RowTiles(planned.int(), torch.where(used, ids[owner], -1).int(), members.int())
+
+@torch.library.impl(_ROW_TILES, ("cpu", "cuda"))
+def _row_tiles(task_ids: Tensor, lens: Tensor, rows: int, tile_rows: int, tiles: int) -> tuple[Tensor, Tensor, Tensor]:
+    why_not = refusal_on(task_ids.device)
+    if why_not is not None:
+        raise BackendUnavailable(f"a plan is made by and for Triton's kernels, but {why_not}")
+    from prefix_attn.kernels import row_tiles as kernels
+
+    with device_of(task_ids):
+        return kernels.row_tiles(task_ids, lens, rows, tile_rows, tiles)
+
+
+def _row_tiles_fake(
+    task_ids: Tensor, lens: Tensor, rows: int, tile_rows: int, tiles: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    planned = task_ids.new_empty(task_ids.shape, dtype=torch.int32)
+    return planned, planned.new_empty((tiles,)), planned.new_empty((tiles, tile_rows))
+
+
+torch.library.register_fake(_ROW_TILES, _row_tiles_fake)

@@ -34,8 +34,9 @@ L2_SPEED = 1.65
 #: way in the geometric mean, and 7.8% at worst.
 LAUNCH_BYTES = 3.5e-6 * 4.3e12
 
-#: How many times that it takes to work out a plan: 0.6 to 1.4 ms, most of them on the host.
-PLAN_LAUNCHES = 200
+#: How many times that it takes to work out a plan: an operator and two launches, 50 us on a slow host (not measured on
+#: a GPU yet).
+PLAN_LAUNCHES = 15
 
 #: Keys of a prefix chunk where the prefix is long.
 CHUNK = 2048

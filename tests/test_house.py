@@ -17,7 +17,7 @@ LEAVES = {"errors", "types", "plan", "checks"}
 MAY_IMPORT = {
     "errors": set(),
     "tolerance": set(),
-    "plan": set(),
+    "plan": {"errors", "kernels"},
     "types": {"errors", "plan"},
     "checks": {"errors", "types", "plan"},
     "kernels": set(),

@@ -102,7 +102,7 @@ def test_a_plan_is_compiled_without_a_break() -> None:
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        graphs.append(sum(node.target is torch.sort for node in graph.graph.nodes))
+        graphs.append(sum(node.target is torch.ops.prefix_attn.row_tiles for node in graph.graph.nodes))
         return graph
 
     def layers(plan: BatchPlan) -> torch.Tensor:
@@ -117,6 +117,23 @@ def test_a_plan_is_compiled_without_a_break() -> None:
     assert torch.equal(torch.compile(layers, backend=backend, fullgraph=True)(plan), expected)
     assert not plan._tiles
     assert graphs == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_opcheck(dtype: torch.dtype) -> None:
+    ids, lens = torch.tensor([1, -1, 0, 7, 1], dtype=dtype), torch.tensor([4, 5, 0], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.prefix_attn.row_tiles.default, (ids, lens, 4, 16, 3))
+
+
+def test_without_kernels_a_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(pa.BackendUnavailable, match="on the CPU, where Triton only interprets"):
+        BatchPlan(torch.tensor([0, 0]), torch.tensor([4], dtype=torch.int32)).tiles(4)
+
+
+def test_ids_may_be_wide_and_strided() -> None:
+    ids, lens = torch.tensor([[0, 9], [2**40, 9], [0, 9]]), torch.tensor([4], dtype=torch.int32)
+    assert row_tiles(ids[:, 0], lens, 1, 16).planned.tolist() == [0, -1, 0]
 
 
 def test_a_plan_of_another_batch_is_refused() -> None:

@@ -95,8 +95,9 @@ def test_a_window_bounds_what_can_be_saved() -> None:
 
 def test_a_plan_for_one_call_must_pay() -> None:
     assert choose(call(16, 1, 1024, planned=False)).name == "inline"
-    assert choose(call(64, 1, 8192, planned=False)).name == "inline"  # 0.4 ms; a plan alone takes longer
-    assert choose(call(256, 1, 16384, planned=False)).name == "grouped"
+    assert choose(call(16, 1, 1024)).name == "grouped"
+    assert choose(call(64, 8, 1024, planned=False)).name == "inline"
+    assert choose(call(64, 8, 4096, planned=False)).name == "grouped"
 
 
 def test_lengths_the_host_does_not_know_are_taken_from_shapes() -> None:

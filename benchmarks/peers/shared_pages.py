@@ -14,7 +14,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from prefix_attn.backends.triton import interpreting
+from prefix_attn.kernels.device import interpreting
 
 from .interface import Peer
 from .paging import Pages

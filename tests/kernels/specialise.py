@@ -13,9 +13,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from prefix_attn.kernels import backward, backward_dkv, backward_dq, config, decode, grouped, merge, prefill
+from prefix_attn.kernels import backward, backward_dkv, backward_dq, config, decode, grouped, merge, prefill, row_tiles
 from prefix_attn.kernels.launch import Operands
-from prefix_attn.plan import row_tiles
+from prefix_attn.plan import TILE_ROWS, RowTiles
 
 
 class Hopper:
@@ -48,8 +48,8 @@ class Compiled:
         return launch
 
 
-def integers(n: int) -> torch.Tensor:
-    return torch.zeros(n, dtype=torch.int32)
+def integers(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
 
 
 def operands(batch: int, kv_len: int, q_len: int, head_dim: int = 128, window: int | None = None) -> Operands:
@@ -71,6 +71,8 @@ def main() -> None:
     merge.merge_kernel = Compiled(merge.merge_kernel)
     prefill.prefill_kernel = Compiled(prefill.prefill_kernel)
     grouped.grouped_kernel = Compiled(grouped.grouped_kernel)
+    row_tiles.rank_kernel = Compiled(row_tiles.rank_kernel)
+    row_tiles.members_kernel = Compiled(row_tiles.members_kernel)
     backward.delta_kernel = Compiled(backward.delta_kernel)
     backward_dq.backward_dq_kernel = Compiled(backward_dq.backward_dq_kernel)
     backward_dkv.backward_own_kernel = Compiled(backward_dkv.backward_own_kernel)
@@ -84,7 +86,8 @@ def main() -> None:
         prefill.prefill_attention(call, torch.empty_like(call.q), torch.empty(1))
         lse = torch.empty(call.q.shape[:3])
         backward.attention_backward(call, call.q, lse, call.q, None, [True] * 5 + [False])
-        call, tiles = operands(batch, kv_len, 1), row_tiles(integers(batch), integers(3) + kv_len, 4)
+        row_tiles.row_tiles(integers(batch), integers(kv_len), 1 + batch, TILE_ROWS, kv_len)
+        call, tiles = operands(batch, kv_len, 1), RowTiles(integers(batch), integers(1), integers(1, TILE_ROWS))
         grouped.grouped_attention(
             call, *tiles, torch.empty_like(call.q), None, max_len=kv_len, chunks=(2, 1 + kv_len % 2)
         )

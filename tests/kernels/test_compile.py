@@ -43,16 +43,21 @@ def test_default_configs_are_fit() -> None:
 
 def test_a_new_length_batch_or_window_compiles_nothing_and_loads_stay_wide() -> None:
     """One variant each of: plain decode and decode with a window in chunks, both with the tiles for few programs or
-    those for many; grouped decode, the merge of both, prefill, decode at head_dim 72, and the backward kernels, that
-    of the bank in one part or more."""
+    those for many; grouped decode, the two that make its plan, the merge of both, prefill, decode at head_dim 72, and
+    the backward kernels, that of the bank in one part or more."""
     kernels = json.loads(run_module("tests.kernels.specialise"))
     names = [f"{name}_kernel" for name in (
         "backward_bank", "backward_bank", "backward_dq", "backward_own", *["decode"] * 5, "delta",
-        "grouped", "merge", "prefill"
+        "grouped", "members", "merge", "prefill", "rank"
     )]  # fmt: skip
     assert sorted(name for name, _ in kernels) == names
     for name, widths in kernels:
-        if name not in ("merge_kernel", "delta_kernel"):  # 16 bytes; 4 for lse, delta and the rows of a task
+        if name not in (
+            "merge_kernel",
+            "delta_kernel",
+            "rank_kernel",
+            "members_kernel",
+        ):  # 16 bytes; 4 for lse, delta and the rows of a task
             assert widths == (["10", "4"] if name in ("backward_own_kernel", "backward_bank_kernel") else ["10"]), name
 
 
