@@ -45,8 +45,8 @@ from .timing import Runner, first_line, input_sets, measure, runner_for
 
 #: Query rows, keys, warps and stages of a tile. Where rows are 0 they follow from the call, and are not searched.
 SPACE: dict[str, dict[str, tuple[int, ...]]] = {
-    "decode": {"block_m": (0,), "block_n": (32, 64, 128), "num_warps": (2, 4), "num_stages": (2, 3, 4)},
-    "decode_few": {"block_m": (0,), "block_n": (32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4)},
+    "decode": {"block_m": (0,), "block_n": (16, 32, 64, 128), "num_warps": (2, 4), "num_stages": (2, 3, 4)},
+    "decode_few": {"block_m": (0,), "block_n": (16, 32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4)},
     "grouped": {"block_m": (0,), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
     "prefill": {"block_m": (64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4)},
 }
