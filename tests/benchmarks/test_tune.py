@@ -179,7 +179,7 @@ def test_the_command(pretended_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> No
     result = command(*arguments, "--budget", "20")
     assert result.exit_code == 0, result.output
     (chosen,) = json.loads(pretended_gpu.read_text()).values()
-    assert chosen["block_n"] == 32
+    assert chosen["block_n"] == min(SPACE["decode"]["block_n"])
     assert str(pretended_gpu) in result.output
 
     result = command(*arguments, "--budget", "5")
