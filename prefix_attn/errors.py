@@ -45,5 +45,9 @@ class SlowModel(UserWarning):
     """The model is served in the slow way: exact, but with a copy of its prefix in every row's cache."""
 
 
+class PaddingInWindow(UserWarning):
+    """Padding in front of a row takes room in its sliding windows, so that it sees less of its prefix than alone."""
+
+
 class UnsupportedModel(PrefixAttnError, NotImplementedError):
     """The patch would not be exact for this model or this call, so it is refused."""

@@ -2,13 +2,15 @@
 
 ``<task>.safetensors`` holds ``k.<layer>`` and ``v.<layer>``, each ``[kv_heads, m, head_dim]``, and in its metadata
 (strings): format, format_version, geometry (JSON, ``[[kv_heads, head_dim], ...]``), dtype, position_mode, base_config
-and base_weights (fingerprint), base_model, source, peft_version (for prefixes made by PEFT), created_by. For the
-other parts of an encoder-decoder model the same stands behind the part's name: ``encoder.k.0``, ``cross.geometry``.
+and base_weights (fingerprint), base_model, source, peft_version (for prefixes made by PEFT), created_by, and
+tensors_sha256, which tells values that were damaged. For the other parts of an encoder-decoder model the same stands
+behind the part's name: ``encoder.k.0``, ``cross.geometry``.
 ``bank.json`` lists names and files in the order of the tasks. Nothing here reads or writes a pickle.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -22,13 +24,14 @@ from torch import Tensor
 from prefix_attn.bank.base import Base
 from prefix_attn.bank.fingerprint import Fingerprint
 from prefix_attn.bank.geometry import DECODER, Geometry, LayerKV
-from prefix_attn.bank.names import check_name
+from prefix_attn.bank.names import check_file, check_name
 from prefix_attn.errors import IncompatiblePrefix
 
 FORMAT = "prefix_attn.prefix"
 BANK_FORMAT = "prefix_attn.bank"
 VERSION = "1"
 INDEX = "bank.json"
+CHECKSUM = "tensors_sha256"
 #: A request's token i sits at position m + i (PEFT's rule). A file made for another rule would be silently wrong.
 POSITION_MODE = "offset"
 
@@ -68,12 +71,23 @@ def write_prefix(path: Path, key_values: Mapping[str, Sequence[LayerKV]], base: 
         "base_model": portable_name(base.name),
         "source": provenance.source,
         "created_by": f"prefix_attn {__version__}",
+        CHECKSUM: checksum(tensors),
     }
     if provenance.peft_version:
         metadata["peft_version"] = provenance.peft_version
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata)
     os.replace(partial, path)
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the tensors in the order of their names: name, dtype, shape, bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        x = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+        digest.update(x.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def prefixed(part: str) -> str:
@@ -103,6 +117,8 @@ def read_prefix(path: Path, base: Base, check_base: bool) -> tuple[dict[str, lis
     }
     for part, geometry in base.geometries.items():
         geometry.check(key_values[part], path.name)
+    if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(tensors):
+        raise IncompatiblePrefix(f"{path.name}: its values are not those that were saved; fetch or save it again")
     return key_values, Provenance(metadata.get("source", ""), metadata.get("peft_version", ""))
 
 
@@ -175,9 +191,9 @@ def read_index(folder: Path) -> dict[str, str]:
     files: dict[str, str] = {}
     try:
         for task in index["tasks"]:
-            name, file = check_name(task["name"]), check_name(task["file"])
-            if name in files:
-                raise IncompatiblePrefix(f"{INDEX}: lists the task {name!r} twice; the file is damaged")
+            name, file = check_name(task["name"]), check_file(task["file"])
+            if name in files or file in files.values():
+                raise IncompatiblePrefix(f"{INDEX}: lists the task {name!r} or its file twice; the index is damaged")
             files[name] = file
     except (KeyError, TypeError) as error:
         raise IncompatiblePrefix(f"{INDEX}: expected tasks with name and file ({error!r}); it is damaged") from error

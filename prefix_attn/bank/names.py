@@ -18,3 +18,10 @@ def check_name(name: object) -> str:
     if len(name.encode()) > MAX_BYTES:
         raise IncompatiblePrefix(f"name: expected at most {MAX_BYTES} bytes, got {len(name)} characters")
     return name
+
+
+def check_file(file: object) -> str:
+    """Return the name of a file in a bank's folder, or raise `IncompatiblePrefix` for one that may lie elsewhere."""
+    if not isinstance(file, str) or not file.isprintable() or "/" in file or "\\" in file or file.startswith("."):
+        raise IncompatiblePrefix(f"file: expected the name of a file in the bank's folder, got {file!r}")
+    return file

@@ -27,9 +27,10 @@ class LatestPlans:
         if recording(task_ids) or any(x.is_inference() for x in (task_ids, *lens.values())):
             return _plans(task_ids, lens, distinct)
         state = _State.of(task_ids, *lens.values())
-        if self._latest is None or not self._latest[0].same(state):
-            self._latest = state, _plans(task_ids, lens, distinct)
-        return self._latest[1]
+        latest = self._latest  # read once: another thread may write it
+        if latest is None or not latest[0].same(state):
+            self._latest = latest = state, _plans(task_ids, lens, distinct)
+        return latest[1]
 
 
 def _plans(task_ids: Tensor, lens: Mapping[torch.device, Tensor], distinct: int | None) -> Plans:

@@ -19,6 +19,14 @@ NOT_GREEDY = (
 )  # fmt: skip
 
 
+#: Settings by which an answer would depend on its batch or be no plain text, or that ask for what is not there.
+NOT_PLAIN = (
+    "forced_eos_token_id", "return_dict_in_generate", "output_scores", "output_logits", "output_attentions",
+    "output_hidden_states", "stop_strings", "prompt_lookup_num_tokens", "is_assistant", "assistant_early_exit",
+    "prefill_chunk_size", "max_time", "num_return_sequences",
+)  # fmt: skip
+
+
 class Answerer:
     """Greedy answers of a patched model, of a prompt for its decoder or, where it has one, for its encoder.
 
@@ -40,7 +48,7 @@ class Answerer:
         self.ends: list[int] = [] if end is None else [end] if isinstance(end, int) else list(end)
         pads = [token for token in (tokenizer.pad_token_id, *self.ends) if token is not None]
         self.pad: int = pads[0] if pads else 0
-        settings.update(do_sample=False, num_beams=1, **dict.fromkeys(NOT_GREEDY))
+        settings.update(do_sample=False, num_beams=1, **dict.fromkeys((*NOT_GREEDY, *NOT_PLAIN)))
 
     def row(self, index: int, line: Line, new_tokens: int) -> Row:
         """Make a line ready to run.

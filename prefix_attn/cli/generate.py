@@ -50,7 +50,8 @@ def generate(
         {"task": "sum", "prompt": "Summarise: ...", "max_new_tokens": 64}
 
     Each answer has `line`, `task`, `prompt`, and `text` and `new_tokens` (its end included) or `error`, in the order
-    of the input. Run an interrupted command again to continue it. A bad line does not stop the others.
+    of the input. Run an interrupted command again, with the model and adapters of before, to continue it. A bad line
+    does not stop the others.
 
         prefix-attn generate --model MODEL \\
             --adapter sum=adapters/sum --adapter cls=adapters/cls \\

@@ -83,6 +83,11 @@ class Batch:
             count = self.seen.get(id(module), 0)
             self.seen[id(module)] = count + 1
             source = sources[count % len(sources)]
+            if count >= len(sources) and source.apart:
+                raise UnsupportedModel(
+                    f"{type(module).__name__}: gradient checkpointing calls this family's layers again in an order "
+                    "that does not tell which prefix they read; turn it off"
+                )
         if source.slides and mask is not None and mask.window is None:
             raise Ambiguous(
                 f"{type(module).__name__}: the layer's cache forgets what its mask would show, so what a query sees of "

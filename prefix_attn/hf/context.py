@@ -7,6 +7,7 @@ its shape.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn.bank import PrefixBank
-from prefix_attn.errors import ShapeError
+from prefix_attn.errors import PaddingInWindow, ShapeError
 from prefix_attn.hf.positions import overflow
 
 #: New tokens of ``generate`` where nobody says how many (transformers' default).
@@ -47,6 +48,26 @@ def check_fits(bank: PrefixBank, task_ids: Tensor, inputs: Tensor, mask: Any, ne
         m = bank.lengths[task] if task >= 0 else 0
         if m and m + tokens + new - 1 > limit:
             raise overflow(row, m, tokens + new - 1, limit)
+
+
+def warn_of_padding(bank: PrefixBank, task_ids: Tensor, inputs: Tensor, mask: Any, new: int) -> None:
+    """Warn where a row's padding pushes its prefix out of sliding windows, which count slots of the cache (as in PEFT).
+
+    Args: those of `check_fits`.
+    """
+    window, last = bank.sliding_window, inputs.shape[1] + new - 2  # the slot of the last query
+    if window is None or not _is_padding_mask(mask) or max(bank.lengths, default=0) + last < window.tokens:
+        return  # known without reading the device
+    for row, (task, padding) in enumerate(zip(task_ids.tolist(), mask.argmax(dim=1).tolist(), strict=True)):
+        if task >= 0 and padding and bank.lengths[task] and bank.lengths[task] + last >= window.tokens:
+            warnings.warn(
+                f"row {row}: its {padding} tokens of padding count in sliding windows of {window.tokens} tokens, so "
+                "that it sees less of its prefix than alone; put prompts of one length into a batch, or call "
+                "model.generate_batch, which needs no padding",
+                PaddingInWindow,
+                stacklevel=4,
+            )
+            return
 
 
 def truncated(bank: PrefixBank, task_ids: Tensor, inputs: Tensor, options: dict[str, Any], new: int) -> Tensor:

@@ -15,7 +15,7 @@ from prefix_attn.errors import UnsupportedModel
 from prefix_attn.hf.adapters import pop_task_ids
 from prefix_attn.hf.attention import KEYWORD, NAME, Batch, KeywordsLost, prefix_attention_forward
 from prefix_attn.hf.caches import check_tasks_of, remember_tasks
-from prefix_attn.hf.configs import OwnConfigs
+from prefix_attn.hf.configs import OwnConfigs, check_config
 from prefix_attn.hf.continuous import GenerateBatch, InitContinuousBatching
 from prefix_attn.hf.generate import Generate, PrepareInputs, checked_for_batch
 from prefix_attn.hf.masks import request_mask, scope
@@ -31,13 +31,15 @@ from prefix_attn.hf.sources import NO_INTERFACE, Call, Sources
 from prefix_attn.hf.verify import verify_a_text
 from prefix_attn.hf.wiring import PROBE, Wired
 
+# When this module is imported, so that a patched model which was pickled finds them in another process.
+AttentionInterface.register(NAME, prefix_attention_forward)
+AttentionMaskInterface.register(NAME, request_mask)
+
 
 class DecoderPatch:
     """Everything one patched model got, and what it takes to give it back."""
 
     def __init__(self, model: Any, bank: PrefixBank) -> None:
-        AttentionInterface.register(NAME, prefix_attention_forward)
-        AttentionMaskInterface.register(NAME, request_mask)
         self.bank = bank
         decoder = decoder_of(model)
         tables = tables_of_positions(decoder)
@@ -122,21 +124,21 @@ class ModelHook:
         self.implementation = implementation
         self.by_scope = not (_takes_keywords(model.base_model) and _takes_keywords(decoder_of(model)))
         self.sources: Sources | None = None
-        self.recorded: list[Call] | None = None
         self.strict = False
 
     def __call__(
         self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if KEYWORD in kwargs or scope.batch is not None:
+        if KEYWORD in kwargs or (scope.batch is not None and body is not self.model.base_model):
             return args, kwargs  # prepared: by continuous batching, or by this hook further out
+        scope.batch = None  # that of a pass which was interrupted may still be there
         task_ids = pop_task_ids(kwargs)
         if task_ids is PROBE:
             raise Wired
         if task_ids is None:
             scope.implementation, rows.positions = self.implementation, None
-            check_tasks_of(kwargs.get("past_key_values"), None)
-            return args, kwargs | self._passed_down(Batch(self.implementation, recorded=self.recorded))
+            check_tasks_of(kwargs.get("past_key_values"), self.bank, None)
+            return args, kwargs | self._passed_down(Batch(self.implementation, recorded=scope.recorded))
         if len(args) > 1:
             bound = inspect.signature(body.forward).bind_partial(*args, **kwargs).arguments
             args, kwargs = (), bound | bound.pop("kwargs", {})
@@ -144,7 +146,7 @@ class ModelHook:
         inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
         assert isinstance(inputs, Tensor), "transformers requires input_ids or inputs_embeds"
         ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
-        check_tasks_of(kwargs.get("past_key_values"), ids)
+        check_tasks_of(kwargs.get("past_key_values"), self.bank, ids)
         made = self.sources.made_of(self.bank) if self.sources is not None else []
         scope.implementation, rows.positions = None, None
         batch = Batch(self.implementation, self.bank, ids, self.bank.plans(ids), made=tuple(made), strict=self.strict)
@@ -162,12 +164,13 @@ class ModelHook:
         if takes_positions(self.model):
             # some families count by what they keep of the last sequence, when none are given
             positions["position_ids"] = torch.full_like(tokens, cache.get_seq_length())
-        self.recorded = []
+        calls: list[Call] = []
+        scope.recorded = calls
         try:
             self.model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **positions)
-            return self.recorded
+            return calls
         finally:
-            self.recorded = None
+            scope.recorded = None
 
 
 class PositionsHook:
@@ -182,6 +185,7 @@ class PositionsHook:
         batch: Batch | None = kwargs.get(KEYWORD) or scope.batch
         if batch is None or batch.task_ids is None or batch.packed is not None:
             return None
+        check_config(decoder)
         if len(args) > 1:
             bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
             args, kwargs = (), bound | bound.pop("kwargs", {})

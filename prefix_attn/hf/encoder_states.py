@@ -10,14 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.geometry import ENCODER
 from prefix_attn.errors import IncompatiblePrefix
 from prefix_attn.hf.adapters import RELAYED
 from prefix_attn.hf.attention import KEYWORD
-from prefix_attn.hf.caches import MARK, has_tokens
+from prefix_attn.hf.caches import MARK, Mark, has_tokens
 from prefix_attn.hf.generate import checked_for_batch
 from prefix_attn.hf.positions import prefix_lengths
 from prefix_attn.hf.wiring import PROBE
@@ -26,7 +25,7 @@ from prefix_attn.hf.wiring import PROBE
 def remember_tasks_of_states(encoder: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of the encoder: mark its last states with the tasks of the call, None without."""
     if not torch.compiler.is_compiling():
-        setattr(output[0], MARK, kwargs[KEYWORD].task_ids)
+        setattr(output[0], MARK, Mark.of(kwargs[KEYWORD].bank, kwargs[KEYWORD].task_ids))
 
 
 class StatesHook:
@@ -47,15 +46,16 @@ def check_tasks_of_states(bank: PrefixBank, encoder_outputs: Any, task_ids: Any)
     states = encoder_outputs[0]
     if torch.compiler.is_compiling() or not hasattr(states, MARK):
         return
-    mark = getattr(states, MARK)
-    if mark is task_ids:
+    mark: Mark = getattr(states, MARK)
+    if mark.is_of(None if task_ids is None else bank, task_ids):
         return  # every step of generate: known without reading the device
     none = torch.full((len(states),), -1, dtype=torch.int32, device=bank.device)
-    seen: Tensor = none if mark is None else mark
+    seen = none if mark.task_ids is None else mark.task_ids
     given = none if task_ids is None else checked_for_batch(bank, task_ids, len(states))
     lens = bank.plan(none, ENCODER).lens
     prefixed = (prefix_lengths(lens, seen) > 0) | (prefix_lengths(lens, given) > 0)
-    if bool(((seen != given) & prefixed).any()):
+    other_bank = mark.bank not in (None, bank)
+    if bool((((seen != given) | other_bank) & prefixed).any()):
         raise IncompatiblePrefix(
             f"encoder_outputs: the encoder ran with tasks {seen.tolist()} (by id; -1 is none), got {given.tolist()}, "
             "some with prefixes in the encoder; run it with the same task_ids: model.get_encoder()(..., task_ids=...)"

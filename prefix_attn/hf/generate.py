@@ -16,7 +16,7 @@ from torch import Tensor
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import ShapeError, UnsupportedModel
 from prefix_attn.hf.assistant import Assistant
-from prefix_attn.hf.context import check_fits, new_tokens, truncated
+from prefix_attn.hf.context import check_fits, new_tokens, truncated, warn_of_padding
 from prefix_attn.hf.masks import scope
 
 
@@ -64,6 +64,12 @@ class Generate(Method):
             if truncation:
                 raise ShapeError("truncation: expected task_ids with it (None for a row without prefix), got none")
             return self.original(*args, **kwargs)
+        if not isinstance(vars(self.model).get(PrepareInputs.name), PrepareInputs):
+            raise UnsupportedModel(
+                "task_ids: the model's prepare_inputs_for_generation was replaced after it was patched, as PEFT's "
+                "prefix and prompt tuning do, which would generate with their own prefix. Call generate on the model "
+                "inside, and prefix_attn.patch(model, bank) again if it says so too"
+            )
         options = inspect.signature(self.original_function).bind_partial(self.model, *args).arguments | kwargs
         options.pop("self", None)
         with torch.inference_mode(False):  # the bank keeps the plan for the steps, if it can tell when ids are written
@@ -87,6 +93,7 @@ class Generate(Method):
         if truncation:
             options["attention_mask"] = truncated(self.bank, ids, inputs, options, new)
         check_fits(self.bank, ids, inputs, options.get("attention_mask"), new)
+        warn_of_padding(self.bank, ids, inputs, options.get("attention_mask"), new)
 
     def _names(self, ids: Tensor) -> list[str | None]:
         names = dict(zip(self.bank.task_ids(self.bank.names).tolist(), self.bank.names, strict=True))

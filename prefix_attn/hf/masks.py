@@ -28,6 +28,7 @@ class _Scope(threading.local):
 
     implementation: str | None = None  # the model's own, for a pass without tasks; None: a `RequestMask`
     batch: Any = None  # the `Batch` of a model that does not pass keywords on to its layers
+    recorded: Any = None  # where to note the attention calls of a pass without tasks, if anywhere
 
 
 scope = _Scope()

@@ -22,7 +22,7 @@ from prefix_attn.bank.forward import FAILURES, cached_kv, evaluating
 from prefix_attn.bank.geometry import DECODER
 from prefix_attn.errors import PrefixAttnError, ShapeError, UnsupportedModel
 from prefix_attn.hf.adapters import pop_task_ids
-from prefix_attn.hf.caches import MARK, check_tasks_of
+from prefix_attn.hf.caches import MARK, Mark, check_tasks_of
 from prefix_attn.hf.generate import Generate, PrepareInputs, checked_for_batch
 from prefix_attn.hf.positions import (
     look_up_rows,
@@ -166,7 +166,7 @@ class ReplicaHook:
         given |= given.pop("kwargs", {})
         cache = given.get("past_key_values")
         if task_ids is None:
-            check_tasks_of(cache, None)
+            check_tasks_of(cache, self.bank, None)
             return args, kwargs
         inputs = given.get("input_ids")
         inputs = given.get("inputs_embeds") if inputs is None else inputs
@@ -201,7 +201,7 @@ class ReplicaHook:
     def _begin(self, cache: Any, ids: Tensor) -> None:
         """Fill an empty cache with the rows' prefixes; check that a filled one has them."""
         if isinstance(cache, ReplicaCache):
-            check_tasks_of(cache, ids)
+            check_tasks_of(cache, self.bank, ids)
             if len(cache.prefix_mask) != len(ids):
                 raise ShapeError(
                     f"task_ids: expected {len(cache.prefix_mask)}, one for each row of past_key_values, got {len(ids)}"
@@ -225,7 +225,7 @@ class ReplicaHook:
             ])  # fmt: skip
         fill(cache, prefixes)
         cache.__class__ = ReplicaCache
-        setattr(cache, MARK, ids)
+        setattr(cache, MARK, Mark.of(self.bank, ids))
         cache.inside = False
         slot = torch.arange(longest, device=ids.device)
         cache.prefix_mask = (slot >= longest - torch.tensor(lengths, device=ids.device)[:, None]).long()

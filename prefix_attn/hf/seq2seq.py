@@ -26,7 +26,7 @@ from prefix_attn.errors import ShapeError, UnsupportedModel
 from prefix_attn.hf.adapters import pop_task_ids
 from prefix_attn.hf.attention import KEYWORD
 from prefix_attn.hf.caches import check_tasks_of, remember_tasks
-from prefix_attn.hf.configs import OwnConfigs
+from prefix_attn.hf.configs import OwnConfigs, check_config
 from prefix_attn.hf.context import check_fits, new_tokens
 from prefix_attn.hf.encoder_states import StatesHook, check_tasks_of_states, remember_tasks_of_states
 from prefix_attn.hf.generate import INPUTS, Generate, PrepareInputs, checked_for_batch, setting
@@ -48,12 +48,15 @@ ATTENTIONS = {
 }
 
 
+# When this module is imported, so that a patched model which was pickled finds them in another process.
+AttentionInterface.register(NAME, part_attention_forward)
+AttentionMaskInterface.register(NAME, part_mask)
+
+
 class Seq2SeqPatch:
     """Everything one patched model got, and what it takes to give it back."""
 
     def __init__(self, model: Any, bank: PrefixBank) -> None:
-        AttentionInterface.register(NAME, part_attention_forward)
-        AttentionMaskInterface.register(NAME, part_mask)
         self.bank = bank
         stacks = {ENCODER: model.get_encoder(), DECODER: model.get_decoder()}
         places = _places(stacks, bank)
@@ -154,16 +157,17 @@ class StackHook:
         if self.part == DECODER:
             rows.positions = None
         if task_ids is None:
-            check_tasks_of(kwargs.get("past_key_values"), None)
+            check_tasks_of(kwargs.get("past_key_values"), self.bank, None)
             scope.implementation = self.implementation
             return args, kwargs | {KEYWORD: PartBatch(self.implementation)}
         scope.implementation = None
+        check_config(stack)
         if args:
             bound = inspect.signature(stack.forward).bind_partial(*args, **kwargs).arguments
             args, kwargs = (), bound | bound.pop("kwargs", {})
         inputs = next(x for name in INPUTS if (x := kwargs.get(name)) is not None)
         ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
-        check_tasks_of(kwargs.get("past_key_values"), ids)
+        check_tasks_of(kwargs.get("past_key_values"), self.bank, ids)
         if self.part == DECODER and hasattr(stack, "embed_positions"):
             rows.positions = shifted_positions(
                 self.bank, ids, inputs, kwargs.get("position_ids"), kwargs.get("attention_mask"),

@@ -9,7 +9,9 @@ keys and values are then recorded in the same way, once, and kept beside the ban
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -32,11 +34,13 @@ class Source(NamedTuple):
     """What one attention call reads: layer ``layer`` of the bank, or the ``layer``-th of the prefixes made from it.
 
     ``slides``: the model's cache forgets what is out of this layer's window, so its mask must have one too.
+    ``apart``: other layers are called between two calls of this one.
     """
 
     layer: int
     made: bool
     slides: bool
+    apart: bool = False
 
 
 class Call(NamedTuple):
@@ -46,6 +50,9 @@ class Call(NamedTuple):
     key: Tensor
     value: Tensor
 
+
+#: One thread at a time makes prefixes.
+_MAKING = threading.RLock()
 
 #: Runs the unpatched model on one token behind the cache; returns its attention calls in their order.
 Recorder = Callable[[Any], list[Call]]
@@ -67,13 +74,15 @@ class Sources:
         self.record = record
         self.sources: dict[nn.Module, tuple[Source, ...]] = {}
         self._made: list[tuple[int, LayerKV]] = []  # which of the recorded calls, and what it makes of no tokens
-        self._bank: PrefixBank | None = None
-        self._lengths: list[int] = []
-        self._prefixes: list[PrefixKV] = []
+        self._kept: tuple[tuple[Any, ...], list[PrefixKV]] | None = None  # and what they were made of
         m = key_values[0][0].shape[1]
         read: set[int] = set()
         sliding = {i for i, x in enumerate(unforgetting_cache(model).layers) if hasattr(x, "sliding_window")}
-        for i, call in enumerate(self._calls_behind(key_values)):
+        places: dict[nn.Module, list[int]] = {}
+        with torch.no_grad():
+            calls = self._calls_behind(key_values)
+        for i, call in enumerate(calls):
+            places.setdefault(call.module, []).append(i)
             if call.key.shape[2] != m + 1:
                 continue  # not over [prefix ; own keys]: another kind of attention
             layer = next((i for i, pair in enumerate(key_values) if _reads(call, pair, m)), None)
@@ -85,6 +94,9 @@ class Sources:
             else:
                 read.add(layer)
             self.sources[call.module] = (*self.sources.get(call.module, ()), source)
+        for module, found in self.sources.items():
+            if places[module][-1] - places[module][0] >= len(places[module]):
+                self.sources[module] = tuple(source._replace(apart=True) for source in found)
         if not self.sources:
             raise UnsupportedModel(f"{type(model).__name__}: {NO_INTERFACE}")
         kept = {i for i, (k, _) in enumerate(key_values) if k.shape[0]}
@@ -105,11 +117,25 @@ class Sources:
             module.__dict__.pop(SOURCES, None)
 
     def made_of(self, bank: PrefixBank) -> list[PrefixKV]:
-        """The prefixes that the model makes of the bank's, for each call that reads such; kept until it changes."""
-        if self._made and (self._bank is not bank or self._lengths != bank.lengths):
-            self._prefixes = self._make(bank)
-            self._bank, self._lengths = bank, bank.lengths
-        return self._prefixes
+        """The prefixes that the model makes of the bank's, for each call that reads such.
+
+        Kept until the bank, the weights that make them or the active adapters change. With gradients for those weights
+        they are made anew.
+
+        Raises:
+            UnsupportedModel: each row has an adapter of its own.
+        """
+        if not self._made:
+            return []
+        makers = [module for module, sources in self.sources.items() if sources[0].made]
+        if torch.is_grad_enabled() and any(p.requires_grad for module in makers for p in module.parameters()):
+            return self._make(bank)
+        kept = self._kept  # read once: another thread may write it
+        state = bank, bank.lengths, None if torch.compiler.is_compiling() else [_weights_of(m) for m in makers]
+        if kept is None or kept[0] != state:
+            with _MAKING, torch.inference_mode(False), torch.no_grad():
+                self._kept = kept = state, self._make(bank)
+        return kept[1]
 
     def _make(self, bank: PrefixBank) -> list[PrefixKV]:
         calls = {
@@ -129,8 +155,26 @@ class Sources:
     def _calls_behind(self, key_values: Sequence[LayerKV]) -> list[Call]:
         cache = unforgetting_cache(self.model)
         fill(cache, [key_values])
-        with torch.no_grad(), evaluating(self.model):
+        device = self.model.device.type
+        exactly = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with exactly, evaluating(self.model):
             return self.record(cache)
+
+
+def _weights_of(module: nn.Module) -> tuple[Any, ...]:
+    """What tells whether a layer's weights have changed: how often each was written, and which adapters are active."""
+    adapted = []
+    layer: Any
+    for layer in module.modules():
+        if hasattr(layer, "active_adapters") and hasattr(layer, "scaling"):
+            if layer._forward_pre_hooks:
+                raise UnsupportedModel(
+                    "adapter_names: this family's layers make keys of what the bank holds, and each row's adapter "
+                    "would make others; use one adapter a batch (set_adapter)"
+                )
+            adapted.append((list(layer.active_adapters), layer.disable_adapters, dict(layer.scaling)))
+    written = [-1 if p.is_inference() else p._version for p in module.parameters()]
+    return [id(p) for p in module.parameters()], written, adapted
 
 
 def fill(cache: Any, rows: Sequence[Sequence[LayerKV]]) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from prefix_attn import IncompatiblePrefix, __version__
 from prefix_attn.bank import PrefixBank
-from prefix_attn.bank.format import file_names, portable_name, read_safetensors
+from prefix_attn.bank.format import checksum, file_names, portable_name, read_safetensors
 from tests.bank.models import random_kv, read, same_bits, state, tiny
 
 MODEL = tiny()
@@ -109,6 +109,7 @@ def test_metadata(bank: PrefixBank, tmp_path: Path) -> None:
         "base_model": "tiny-llama",
         "source": "tensors",
         "created_by": f"prefix_attn {__version__}",
+        "tensors_sha256": checksum(read_safetensors(tmp_path / "bank" / "a.safetensors")[0]),
     }
     for file in (tmp_path / "bank").iterdir():
         assert str(tmp_path).encode() not in file.read_bytes()
@@ -126,6 +127,14 @@ def test_files_differ_where_case_is_ignored() -> None:
     assert list(files) == ["a", "A", "a~2", "b"]
     assert len({file.casefold() for file in files.values()}) == 4
     assert files["a"] == "a.safetensors"
+
+
+@pytest.mark.parametrize("name", ["v1.", "a b", "~", "n" * 200, "\u00e4" * 100])
+def test_every_legal_name_survives(tmp_path: Path, name: str) -> None:
+    bank = PrefixBank.for_model(MODEL)
+    bank.add(name, random_kv(bank.geometry, 5, seed=1))
+    bank.save_pretrained(tmp_path)
+    assert state(PrefixBank.from_pretrained(tmp_path, MODEL)) == state(bank)
 
 
 def test_case_pairs_survive(tmp_path: Path) -> None:
@@ -163,7 +172,7 @@ def test_other_weights_are_refused(bank: PrefixBank, tmp_path: Path) -> None:
 
 def _damage(path: Path, case: str) -> None:
     tensors, metadata = load_file(path), metadata_of(path)
-    content = path.read_bytes()
+    content = bytearray(path.read_bytes())
     if case == "truncated":
         path.write_bytes(content[:-100])
     elif case == "header cut":
@@ -188,7 +197,10 @@ def _damage(path: Path, case: str) -> None:
         save_file({**tensors, "v.1": tensors["v.1"][:, :-1].contiguous()}, path, metadata)
     elif case == "nan":
         tensors["k.1"][0, 0, 0] = torch.nan
-        save_file(tensors, path, metadata)
+        save_file(tensors, path, metadata | {"tensors_sha256": checksum(tensors)})
+    elif case == "one bit":
+        content[-5] ^= 4
+        path.write_bytes(content)
     else:
         key, value = case.split("=", 1)
         rewrite(path, **{key: None if value == "None" else value})
@@ -206,6 +218,8 @@ DAMAGES = {
     "extra tensor": "got 5 tensors",
     "shape": r"layer 1 takes v .*got \[2, 4, 8\]",
     "nan": r"\[1\]: expected finite values",
+    "one bit": "its values are not those that were saved",
+    "tensors_sha256=0": "its values are not those that were saved",
     "format=other": "without its metadata",
     "format_version=2": "expected format_version '1', got '2'; it was written by prefix_attn",
     "position_mode=absolute": "expected position_mode 'offset', got 'absolute'",
@@ -277,7 +291,9 @@ def test_paths_that_are_no_prefix(bank: PrefixBank, tmp_path: Path) -> None:
         ({"tasks": None}, "expected tasks with name and file"),
         ({"tasks": [{"name": "zebra"}]}, "expected tasks with name and file"),
         ({"tasks": ["zebra"]}, "expected tasks with name and file"),
-        ({"tasks": [{"name": "zebra", "file": "../zebra.safetensors"}]}, "name: expected no '/'"),
+        ({"tasks": [{"name": "zebra", "file": "../zebra.safetensors"}]}, "file: expected the name of a file in"),
+        ({"tasks": [{"name": "zebra", "file": ".."}]}, "file: expected the name of a file in"),
+        ({"tasks": [{"name": x, "file": "zebra.safetensors"} for x in "ab"]}, "or its file twice"),
         ({"tasks": [{"name": "../x", "file": "zebra.safetensors"}]}, "name: expected no '/'"),
         ({"tasks": [{"name": "zebra", "file": "zebra.safetensors"}] * 2}, "twice"),
         ({"tasks": [{"name": "zebra", "file": "missing.safetensors"}]}, "missing.safetensors: expected a whole"),

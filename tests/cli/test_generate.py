@@ -221,11 +221,12 @@ def test_half_precision(folder: Folder) -> None:
     assert sum(right) >= 5
 
 
-def test_a_checkpoint_that_samples_is_run_greedily_and_without_a_pad_token(
+def test_a_checkpoint_with_settings_of_its_own_is_run_greedily_and_without_a_pad_token(
     folder: Folder, example: Example, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = (kind.from_pretrained(example.model) for kind in (AutoModelForCausalLM, AutoTokenizer))
     model.generation_config.update(do_sample=True, temperature=5.0, top_p=0.9, pad_token_id=None, num_beams=3)
+    model.generation_config.update(forced_eos_token_id=2, prompt_lookup_num_tokens=3, max_time=0.001)
     tokenizer.pad_token = None
     folder.model = str(tmp_path / "model")
     model.save_pretrained(folder.model)
