@@ -123,15 +123,17 @@ class Sources:
         they are made anew.
 
         Raises:
-            UnsupportedModel: each row has an adapter of its own.
+            UnsupportedModel: each row has an adapter of its own, or the pass is being compiled.
         """
         if not self._made:
             return []
+        if torch.compiler.is_compiling():
+            raise UnsupportedModel("torch.compile: this family makes keys of what the bank holds, in eager mode only")
         makers = [module for module, sources in self.sources.items() if sources[0].made]
         if torch.is_grad_enabled() and any(p.requires_grad for module in makers for p in module.parameters()):
             return self._make(bank)
         kept = self._kept  # read once: another thread may write it
-        state = bank, bank.lengths, None if torch.compiler.is_compiling() else [_weights_of(m) for m in makers]
+        state = bank, bank.lengths, [_weights_of(module) for module in makers]
         if kept is None or kept[0] != state:
             with _MAKING, torch.inference_mode(False), torch.no_grad():
                 self._kept = kept = state, self._make(bank)

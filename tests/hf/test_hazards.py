@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,10 @@ class TestConfig:
         tasks = [bank.names[0], None, bank.names[1], None]
         expected = model(**inputs, task_ids=tasks).logits
         model.set_attn_implementation("eager")
-        with pytest.raises(pa.UnsupportedModel, match="switched to attn_implementation='eager' after it was patched"):
-            model(**inputs, task_ids=tasks)
+        told = model.get_decoder().config._attn_implementation == "eager"  # transformers 5.17 does not tell T5's stacks
+        refused = pytest.raises(pa.UnsupportedModel, match="switched to attn_implementation='eager' after it was pat")
+        with refused if told else nullcontext():
+            torch.testing.assert_close(model(**inputs, task_ids=tasks).logits, expected)
         torch.testing.assert_close(model(**inputs).logits, plain, rtol=1e-4, atol=1e-4)
         pa.patch(model, bank)
         torch.testing.assert_close(model(**inputs, task_ids=tasks).logits, expected, rtol=1e-4, atol=1e-4)
