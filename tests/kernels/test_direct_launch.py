@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.pretended_gpu import pretend
 from tests.cases import Case, make
 
 #: Of each launch: whether Triton was asked, the grid, the compiled kernel, and the arguments, tensors as addresses.
@@ -16,37 +17,18 @@ Launch = tuple[bool, tuple[int, ...], int, tuple[Any, ...]]
 CASE = Case("launch", prefix_lens=(40, 33), task_ids=(0, 1), kv_len=300, head_dim=64, q_len=3)
 
 
-def pretend_driver(launches: list[Launch]) -> None:
+def take_notes(launches: list[Launch]) -> None:
     """Compile for an H200, and note down what would be launched there."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase
-    from triton.runtime.driver import driver
 
     asked: list[object] = []
 
-    class Pretended(DriverBase):
-        class utils:
-            load_binary = staticmethod(lambda *_: ("module", 0, 32, 0, 1024))
-            get_device_properties = staticmethod(lambda device: {"max_shared_mem": 232_448})
+    def note(grid: tuple[int, int, int], kernel: int, arguments: tuple[Any, ...]) -> None:
+        plain = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments)
+        launches.append((bool(asked), grid, kernel, plain))
+        asked.clear()
 
-        def launcher_cls(self, source: Any, metadata: Any) -> Any:
-            kernel = len(launches)
-
-            def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
-                arguments = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in rest[4:])
-                launches.append((bool(asked), (x, y, z), kernel, arguments))
-                asked.clear()
-
-            return launch
-
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-        get_current_device = staticmethod(lambda: 0)
-        get_current_stream = staticmethod(lambda device: 0)
-        map_python_to_cpp_type = staticmethod(str)
-
-    Pretended.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
-    driver.set_active(Pretended())
+    pretend(note)
     run = triton.JITFunction.run
 
     def noted(self: Any, *args: Any, **options: Any) -> Any:
@@ -60,7 +42,7 @@ def launch_repeatedly(way: str, hip: str | None = None) -> list[Launch]:
     """The same call twice, then with a q that is not aligned, then with a second result; ``hip`` is PyTorch's."""
     launches: list[Launch] = []
     torch.version.hip = hip
-    pretend_driver(launches)
+    take_notes(launches)
     from prefix_attn.backends.triton import operands_of
     from prefix_attn.checks import checked_call
     from prefix_attn.kernels.decode import decode_attention
