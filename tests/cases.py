@@ -32,6 +32,7 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     strided: bool = False
+    apart: bool = False  # the elements of a head do not lie side by side
     reach: int | None = None  # R of a relative bias
 
 
@@ -135,6 +136,9 @@ CASES = [
     Case("relative_bias_of_one", reach=0, q_len=2, prefix_lens=(70, 90, 110)),
     Case("strided", strided=True, q_len=3),
     Case("strided_decode", strided=True),
+    Case("elements_apart", apart=True, q_len=3),
+    Case("elements_apart_decode", apart=True),
+    Case("elements_apart_prefill", apart=True, q_len=13, prefix_lens=(7, 0, 70), starts=(0, 3, 12, 13)),
     *(Case(f"head_dim_{d}", head_dim=d, kv_heads=4) for d in (24, 72, 80, 96, 256)),
     Case("prefill_past_a_tile", q_len=70, kv_len=75, prefix_lens=(33, 64, 65), task_ids=(0, 1, 2), starts=(0, 40, 7)),
     Case("many_rows", task_ids=tuple(i % 4 - 1 for i in range(40)), kv_len=5),
@@ -164,7 +168,11 @@ def make(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu", se
         "sinks": randn(case.q_heads) if case.sinks else None,
         "relative_bias": None if case.reach is None else randn(case.q_heads, 2 * case.reach + 1),
     }  # fmt: skip
-    return Inputs(2 * q, k, v, prefix, torch.tensor(case.task_ids, **integers), options)
+    q = 2 * q
+    if case.apart:
+        q, k, v, pk, pv = (x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (q, k, v, prefix.k, prefix.v))
+        prefix = replace(prefix, k=pk, v=pv)
+    return Inputs(q, k, v, prefix, torch.tensor(case.task_ids, **integers), options)
 
 
 def poisoned(inputs: Inputs) -> Inputs:

@@ -259,6 +259,7 @@ def _attend(
     if k.shape[2] == 0:  # the operator kills the process
         lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         return torch.zeros_like(q), q.new_full(q.shape[:3], float("-inf"), dtype=lse_dtype)
+    q, k, v = map(_side_by_side, (q, k, v))
     bias = _bias(mask, relative, q)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
@@ -270,6 +271,11 @@ def _attend(
             q, k.masked_fill(unread, 0.0), v.masked_fill(unread, 0.0), 0.0, causal, attn_mask=bias, scale=scale
         )
     return out, lse.masked_fill(~mask.any(dim=3), float("-inf"))  # the operator says 0 for a row that sees nothing
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """x, copied where the elements of a head lie apart: PyTorch's CPU flash attention takes their stride for 1."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _bias(mask: Tensor | None, relative: Tensor | None, q: Tensor) -> Tensor | None:
@@ -340,8 +346,9 @@ def _attend_backward(
     if k.shape[2] == 0:
         return torch.zeros_like(rows.q), torch.zeros_like(k), torch.zeros_like(v)
     flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    bias = _bias(mask, relative, rows.q)
+    q, k, v, out = map(_side_by_side, (rows.q, k, v, rows.out))
+    bias = _bias(mask, relative, q)
     grads: tuple[Tensor, Tensor, Tensor] = flash_backward(
-        rows.grad_out, rows.q, k, v, rows.out, rows.lse, 0.0, causal, attn_mask=bias, scale=scale
+        rows.grad_out, q, k, v, out, rows.lse, 0.0, causal, attn_mask=bias, scale=scale
     )
     return grads
