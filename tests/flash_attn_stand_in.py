@@ -55,5 +55,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, softcap
     if causal:
         s = s.masked_fill(~torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries), float("-inf"))
     lse = s.logsumexp(2) if keys else s.new_full(s.shape[:2], float("-inf"))
-    out = torch.einsum("hqn,nhd->qhd", torch.exp(s - lse[..., None]).nan_to_num(0.0), v)
-    return out.to(q.dtype), lse.masked_fill(lse == float("-inf"), float("inf"))
+    blind = lse == float("-inf")
+    out = torch.einsum("hqn,nhd->qhd", torch.exp(s - lse.masked_fill(blind, 0.0)[..., None]), v)
+    return out.to(q.dtype), lse.masked_fill(blind, float("inf"))

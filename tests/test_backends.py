@@ -75,6 +75,22 @@ class BackendSuite:
         for rows in ([0], [3, 1], [1, 0, 2, 1, 3]):
             assert torch.equal(self.run(inputs.rows(rows), batch_invariant=True)[0], out[rows])
 
+    @pytest.mark.parametrize("case", [
+        DECODE, PREFILL, Case("no_prefix", task_ids=(-1, 1), q_len=13), Case("second_part", kv_len=260)],
+        ids=lambda c: c.name)  # fmt: skip
+    @pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's maximum, in NumPy
+    @pytest.mark.parametrize("of", ["a query", "own keys"])
+    def test_nan_is_not_swallowed(self, case: Case, of: str) -> None:
+        """Where all scores of a part are NaN, too: its other parts are not the answer."""
+        inputs = make(case, device=DEVICE)
+        if of == "a query":
+            inputs.q[0, :, -1] = float("nan")
+        else:
+            inputs.k[0, :, case.kv_len // 256 * 256 :] = float("nan")
+        for x, expected in zip(self.run(inputs), oracle(inputs, torch.float32), strict=True):
+            assert expected.isnan().any()
+            torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
     def test_empty_batch_and_no_queries(self) -> None:
         for rows, queries in ((slice(0, 0), slice(None)), (slice(None), slice(0, 0))):
             inputs = make(PREFILL, device=DEVICE)

@@ -90,7 +90,7 @@ void start(const Results& all, int64_t i) {
 
 // Joins what query i has seen with what query j of `other` saw of one more part.
 void join(const Results& all, int64_t i, const Results& other, int64_t j) {
-    if (other.r[j] == NONE) return;
+    if (other.r[j] == NONE && other.l[j] == 0) return;  // l is NaN where all scores are
     const float r = std::max(all.r[i], other.r[j]);
     const float before = std::exp2(all.r[i] - r), now = std::exp2(other.r[j] - r);
     for (int d = 0; d < PADDED; d += LANES) {

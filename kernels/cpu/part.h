@@ -28,7 +28,8 @@ struct Call {  // in the order of backends/cpu.py
     double scale, softcap;                             // softcap: 0 for none
 };
 
-// What a part gives, by query: o [PADDED], r and l. Where r is -inf, o is not written.
+// What a part gives, by query: o [PADDED], r and l. Where l is 0, o may not be written. A NaN among the scores makes l
+// and o NaN; r passes over it, and is -inf where all are NaN.
 struct Results {
     float *o, *r, *l;
 };

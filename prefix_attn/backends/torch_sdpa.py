@@ -30,6 +30,10 @@ READS_IDS = True
 #: In prefill, prefixes of fewer tokens are copied: a second call and the merge cost more (measured in the same file).
 COPIED_BELOW = 64
 
+#: Of fewer keys without a bias, PyTorch's CPU flash attention takes scores that are all NaN for none: its maximum keeps
+#: NaN in whole vectors only, and this is the widest.
+VECTOR = 16
+
 
 def refusal(call: AttentionCall) -> str | None:
     """PyTorch runs everything, on every device."""
@@ -263,6 +267,11 @@ def _attend(
     bias = _bias(mask, relative, q)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out, lse = flash(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    if k.shape[2] < VECTOR and bias is None and (lse == 0).any():  # as it is of no scores; a bias keeps NaN
+        order = q.new_zeros(q.shape[2], k.shape[2])
+        if causal:
+            order = order.masked_fill(torch.ones_like(order, dtype=torch.bool).triu(1), float("-inf"))
+        out, lse = flash(q, k, v, 0.0, attn_mask=order[None, None], scale=scale)
     if mask is None:
         return out, lse
     if out.isnan().any():  # 0 * NaN: something unreadable lies in hidden keys; blank it and look again
