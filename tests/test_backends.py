@@ -91,6 +91,19 @@ class BackendSuite:
             assert expected.isnan().any()
             torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
 
+    @pytest.mark.parametrize("case", [
+        Case("decode", reach=20), Case("prefill", reach=20, q_len=13), Case("cut", reach=20, window=18),
+        Case("long", reach=20, q_len=13, prefix_lens=(70, 0, 90), starts=(0, 3, 0, 5)),
+        Case("not_causal", reach=20, q_len=13, causal=False)], ids=lambda c: c.name)  # fmt: skip
+    @pytest.mark.parametrize("far", [10, 20, 41])
+    def test_a_relative_bias_may_hide_keys(self, case: Case, far: int) -> None:
+        """By -inf at far distances, at all of a prefix's, and at all; for the last two heads only."""
+        inputs = make(case, device=DEVICE)
+        inputs.options["relative_bias"][2:, :far] = float("-inf")
+        exact, eager = oracle(inputs), oracle(inputs, torch.float32)
+        for x, rounded, expected in zip(self.run(inputs), eager, exact, strict=True):
+            assert_close("out and lse", x, rounded, expected)
+
     def test_empty_batch_and_no_queries(self) -> None:
         for rows, queries in ((slice(0, 0), slice(None)), (slice(None), slice(0, 0))):
             inputs = make(PREFILL, device=DEVICE)
@@ -161,6 +174,18 @@ class TestTorch(BackendSuite):
             inputs = make(case)
             exact, eager = oracle(inputs), oracle(inputs, torch.float32)
             assert_close(case.name, self.run(inputs)[0], eager[0], exact[0])
+
+    @pytest.mark.parametrize("far", [10, 20, 41])
+    def test_gradients_where_a_relative_bias_hides_keys(self, far: int) -> None:
+        for case in (Case("decode", reach=20), Case("prefill", reach=20, q_len=13, prefix_lens=(70, 0, 90))):
+            inputs, leaves = make(case, device=DEVICE).requiring_grad(torch.float64, names=["q", "k", "prefix.v"])
+            inputs.options["relative_bias"][2:, :far] = float("-inf")
+            found, exact = (
+                torch.autograd.grad((out * torch.linspace(-1, 1, 16, device=DEVICE)).sum(), list(leaves.values()))
+                for out in (self.run(inputs)[0], oracle(inputs)[0])
+            )
+            for name, x, expected in zip(leaves, found, exact, strict=True):
+                assert_close(f"gradient of {name}", x, expected, expected)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="its kernel runs on CPUs, and the suite's tensors are on a GPU")

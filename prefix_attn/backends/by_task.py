@@ -50,8 +50,9 @@ def readers_of(ids: tuple[int, ...], spans: Spans) -> Readers:
 
 
 def merge(own_out: Tensor, own_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Join a row's two parts in lse's dtype; the prefix's lse is finite, since it has at least one visible token."""
-    weight = torch.sigmoid(own_lse - lse)[..., None]  # exp(own) / (exp(own) + exp(prefix))
+    """Join a row's two parts in lse's dtype."""
+    difference = own_lse - lse.clamp(min=torch.finfo(lse.dtype).min)  # a number, where neither part sees anything
+    weight = torch.sigmoid(difference)[..., None]  # exp(own) / (exp(own) + exp(prefix))
     return torch.lerp(out.to(lse.dtype), own_out.to(lse.dtype), weight), torch.logaddexp(own_lse, lse)
 
 

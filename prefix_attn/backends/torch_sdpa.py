@@ -229,12 +229,13 @@ def _concatenated_sdpa(call: AttentionCall) -> Tensor:
     v = torch.cat([pv, call.v], dim=2).masked_fill(unread, 0.0)
     if k.shape[2] == 0:
         return torch.zeros_like(call.q)
-    bias = mask
+    bias, blind = mask, ~mask.any(dim=3)
     if call.relative_bias is not None:
         relative = reference.relative_scores(call, pk.shape[2], m).to(call.q.dtype)
         bias = relative.masked_fill(~mask, float("-inf"))
+        blind = (bias == float("-inf")).all(dim=3)
     out = scaled_dot_product_attention(call.q, k, v, attn_mask=bias, scale=call.scale, enable_gqa=call.group > 1)
-    return out.masked_fill(~mask.any(dim=3)[..., None], 0.0)
+    return out.masked_fill(blind[..., None], 0.0)
 
 
 def _attend_grouped(
@@ -272,14 +273,16 @@ def _attend(
         if causal:
             order = order.masked_fill(torch.ones_like(order, dtype=torch.bool).triu(1), float("-inf"))
         out, lse = flash(q, k, v, 0.0, attn_mask=order[None, None], scale=scale)
-    if mask is None:
+    if bias is None:
         return out, lse
-    if out.isnan().any():  # 0 * NaN: something unreadable lies in hidden keys; blank it and look again
+    if mask is not None and out.isnan().any():
+        # 0 * NaN: something unreadable lies in hidden keys; blank it and look again
         unread = ~mask.any(dim=2)[..., None]
         out, lse = flash(
             q, k.masked_fill(unread, 0.0), v.masked_fill(unread, 0.0), 0.0, causal, attn_mask=bias, scale=scale
         )
-    return out, lse.masked_fill(~mask.any(dim=3), float("-inf"))  # the operator says 0 for a row that sees nothing
+    blind = (bias == float("-inf")).all(dim=3)
+    return out, lse.masked_fill(blind, float("-inf"))  # the operator says 0 for a row that sees nothing
 
 
 def _side_by_side(x: Tensor) -> Tensor:
