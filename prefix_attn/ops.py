@@ -8,8 +8,9 @@ is imported by its first real call, not by this registration.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from prefix_attn.checks import check_values
 from prefix_attn.errors import BackendUnavailable
 from prefix_attn.plan import BatchPlan, RowTiles
 from prefix_attn.types import AttentionCall, PerInput, PrefixKV
+
+T = TypeVar("T")
 
 #: A call's tensors that have gradients come first, in the order of `PerInput`.
 _CALL = (
@@ -87,11 +90,19 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None]:
     module = dispatch.BACKENDS[backend]
     if (module.READS_IDS or call.task_ids.is_cpu) and not getattr(module, "CHECKS_VALUES", False):
         check_values(call)
-    out, lse = module.forward(call)
+    out, lse = _without_autocast(call, module.forward, call)
     if not call.return_lse:
         return _in_layout_of(call.q, out), None
     assert lse is not None, "a backend returns lse where it is asked for"
     return _in_layout_of(call.q, out), lse.contiguous()
+
+
+def _without_autocast(call: AttentionCall, function: Callable[..., T], *arguments: Any) -> T:
+    """Run a backend's function in the precision that it asks for: autocast would lower that of its matrix products."""
+    if not torch._C._is_any_autocast_enabled():
+        return function(*arguments)
+    with torch.autocast(call.q.device.type, enabled=False):
+        return function(*arguments)
 
 
 @torch.library.impl(_ATTENTION, ("cpu", "cuda"))
@@ -110,7 +121,8 @@ def _backward(
     if call.q.numel() == 0:
         return tuple(torch.zeros_like(x) if need else _nothing(call) for x, need in zip(inputs, needed, strict=True))
     saved = lse if call.return_lse else None
-    grads = dispatch.BACKENDS[backend].backward(call, out, saved, grad_out, grad_lse, PerInput(*needed))
+    backward = dispatch.BACKENDS[backend].backward
+    grads = _without_autocast(call, backward, call, out, saved, grad_out, grad_lse, PerInput(*needed))
     return tuple(
         _in_layout_of(x, grad) if need and grad is not None else _nothing(call)
         for x, grad, need in zip(inputs, grads, needed, strict=True)

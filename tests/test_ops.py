@@ -126,6 +126,28 @@ def test_second_derivatives_are_refused() -> None:
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
+    """Inputs come in the precision that is wanted; a backend's own products are its business."""
+
+    def results(autocast: bool, requires_grad: bool) -> list[torch.Tensor]:
+        names = differentiable(backend) if requires_grad else []
+        inputs, leaves = make(replace(FULL, reach=None), dtype, DEVICE).requiring_grad(dtype, names)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            out, lse = pa.prefix_attention(*inputs.args, **inputs.options, return_lse=True, backend=backend)
+            assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+            if not requires_grad:
+                return [out, lse]
+            ones = torch.ones_like(out), torch.ones_like(lse)
+            given = [leaves[name] for name in names if name in leaves]
+            return [out, lse, *torch.autograd.grad([out, lse], given, ones)]
+
+    for requires_grad in (False, True):
+        for with_it, without in zip(*(results(x, requires_grad) for x in (True, False)), strict=True):
+            assert torch.equal(with_it, without)
+
+
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 def test_out_has_the_layout_of_q(backend: str) -> None:
     for strided in (False, True):
