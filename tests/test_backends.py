@@ -104,6 +104,18 @@ class BackendSuite:
         for x, rounded, expected in zip(self.run(inputs), eager, exact, strict=True):
             assert_close("out and lse", x, rounded, expected)
 
+    @pytest.mark.parametrize("case", [
+        Case("decode", sinks=True), Case("prefill", sinks=True, q_len=13, starts=(0, 3, 12, 13)),
+        Case("nothing_visible", sinks=True, task_ids=(-1, 1, 0, -1), ends=(0, 0, 0, 5))],
+        ids=lambda c: c.name)  # fmt: skip
+    def test_a_sink_of_minus_infinity_is_none(self, case: Case) -> None:
+        inputs = make(case, device=DEVICE)
+        without = replace(inputs, options=inputs.options | {"sinks": None})
+        inputs.options["sinks"][:] = float("-inf")
+        exact, eager = oracle(without), oracle(without, torch.float32)
+        for x, rounded, expected in zip(self.run(inputs), eager, exact, strict=True):
+            assert_close("out and lse", x, rounded, expected)
+
     def test_empty_batch_and_no_queries(self) -> None:
         for rows, queries in ((slice(0, 0), slice(None)), (slice(None), slice(0, 0))):
             inputs = make(PREFILL, device=DEVICE)

@@ -101,6 +101,20 @@ def test_gradients_of_any_call_equal_the_formulas(case: Case) -> None:
             assert_close(f"gradient of {name}", x, exact, exact)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sink_of_minus_infinity_has_no_gradient(backend: str) -> None:
+    """And takes none from the others; a head without a sink and a row that sees nothing among them."""
+    case = Case("", task_ids=(-1, 0), ends=(0, 13), sinks=True)
+    inputs, leaves = make(case, device=DEVICE).requiring_grad()
+    with torch.no_grad():
+        leaves["sinks"][:2] = float("-inf")
+    out = pa.prefix_attention(*inputs.args, **inputs.options, backend=backend)
+    grads = dict(zip(leaves, torch.autograd.grad(out.sum(), list(leaves.values())), strict=True))
+    assert all(grad.isfinite().all() for grad in grads.values())
+    assert not grads["sinks"][:2].any()
+    assert grads["sinks"][2:].all()
+
+
 def test_only_what_is_needed_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make(PREFILL, device=DEVICE)
     inputs.k.requires_grad_()

@@ -103,7 +103,7 @@ void join(const Results& all, int64_t i, const Results& other, int64_t j) {
 
 void finish(const Call& call, int64_t b, int64_t h, int64_t query, const Results& all, int64_t i) {
     float r = all.r[i], l = all.l[i], scale = 1;
-    if (call.sinks) {
+    if (call.sinks && call.sinks[h] != NONE) {
         const float sink = call.sinks[h] * LOG2_E;
         r = std::max(r, sink);
         scale = std::exp2(all.r[i] - r);

@@ -59,4 +59,5 @@ def merge(own_out: Tensor, own_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[T
 def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """Out ``[B, H, Q, D]`` and lse ``[B, H, Q]`` with a sink per head, ``[H]``, in the denominator."""
     joined = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
-    return out * torch.exp(lse - joined)[..., None], joined
+    share = torch.exp(lse - joined.clamp(min=torch.finfo(lse.dtype).min))  # 0, where there is neither key nor sink
+    return out * share[..., None], joined

@@ -79,7 +79,7 @@ def backward(
     slots = grad_k.shape[2] - call.kv_capacity
     grad_sinks = None
     if call.sinks is not None:
-        p_sink = torch.exp(call.sinks.to(w.s.dtype)[None, :, None] - w.lse)
+        p_sink = torch.exp(call.sinks.to(w.s.dtype)[None, :, None] - w.base)
         grad_sinks = -(p_sink * rest).sum((0, 2))
     return PerInput(
         q=grad_s @ w.k, k=grad_k[:, :, slots:], v=grad_v[:, :, slots:],
@@ -101,6 +101,7 @@ class _Weights(NamedTuple):
     s: Tensor
     p: Tensor
     lse: Tensor  # [B, H, Q]
+    base: Tensor  # lse, 0 where it is -inf
     k: Tensor  # [B, H, M + N, D]; 0 where no query looks
     v: Tensor
     hidden: Tensor  # [B, 1, Q, M + N]
@@ -123,8 +124,8 @@ def _weights(call: AttentionCall, dtype: torch.dtype) -> _Weights:
     lse = torch.logsumexp(s, dim=3) if s.shape[3] else s.new_full(s.shape[:3], float("-inf"))
     if call.sinks is not None:
         lse = torch.logaddexp(lse, call.sinks.to(dtype)[None, :, None])
-    p = torch.exp(s - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
-    return _Weights(s, p, lse, k, v, hidden)
+    base = lse.masked_fill(lse == float("-inf"), 0.0)
+    return _Weights(s, torch.exp(s - base[..., None]), lse, base, k, v, hidden)
 
 
 def gather_prefix(prefix: PrefixKV, task_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

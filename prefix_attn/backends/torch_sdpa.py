@@ -85,7 +85,7 @@ def backward(
         _prefix_backward(call, batch.readers, rows, grad_q, grad_pk, grad_pv)
     grad_sinks = None
     if call.sinks is not None:
-        p_sink = torch.exp(call.sinks.to(lse.dtype)[None, :, None] - lse)
+        p_sink = torch.exp(call.sinks.to(lse.dtype)[None, :, None] - rows.lse)
         grad_sinks = -(p_sink * (out.to(lse.dtype) * grad_out).sum(3)).sum((0, 2))
     return PerInput(grad_q, grad_k, grad_v, grad_pk, grad_pv, grad_sinks, None)
 
