@@ -53,7 +53,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, softcap
     s = scale * torch.einsum("qhd,nhd->hqn", q.float(), k)
     s = softcap * torch.tanh(s / softcap) if softcap else s
     if causal:
-        s = s.masked_fill(~torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries), float("-inf"))
+        s = s.masked_fill(~torch.ones_like(s, dtype=torch.bool).tril(keys - queries), float("-inf"))
     lse = s.logsumexp(2) if keys else s.new_full(s.shape[:2], float("-inf"))
     blind = lse == float("-inf")
     out = torch.einsum("hqn,nhd->qhd", torch.exp(s - lse.masked_fill(blind, 0.0)[..., None]), v)

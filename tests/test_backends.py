@@ -10,6 +10,7 @@ import torch
 
 import prefix_attn as pa
 from prefix_attn.backends import flash_attn, reference
+from prefix_attn.backends.by_task import readers_of
 from prefix_attn.checks import checked_call
 from prefix_attn.regime import Regime, use_decode
 from prefix_attn.types import AttentionCall
@@ -115,6 +116,19 @@ class BackendSuite:
         exact, eager = oracle(without), oracle(without, torch.float32)
         for x, rounded, expected in zip(self.run(inputs), eager, exact, strict=True):
             assert_close("out and lse", x, rounded, expected)
+
+    @pytest.mark.parametrize("case", [
+        Case("decode", reach=9), Case("reordered", task_ids=(0, 2, 0, 2), sinks=True),
+        Case("in_order", task_ids=(0, 2, 2, 2), reach=9, prefix_lens=(70, 0, 90), q_len=13)],
+        ids=lambda c: c.name)  # fmt: skip
+    def test_the_default_device_does_not_matter(self, case: Case) -> None:
+        """Nor is what a call leaves in a cache on it."""
+        readers_of.cache_clear()
+        inputs = make(case, device=DEVICE)
+        with torch.device("meta"):
+            inside = self.run(inputs)
+        for x, expected in zip(inside, self.run(inputs), strict=True):
+            assert torch.equal(x, expected)
 
     def test_empty_batch_and_no_queries(self) -> None:
         for rows, queries in ((slice(0, 0), slice(None)), (slice(None), slice(0, 0))):

@@ -23,7 +23,7 @@ Spans = tuple[tuple[int, int], ...]
 
 
 class Readers(NamedTuple):
-    """Rows with a prefix, sorted by task."""
+    """Rows with a prefix, sorted by task; on the CPU, whatever device is the default where they are first asked for."""
 
     groups: list[tuple[int, int, int]]  # (start of the prefix, its length, number of rows), task by task
     order: Tensor | None  # the rows, task by task; None: all rows of the batch, as they are
@@ -31,7 +31,7 @@ class Readers(NamedTuple):
 
     def rows(self, call: AttentionCall) -> Tensor:
         """``order``, in full."""
-        return torch.arange(call.batch) if self.order is None else self.order
+        return torch.arange(call.batch, device="cpu") if self.order is None else self.order
 
 
 @lru_cache(maxsize=256)
@@ -45,8 +45,8 @@ def readers_of(ids: tuple[int, ...], spans: Spans) -> Readers:
     order = [row for rows in rows_of.values() for row in rows]
     if order == list(range(len(ids))):
         return Readers(groups, None, None)
-    back = torch.tensor(order).argsort() if len(order) == len(ids) else None
-    return Readers(groups, torch.tensor(order), back)
+    rows = torch.tensor(order, device="cpu")
+    return Readers(groups, rows, rows.argsort() if len(order) == len(ids) else None)
 
 
 def merge(own_out: Tensor, own_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
