@@ -118,6 +118,8 @@ CASES = [
     Case("sinks_prefill", sinks=True, q_len=13, window=4, starts=(0, 3, 0, 5)),
     Case("sinks_nothing_visible", sinks=True, kv_len=0, task_ids=(-1, 1, 0, -1), causal=False),
     Case("scale", scale=0.3, q_len=2),
+    Case("negative_scale", scale=-0.3, q_len=13),
+    Case("scale_of_zero", scale=0.0, q_len=13, task_ids=(-1, -1)),
     Case("relative_bias_decode", reach=9),
     Case("relative_bias_prefill", reach=9, q_len=13, kv_heads=4, starts=(0, 3, 0, 5)),
     Case("relative_bias_not_causal", reach=40, q_len=13, causal=False, starts=(0, 2, 0, 12)),

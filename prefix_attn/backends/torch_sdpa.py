@@ -171,7 +171,8 @@ def _own_mask(call: AttentionCall, batch: _Batch) -> tuple[Tensor | None, bool]:
     if batch.aligned and not batch.windowed:
         if call.q_len == 1 or not call.causal:
             return None, False
-        if call.q_len == batch.last - batch.first and call.relative_bias is None:
+        in_order = call.q_len == batch.last - batch.first and call.relative_bias is None
+        if in_order and call.scale > 0:  # PyTorch scales what it hid by order: 0 or less makes NaN and inf of its -inf
             return None, True
     no_prefix = torch.zeros_like(call.task_ids)
     return reference.visible(call, 0, no_prefix)[..., batch.first : batch.last], False
