@@ -251,6 +251,20 @@ class TestCpu(ForwardOnlySuite):
             exact, eager = oracle(inputs), oracle(inputs, torch.float32)
             assert_close("out", self.run(inputs)[0], eager[0], exact[0])
 
+    @pytest.mark.parametrize("slot", [23, 267])
+    @pytest.mark.parametrize("value", [float("inf"), float("nan")])
+    def test_a_value_reaches_only_rows_whose_window_has_it(self, slot: int, value: float) -> None:
+        """Though rows that it is hidden from read the same prefix: 0 times infinity is NaN."""
+        m = slot + 17
+        case = Case("", prefix_lens=(m,), task_ids=(0, 0, 0), window=20, ends=(13, 2, 12))
+        inputs = make(case)
+        expected = self.run(inputs)
+        inputs.prefix.v[:, slot] = value
+        out, lse = self.run(inputs)
+        assert not out[1].isfinite().any()
+        for x, before in zip((out, lse), expected, strict=True):
+            torch.testing.assert_close(x[::2], before[::2], rtol=1e-5, atol=1e-5)
+
 
 class TestCpuInLanes(TestCpu):
     """Queries in SIMD lanes, however few they are."""

@@ -66,8 +66,13 @@ void add(const Call& call, const Row& row, const Part& part, int64_t head, int b
         }
 }
 
-// Writes the results of the queries that were added; false where none of them sees anything.
-bool attend(const Call& call, Part part, Scratch& s, const Results& results) {
+inline bool along_head(const Call& call, const Queries& queries) {
+    return queries.count <= FEW_QUERIES && !call.batch_invariant;
+}
+
+// Writes the results of the queries that were added, and cuts the part to the keys that one of them sees; false where
+// none sees any.
+bool attend(const Call& call, Part& part, Scratch& s, const Results& results) {
     const Queries& queries = s.queries;
     int from = part.to, to = part.from;
     for (int i = 0; i < queries.count; i++)
@@ -78,9 +83,30 @@ bool attend(const Call& call, Part part, Scratch& s, const Results& results) {
         return false;
     }
     part.from = from, part.to = to;
-    if (queries.count <= FEW_QUERIES && !call.batch_invariant) attend_along_head(call, part, s, results);
+    if (along_head(call, queries)) attend_along_head(call, part, s, results);
     else attend_in_lanes(call, part, s, results);
     return true;
+}
+
+// Sums again, over the keys that its query sees, each element that is NaN: 0 times an infinite value, in a key that a
+// window hides from this row and not from another.
+void sum_what_is_seen(const Call& call, const Part& part, const Scratch& s, const Results& results) {
+    const Queries& queries = s.queries;
+    const bool along = along_head(call, queries);
+    for (int i = 0; i < queries.count; i++) {
+        if (queries.first[i] == part.from) continue;
+        float* o = results.o + queries.slot[i] * PADDED;
+        int found = 0;  // by a loop without branches: this is looked up at every call
+        for (int d = 0; d < HEAD_DIM; d++) found |= o[d] != o[d];
+        if (!found) continue;
+        const float* p = s.scores + (along ? i * PART : i / LANES * PART * LANES + i % LANES);
+        for (int d = 0; d < HEAD_DIM; d++) {
+            if (o[d] == o[d]) continue;
+            o[d] = 0;
+            for (int j = queries.first[i]; j < queries.last[i]; j++)
+                o[d] += p[(j - part.from) * (along ? 1 : LANES)] * widen(part.v[j * part.v_token + d]);
+        }
+    }
 }
 
 void start(const Results& all, int64_t i) {
@@ -179,13 +205,14 @@ inline int64_t slot_of(const Call& call, const Row& row, int64_t head, int64_t p
 
 void decode_part(const Call& call, const Batch& batch, const Work& work, int64_t head, Scratch& s,
                  const Results& results) {
-    const Part part = part_of(call, batch.rows[batch.readers[work.begin]], work.part, head);
+    Part part = part_of(call, batch.rows[batch.readers[work.begin]], work.part, head);
     s.queries.count = 0;
     for (int i = work.begin; i < work.end; i++) {
         const Row& row = batch.rows[batch.readers[i]];
         add(call, row, part, head, 0, call.q_len, slot_of(call, row, head, work.part), s.queries);
     }
-    attend(call, part, s, results);
+    const bool seen = attend(call, part, s, results);
+    if (seen && call.window && work.end - work.begin > 1) sum_what_is_seen(call, part, s, results);
 }
 
 void merge_parts(const Call& call, const Row& row, int64_t h, const Results& results) {
@@ -207,7 +234,7 @@ void attend_block(const Call& call, const Row& row, int64_t head, int begin, int
     const int queries = (end - begin) * call.group;
     for (int i = 0; i < queries; i++) start(all, i);
     for (int64_t n = 0; n < row.parts; n++) {
-        const Part part = part_of(call, row, n, head);
+        Part part = part_of(call, row, n, head);
         s.queries.count = 0;
         add(call, row, part, head, begin, end, 0, s.queries);
         if (!attend(call, part, s, one)) continue;
