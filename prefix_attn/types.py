@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -39,6 +38,7 @@ class PrefixKV:
     starts: Tensor
     lens: Tensor
     max_len: int | None = None
+    _spans: tuple[tuple[int, int], list[tuple[int, int]]] | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def pack(cls, prefixes: Sequence[tuple[Tensor, Tensor]]) -> PrefixKV:
@@ -92,10 +92,22 @@ class PrefixKV:
         """`max_len`, or what the shapes suggest: the mean."""
         return self.k.shape[1] // max(1, self.num_tasks) if self.max_len is None else self.max_len
 
-    @cached_property
+    @property
     def spans(self) -> list[tuple[int, int]]:
-        """``(start, length)`` of each task on the host. The first read synchronises with the device."""
-        return list(zip(self.starts.tolist(), self.lens.tolist(), strict=True))
+        """``(start, length)`` of each task on the host; synchronises with the device where the tables have changed."""
+        # A tensor made in the inference mode does not count its changes: it is read anew each time.
+        counted = not (self.starts.is_inference() or self.lens.is_inference())
+        versions = (self.starts._version, self.lens._version) if counted else None
+        if self._spans is not None and self._spans[0] == versions:
+            return self._spans[1]
+        spans = list(zip(self.starts.tolist(), self.lens.tolist(), strict=True))
+        if versions is not None:
+            object.__setattr__(self, "_spans", (versions, spans))
+        return spans
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy's tensors count their changes from the start."""
+        return vars(self) | {"_spans": None}
 
 
 @dataclass(eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +82,28 @@ def test_packed_prefixes_start_at_aligned_tokens() -> None:
     assert prefix.starts.tolist() == [0, 16, 16, 48]
     assert prefix.lens.tolist() == [7, 0, 20, 16]
     assert prefix.k.shape == (2, 64, 16)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+def test_a_table_that_is_edited_in_place_is_read_anew(backend: str, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        prefix = make(DECODE).prefix
+        call(X, prefix=prefix, backend=backend)
+        prefix.lens[2] = 5
+        fresh = replace(prefix)
+        assert torch.equal(call(X, prefix=prefix, backend=backend), call(X, prefix=fresh, backend=backend))
+        assert prefix.spans[2] == (16, 5)
+
+
+def test_a_copy_has_spans_of_its_own() -> None:
+    prefix = make(DECODE).prefix
+    prefix.lens[2] = 5
+    assert prefix.spans[2] == (16, 5)
+    other = deepcopy(prefix)
+    for _ in range(9):
+        other.lens[2] += 1
+        assert other.spans[2] == (16, int(other.lens[2]))
 
 
 def test_auto_says_why() -> None:

@@ -21,26 +21,27 @@ def places(bank: PrefixBank) -> list[int]:
     return [x.data_ptr() for layer in layers for x in (layer.k, layer.v, layer.starts, layer.lens)]
 
 
-def attend(prefix: pa.PrefixKV, ids: list[int]) -> torch.Tensor:
+def attend(prefix: pa.PrefixKV, ids: list[int], backend: str = "auto") -> torch.Tensor:
     q, k, v = torch.randn(3, len(ids), 2, 1, 8, generator=torch.Generator().manual_seed(0))
-    out = pa.prefix_attention(q, k, v, prefix, ids)
+    out = pa.prefix_attention(q, k, v, prefix, ids, backend=backend)
     assert isinstance(out, torch.Tensor)
     return out
 
 
-def test_what_was_handed_out_shows_every_change() -> None:
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_what_was_handed_out_shows_every_change(backend: str) -> None:
     bank, plain = reserved(), PrefixBank.for_model(MODEL)
     before, memory, prefix, plan = places(bank), bank.memory_usage.allocated, bank.layer(1), bank.plan([])
     for seed, (name, m) in enumerate({"a": 7, "b": 20, "c": 16}.items()):
         for each in (bank, plain):
             each.add(name, random_kv(each.geometry, m, seed=seed))
-    assert torch.equal(attend(prefix, [0, 2, 1, -1]), attend(plain.layer(1), [0, 2, 1, -1]))
+    assert torch.equal(attend(prefix, [0, 2, 1, -1], backend), attend(plain.layer(1), [0, 2, 1, -1], backend))
     for each in (bank, plain):
         each.remove("b")
         each.add("d", random_kv(each.geometry, 30, seed=9))  # where b was
-    assert torch.equal(attend(prefix, [0, 2, 3, -1]), attend(plain.layer(1), [0, 2, 3, -1]))
+    assert torch.equal(attend(prefix, [0, 2, 3, -1], backend), attend(plain.layer(1), [0, 2, 3, -1], backend))
     with pytest.raises(pa.UnknownTask, match=r"one of \[0, 2, 3\], got 1"):
-        attend(prefix, [1])
+        attend(prefix, [1], backend)
     assert places(bank) == before
     assert plan.lens is bank.lens
     assert bank.memory_usage.allocated == memory
