@@ -68,9 +68,15 @@ def checked_call(
     )  # fmt: skip
 
 
-def check_values(call: AttentionCall) -> None:
-    """Raise for a task id that is neither -1 nor a live task, and for a key bound outside the keys; waits for them."""
+def check_values(call: AttentionCall, rows: bool = True) -> None:
+    """Raise for a prefix outside the bank's tokens, a task id that is neither -1 nor a live task, and a key bound
+    outside the keys; waits for them.
+
+    rows: False where the backend itself looks at ids and key bounds.
+    """
     spans = call.prefix.spans
+    if not rows:
+        return
     for row, t in enumerate(call.task_ids.tolist()):
         if t != -1 and not (0 <= t < len(spans) and spans[t][1] >= 0):
             live = [i for i, (_, m) in enumerate(spans) if m >= 0]

@@ -3,7 +3,8 @@
 A backend is a module with
 
 - ``READS_IDS``: whether it waits for task ids and key bounds on an accelerator, so that they may as well be checked;
-- ``CHECKS_VALUES``, if true: its forward raises for bad ids and bounds, which else are checked before it;
+- ``CHECKS_VALUES``, if true: its forward raises for bad ids and bounds, which else are checked before it, as where
+  prefixes lie always is;
 - ``refusal(call)``: why it cannot run this call here, or None;
 - ``forward(call)``: ``(out, lse)``; lse may be None unless ``call.return_lse``;
 - ``backward(call, out, lse, grad_out, grad_lse, needed)``: at least the `Gradients` that are ``needed``;

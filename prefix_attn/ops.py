@@ -88,8 +88,8 @@ def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None]:
     if call.q.numel() == 0:
         return _empty_outputs(call)
     module = dispatch.BACKENDS[backend]
-    if (module.READS_IDS or call.task_ids.is_cpu) and not getattr(module, "CHECKS_VALUES", False):
-        check_values(call)
+    if module.READS_IDS or call.task_ids.is_cpu:
+        check_values(call, rows=not getattr(module, "CHECKS_VALUES", False))
     out, lse = _without_autocast(call, module.forward, call)
     if not call.return_lse:
         return _in_layout_of(call.q, out), None

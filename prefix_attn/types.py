@@ -31,6 +31,10 @@ class PrefixKV:
         starts: int32 ``[tasks]``; multiples of `ALIGNMENT`.
         lens: int32 ``[tasks]``; 0 is an empty prefix, -1 a task that was removed (its id is an error).
         max_len: tokens of the longest prefix, if the host knows. It only helps to choose the faster way.
+
+    Raises:
+        ShapeError, DTypeError: two tensors disagree. (Spans outside the tokens are found where the host reads them, at
+            `spans`; kernels on an accelerator trust them.)
     """
 
     k: Tensor
@@ -39,6 +43,24 @@ class PrefixKV:
     lens: Tensor
     max_len: int | None = None
     _spans: tuple[tuple[int, int], list[tuple[int, int]]] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        shape, tasks = self.k.shape, self.lens.shape
+        if len(shape) != 3 or self.v.shape != shape:
+            raise ShapeError(
+                "prefix.k, prefix.v: expected [kv_heads, tokens, head_dim] twice, got "
+                f"{list(shape)} and {list(self.v.shape)}"
+            )
+        if len(tasks) != 1 or self.starts.shape != tasks:
+            raise ShapeError(
+                f"prefix.starts, prefix.lens: expected [tasks] twice, got {list(self.starts.shape)} and {list(tasks)}"
+            )
+        device = self.k.device
+        for name, x in (("starts", self.starts), ("lens", self.lens)):
+            if x.dtype != torch.int32 or x.device != device:
+                raise DTypeError(
+                    f"prefix.{name}: expected {torch.int32} on {device} like prefix.k, got {x.dtype} on {x.device}"
+                )
 
     @classmethod
     def pack(cls, prefixes: Sequence[tuple[Tensor, Tensor]]) -> PrefixKV:
@@ -94,13 +116,23 @@ class PrefixKV:
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """``(start, length)`` of each task on the host; synchronises with the device where the tables have changed."""
+        """``(start, length)`` of each task on the host; synchronises with the device where the tables have changed.
+
+        Raises:
+            ShapeError: a task's tokens lie outside those there are, or begin at no multiple of `ALIGNMENT`.
+        """
         # A tensor made in the inference mode does not count its changes: it is read anew each time.
         counted = not (self.starts.is_inference() or self.lens.is_inference())
         versions = (self.starts._version, self.lens._version) if counted else None
         if self._spans is not None and self._spans[0] == versions:
             return self._spans[1]
-        spans = list(zip(self.starts.tolist(), self.lens.tolist(), strict=True))
+        spans, tokens = list(zip(self.starts.tolist(), self.lens.tolist(), strict=True)), self.k.shape[1]
+        for task, (start, m) in enumerate(spans):
+            if m > 0 and (start < 0 or start % ALIGNMENT or start + m > tokens):
+                raise ShapeError(
+                    f"prefix.starts[{task}], prefix.lens[{task}]: expected a start that is a multiple of {ALIGNMENT}, "
+                    f"and an end among the {tokens} tokens, got {start} and {m}"
+                )
         if versions is not None:
             object.__setattr__(self, "_spans", (versions, spans))
         return spans

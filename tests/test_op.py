@@ -77,6 +77,47 @@ def test_packing_refuses_what_does_not_fit() -> None:
         pa.PrefixKV.pack([(kv, kv), (kv.half(), kv.half())])
 
 
+def table(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "names"),
+    [
+        ({"v": X.prefix.v[:, :16].contiguous()}, pa.ShapeError, "prefix.k, prefix.v"),
+        ({"k": X.prefix.k[0], "v": X.prefix.v[0]}, pa.ShapeError, "prefix.k, prefix.v"),
+        ({"starts": X.prefix.starts.long()}, pa.DTypeError, "prefix.starts: expected torch.int32"),
+        ({"lens": X.prefix.lens.long()}, pa.DTypeError, "prefix.lens: expected torch.int32"),
+        ({"lens": X.prefix.lens.to("meta")}, pa.DTypeError, "prefix.lens: .* on cpu like prefix.k, got .* on meta"),
+        ({"starts": X.prefix.starts[:2]}, pa.ShapeError, "prefix.starts, prefix.lens"),
+        ({"starts": X.prefix.starts[None], "lens": X.prefix.lens[None]}, pa.ShapeError, "prefix.starts, prefix.lens"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused(changes: dict[str, Any], error: type[Exception], names: str) -> None:
+    with pytest.raises(error, match=names):
+        replace(X.prefix, **changes)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+@pytest.mark.parametrize(
+    ("changes", "task"),
+    [
+        ({"starts": table(0, 16, 4000)}, 2),
+        ({"starts": table(-16, 16, 16)}, 0),
+        ({"starts": table(0, 16, 8)}, 2),
+        ({"lens": table(7, 0, 33)}, 2),
+    ],
+)
+def test_prefixes_outside_the_tokens_are_refused(backend: str, changes: dict[str, Any], task: int) -> None:
+    with pytest.raises(pa.ShapeError, match=rf"prefix.starts\[{task}\], prefix.lens\[{task}\]"):
+        call(X, prefix=replace(X.prefix, **changes), backend=backend)
+
+
+def test_where_an_empty_or_removed_prefix_begins_does_not_matter() -> None:
+    prefix = replace(X.prefix, starts=table(0, 4000, 16))
+    assert torch.equal(call(X, prefix=prefix), call(X))
+
+
 def test_packed_prefixes_start_at_aligned_tokens() -> None:
     prefix = make(Case("", prefix_lens=(7, 0, 20, 16))).prefix
     assert prefix.starts.tolist() == [0, 16, 16, 48]
