@@ -90,7 +90,7 @@ class Operands(NamedTuple):
 
     q: ``[batch, q_heads, q_len, head_dim]``; k, v: ``[batch, kv_heads, kv_len, head_dim]``; prefix_k, prefix_v:
     ``[kv_heads, tokens, head_dim]``; starts, lens: int32 ``[tasks]``; task_ids, kv_start, kv_len: int32 ``[batch]``;
-    sinks: ``[q_heads]``; relative_bias: ``[q_heads, 2R + 1]``. Any strides.
+    sinks: ``[q_heads]``, contiguous; relative_bias: ``[q_heads, 2R + 1]``. Any strides but for sinks.
     """
 
     q: Tensor

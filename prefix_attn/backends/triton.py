@@ -83,9 +83,10 @@ def backward(
 
 def operands_of(call: AttentionCall) -> Operands:
     """The call as the launchers take it."""
-    prefix = call.prefix
+    prefix, sinks = call.prefix, call.sinks
     return Operands(
         q=call.q, k=call.k, v=call.v, prefix_k=prefix.k, prefix_v=prefix.v, starts=prefix.starts, lens=prefix.lens,
-        task_ids=call.task_ids, kv_start=call.kv_start, kv_len=call.kv_len, sinks=call.sinks, causal=call.causal,
+        task_ids=call.task_ids, kv_start=call.kv_start, kv_len=call.kv_len,
+        sinks=None if sinks is None else sinks.contiguous(), causal=call.causal,
         scale=call.scale, window=call.window, softcap=call.softcap, relative_bias=call.relative_bias,
     )  # fmt: skip

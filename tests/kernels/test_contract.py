@@ -106,6 +106,30 @@ def test_strided_tables(way: str) -> None:
     assert torch.equal(launch(strided, way)[0], launch(plain, way)[0])
 
 
+@WAY
+def test_strided_sinks_and_bias(way: str) -> None:
+    plain = call(replace(CASE, sinks=True, reach=4))
+    sinks, bias = plain.sinks, plain.relative_bias
+    assert sinks is not None
+    assert bias is not None
+    apart, turned = torch.stack([sinks, sinks + 9], 1)[:, 0], bias.t().contiguous().t()
+    assert torch.equal(launch(replace(plain, sinks=apart, relative_bias=turned), way)[0], launch(plain, way)[0])
+    one = sinks[:1].expand(2)
+    expected = launch(replace(plain, sinks=one.contiguous()), way)
+    assert torch.equal(launch(replace(plain, sinks=one), way)[0], expected[0])
+
+
+def test_gradients_of_strided_sinks() -> None:
+    plain = make(replace(CASE, sinks=True), device=DEVICE)
+    found = []
+    for sinks in (plain.options["sinks"], torch.stack([plain.options["sinks"]] * 2, 1)[:, 0]):
+        leaf = sinks.requires_grad_()
+        out = pa.prefix_attention(*plain.args, **(plain.options | {"sinks": leaf}), backend="triton")
+        assert isinstance(out, torch.Tensor)
+        found += torch.autograd.grad(out.square().sum(), leaf)
+    assert torch.equal(*found)
+
+
 def test_a_plan_of_other_ids_poisons_the_rows_it_gets_wrong() -> None:
     plain = replace(call(), task_ids=torch.tensor([0, 2, -1, 2], dtype=torch.int32, device=DEVICE))
     planned = torch.tensor([0, 0, 2, -1], dtype=torch.int32, device=DEVICE)
