@@ -69,12 +69,13 @@ def prefix_attention(
     Returns:
         ``[batch, q_heads, q_len, head_dim]`` in q's dtype and layout; with ``return_lse`` also
         ``[batch, q_heads, q_len]`` in nats (float32; float64 for float64 inputs). A query that sees nothing gives 0 and
-        -inf. Both can be differentiated, once.
+        -inf. Both can be differentiated, once, in reverse mode (also by `torch.func`).
 
     Raises:
         ShapeError, DTypeError: two arguments disagree; the message names both.
         UnknownTask: a task id is out of range. (The kernels do not read back ids on an accelerator: such a row is NaN.)
-        BackendUnavailable: the named backend cannot run this call; the message says why.
+        BackendUnavailable: the named backend cannot run this call, or a forward-mode derivative is asked for; the
+            message says why.
 
     Source: prefix tuning, arXiv:2101.00190; shared-prefix decomposition, arXiv:2402.05099; online softmax,
     arXiv:1805.02867.

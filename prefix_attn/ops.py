@@ -19,6 +19,7 @@ from prefix_attn import dispatch
 from prefix_attn.checks import check_values
 from prefix_attn.errors import BackendUnavailable
 from prefix_attn.plan import BatchPlan, RowTiles
+from prefix_attn.transforms import differentiable, refuse_tangents, transformed
 from prefix_attn.types import AttentionCall, PerInput, PrefixKV
 
 T = TypeVar("T")
@@ -49,7 +50,9 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None]
 
     Raises:
         UnknownTask, ShapeError: a task id or a key bound on the host is out of range.
+        BackendUnavailable: an input has a forward-mode derivative.
     """
+    refuse_tangents(call.q, call.k, call.v, call.prefix.k, call.prefix.v, call.sinks, call.relative_bias)
     regime = dispatch.regime(backend, call)
     tiles = None
     if regime is not None and regime.name == "grouped":
@@ -60,7 +63,8 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None]
     planned, tasks, members = tiles or (None, None, None)
     prefix = call.prefix
     return_lse = call.return_lse or (needs_grad and dispatch.BACKENDS[backend].saves_lse(call))
-    result: tuple[Tensor, Tensor] = torch.ops.prefix_attn.attention(
+    operator = _transformed_attention if needs_grad and transformed() else torch.ops.prefix_attn.attention
+    result: tuple[Tensor, Tensor] = operator(
         call.q, call.k, call.v, prefix.k, prefix.v, call.sinks, call.relative_bias, prefix.starts, prefix.lens,
         call.task_ids, call.kv_start, call.kv_len, planned, tasks, members, call.causal, call.scale, call.window,
         call.softcap, return_lse, call.batch_invariant, prefix.expected_max_len, backend,
@@ -157,7 +161,9 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -
         grad_out = torch.zeros_like(out)
     if grad_lse is not None and grad_lse.numel() == 0:
         grad_lse = None  # of an lse that was not asked for
-    grads = torch.ops.prefix_attn.attention_backward(grad_out, grad_lse, out, lse, needed, *inputs)
+    refuse_tangents(grad_out, grad_lse, *inputs[:count])
+    operator = _transformed_backward if transformed() else torch.ops.prefix_attn.attention_backward
+    grads = operator(grad_out, grad_lse, out, lse, needed, *inputs)
     return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), *[None] * (len(inputs) - count)
 
 
@@ -171,6 +177,11 @@ torch.library.register_fake(_ATTENTION, _forward_fake)
 torch.library.register_fake(_BACKWARD, _backward_fake)
 torch.library.register_autograd(_ATTENTION, _differentiate, setup_context=_save_for_backward)
 torch.library.register_autograd(_BACKWARD, _refuse_to_differentiate)
+
+_transformed_attention = differentiable(torch.ops.prefix_attn.attention, _save_for_backward, _differentiate)
+_transformed_backward = differentiable(
+    torch.ops.prefix_attn.attention_backward, lambda ctx, inputs, output: None, _refuse_to_differentiate
+)
 
 
 def _call(

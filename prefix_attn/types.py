@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prefix_attn.errors import DTypeError, ShapeError
 from prefix_attn.plan import BatchPlan, RowTiles
+from prefix_attn.transforms import requires_grad, transformed
 
 #: Every prefix starts at a multiple of this many tokens, so that kernels may load it in wide, pipelined pieces.
 ALIGNMENT = 16
@@ -220,7 +221,9 @@ class AttentionCall:
         if not torch.is_grad_enabled():
             return False
         tensors = (self.q, self.k, self.v, self.prefix.k, self.prefix.v, self.sinks, self.relative_bias)
-        return any(t is not None and t.requires_grad for t in tensors)
+        if any(t is not None and t.requires_grad for t in tensors):
+            return True
+        return transformed() and any(t is not None and requires_grad(t) for t in tensors)
 
 
 T = TypeVar("T")

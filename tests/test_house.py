@@ -13,12 +13,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "prefix_attn"
 
 #: room -> rooms of the package it may import; leaves may import only leaves.
-LEAVES = {"errors", "types", "plan", "checks"}
+LEAVES = {"errors", "transforms", "types", "plan", "checks"}
 MAY_IMPORT = {
     "errors": set(),
     "tolerance": set(),
     "plan": {"errors", "kernels"},
-    "types": {"errors", "plan"},
+    "transforms": {"errors"},
+    "types": {"errors", "plan", "transforms"},
     "checks": {"errors", "types", "plan"},
     "kernels": set(),
     "regime": LEAVES,

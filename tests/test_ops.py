@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import prefix_attn as pa
@@ -17,7 +18,7 @@ from prefix_attn.backends import reference
 from prefix_attn.checks import checked_call
 from prefix_attn.plan import row_tiles
 from prefix_attn.types import AttentionCall, PerInput
-from tests.cases import DIFFERENTIABLE, PREFILL, Case, Inputs, make
+from tests.cases import DECODE, DIFFERENTIABLE, PREFILL, Case, Inputs, make
 from tests.test_op import cases
 from tests.tolerance import assert_close
 
@@ -160,6 +161,79 @@ def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
     for requires_grad in (False, True):
         for with_it, without in zip(*(results(x, requires_grad) for x in (True, False)), strict=True):
             assert torch.equal(with_it, without)
+
+
+def dual(attend: Any, q: torch.Tensor) -> Any:
+    with forward_ad.dual_level():
+        return attend(forward_ad.make_dual(q, q))
+
+
+def dual_of_a_gradient(attend: Any, q: torch.Tensor) -> Any:
+    out = attend(q.requires_grad_())
+    with forward_ad.dual_level():
+        return torch.autograd.grad(out, q, forward_ad.make_dual(torch.ones_like(out), out.detach()))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # PyTorch's own, in its first jvp
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda attend, q: torch.func.jvp(attend, (q,), (q,)),
+        lambda attend, q: torch.func.jacfwd(attend)(q),
+        lambda attend, q: torch.func.linearize(attend, q),
+        lambda attend, q: torch.func.jvp(torch.vmap(attend), (q[None],), (q[None],)),
+        lambda attend, q: torch.func.hessian(lambda q: attend(q).sum())(q),
+        dual,
+        dual_of_a_gradient,
+    ],
+    ids=["jvp", "jacfwd", "linearize", "jvp_of_vmap", "hessian", "dual", "dual_of_a_gradient"],
+)
+def test_forward_mode_is_refused(derive: Any, backend: str) -> None:
+    inputs = make(PREFILL, device=DEVICE)
+    with pytest.raises(pa.BackendUnavailable, match="not differentiable in forward mode"):
+        derive(lambda q: pa.prefix_attention(q, *inputs.args[1:], backend=backend), inputs.q)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # PyTorch's own, in its first jvp
+def test_forward_mode_may_pass_by() -> None:
+    """Where attention has no part in what is differentiated."""
+    inputs = make(PREFILL, device=DEVICE)
+    out = pa.prefix_attention(*inputs.args)
+    _, tangent = torch.func.jvp(lambda x: x * pa.prefix_attention(*inputs.args), (inputs.q,), (inputs.q,))
+    torch.testing.assert_close(tangent, inputs.q * out)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's, of any operator that is mapped
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_reverse_mode_transforms(backend: str) -> None:
+    """Gradients by torch.func are autograd's, also of mapped and by mapped functions."""
+    inputs = make(DECODE, device=DEVICE)
+
+    def attend(q: torch.Tensor) -> torch.Tensor:
+        out = pa.prefix_attention(q, *inputs.args[1:], backend=backend)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    def losses(q: torch.Tensor) -> torch.Tensor:
+        return attend(q).square().sum((2, 3)).sum(0)
+
+    def loss(q: torch.Tensor) -> torch.Tensor:
+        return losses(q).sum()
+
+    both = torch.stack([inputs.q, 2 * inputs.q]).requires_grad_()
+    (expected,) = torch.autograd.grad(sum(loss(q) for q in both), both)  # type: ignore[arg-type]
+    both = both.detach()
+    found = {
+        "grad": torch.stack([torch.func.grad(loss)(q) for q in both]),
+        "vmap(grad)": torch.vmap(torch.func.grad(loss))(both),
+        "grad(vmap)": torch.func.grad(lambda both: torch.vmap(loss)(both).sum())(both),
+        "jacrev": torch.stack([torch.func.jacrev(losses)(q).sum(0) for q in both]),
+    }
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected, msg=lambda text, name=name: f"{name}: {text}")
+    with pytest.raises(pa.BackendUnavailable, match="differentiable once"):
+        torch.func.grad(lambda q: torch.func.grad(loss)(q).sum())(inputs.q)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
