@@ -6,7 +6,9 @@ for them anyway; kernels that do not wait answer a bad one with NaN.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from operator import index
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from prefix_attn.types import AttentionCall, PrefixKV
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 MAX_HEAD_DIM = 256
+MAX_INT = 2**31 - 1
 
 
 def checked_call(
@@ -42,10 +45,20 @@ def checked_call(
     """Check every argument's shape and dtype against q and return the call; see `prefix_attention` for the rules."""
     _check_tensors(q, k, v, prefix)
     batch = q.shape[0]
-    if window is not None and window < 1:
-        raise ShapeError(f"window: expected None or at least 1 token, got {window}")
-    if softcap is not None and not softcap > 0:
-        raise ShapeError(f"softcap: expected None or a positive number, got {softcap}")
+    if not type(causal) is type(return_lse) is type(batch_invariant) is bool:
+        raise DTypeError(
+            "causal, return_lse, batch_invariant: expected bools, got "
+            f"{causal!r}, {return_lse!r} and {batch_invariant!r}"
+        )
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if not -math.inf < scale < math.inf:
+        raise ShapeError(f"scale: expected None or a finite number, got {scale}")
+    if window is not None:
+        window = _checked_window(window)
+    if softcap is not None:
+        softcap = float(softcap)
+        if not 0 < softcap < math.inf:
+            raise ShapeError(f"softcap: expected None or a positive finite number, got {softcap}")
     if sinks is not None and (sinks.shape != (q.shape[1],) or sinks.device != q.device):
         raise ShapeError(
             f"sinks: expected [q_heads] = [{q.shape[1]}] on {q.device}, got {list(sinks.shape)} on {sinks.device}"
@@ -61,9 +74,7 @@ def checked_call(
         q=q, k=k, v=v, prefix=prefix, task_ids=_row_integers("task_ids", task_ids, batch, q.device),
         kv_start=None if kv_start is None else _row_integers("kv_start", kv_start, batch, q.device),
         kv_len=None if kv_len is None else _row_integers("kv_len", kv_len, batch, q.device),
-        causal=causal,
-        scale=q.shape[3] ** -0.5 if scale is None else float(scale),
-        window=window, softcap=softcap, sinks=sinks, relative_bias=relative_bias,
+        causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks, relative_bias=relative_bias,
         return_lse=return_lse, batch_invariant=batch_invariant, plan=plan,
     )  # fmt: skip
 
@@ -133,11 +144,28 @@ def _check_relative_bias(table: Tensor, q: Tensor) -> None:
         )
 
 
+def _checked_window(window: int) -> int:
+    if not isinstance(window, int):
+        try:
+            window = index(window)
+        except TypeError as error:
+            raise DTypeError(f"window: expected None or an integer, got {window!r}") from error
+    if window < 1:
+        raise ShapeError(f"window: expected None or at least 1 token, got {window}")
+    return window if window <= MAX_INT else MAX_INT  # no row is longer, and backends count in so many bits
+
+
 def _row_integers(name: str, x: Tensor | Sequence[int], batch: int, device: torch.device) -> Tensor:
     if not isinstance(x, Tensor):
-        x = torch.tensor(list(x), dtype=torch.int32)
+        x = list(x)
+        try:
+            x = torch.tensor(x, dtype=None if x else torch.int32)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise DTypeError(f"{name}: expected integers, got {x}") from error
     if x.shape != (batch,):
         raise ShapeError(f"{name}: expected one integer per row, [batch] = [{batch}], got {list(x.shape)}")
     if x.dtype not in INTEGERS:
         raise DTypeError(f"{name}: expected an integer dtype, got {x.dtype}")
+    if x.dtype == torch.int64:
+        x = x.clamp(-MAX_INT, MAX_INT)  # what does not fit must stay out of range: cut off, it could be another task
     return x if x.dtype == torch.int32 and x.device == device else x.to(device=device, dtype=torch.int32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -44,8 +45,24 @@ X = make(DECODE)
         ({"task_ids": [-2, 0, 0, 0]}, pa.UnknownTask, "got -2"),
         ({"kv_start": [0, 0, 0, 14]}, pa.ShapeError, r"kv_start\[3\]"),
         ({"kv_len": [0, 0, -1, 0]}, pa.ShapeError, r"kv_len\[2\]"),
+        ({"task_ids": [0.9, 2.7, 0, 0]}, pa.DTypeError, "task_ids"),
+        ({"task_ids": [True, False, True, True]}, pa.DTypeError, "task_ids"),
+        ({"task_ids": ["a", "b", "c", "d"]}, pa.DTypeError, "task_ids"),
+        ({"task_ids": [2**70, 0, 0, 0]}, pa.DTypeError, "task_ids"),
+        ({"task_ids": [2**32, 0, 0, 0]}, pa.UnknownTask, r"task_ids\[0\]"),
+        ({"task_ids": torch.tensor([0, -(2**32) + 1, 0, 0])}, pa.UnknownTask, r"task_ids\[1\]"),
+        ({"kv_len": [4.9, 13, 13, 13]}, pa.DTypeError, "kv_len"),
+        ({"kv_len": torch.tensor([13, 13, 2**32 + 13, 13])}, pa.ShapeError, r"kv_len\[2\]"),
+        ({"kv_start": [0, -(2**32), 0, 0]}, pa.ShapeError, r"kv_start\[1\]"),
         ({"window": 0}, pa.ShapeError, "window"),
+        ({"window": 2.5}, pa.DTypeError, "window"),
         ({"softcap": 0.0}, pa.ShapeError, "softcap"),
+        ({"softcap": math.inf}, pa.ShapeError, "softcap"),
+        ({"softcap": math.nan}, pa.ShapeError, "softcap"),
+        ({"scale": math.nan}, pa.ShapeError, "scale"),
+        ({"scale": -math.inf}, pa.ShapeError, "scale"),
+        ({"causal": "no"}, pa.DTypeError, "causal"),
+        ({"batch_invariant": None}, pa.DTypeError, "batch_invariant"),
         ({"sinks": torch.zeros(3)}, pa.ShapeError, "sinks"),
         ({"relative_bias": torch.zeros(3, 5)}, pa.ShapeError, r"relative_bias: expected \[q_heads, 2R \+ 1\]"),
         ({"relative_bias": torch.zeros(4, 6)}, pa.ShapeError, "relative_bias"),
@@ -59,6 +76,19 @@ X = make(DECODE)
 def test_bad_arguments_are_named(changes: dict[str, Any], error: type[Exception], names: str) -> None:
     with pytest.raises(error, match=names):
         call(X, **changes)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+def test_a_window_may_be_wider_than_integers_of_a_backend(backend: str) -> None:
+    assert torch.equal(call(X, window=2**70, backend=backend), call(X, window=2**31 - 1, backend=backend))
+
+
+def test_ids_may_be_of_any_integer_type() -> None:
+    expected = call(X)
+    for dtype in (torch.int8, torch.int16, torch.int64):
+        assert torch.equal(call(X, task_ids=X.task_ids.to(dtype)), expected)
+    assert torch.equal(call(X, task_ids=X.task_ids.tolist()), expected)
+    assert torch.equal(call(X, task_ids=tuple(X.task_ids)), expected)
 
 
 def test_a_removed_task_is_an_error_not_another_prefix() -> None:

@@ -67,6 +67,16 @@ def test_an_unknown_task_poisons_its_row_only(way: str, task: int) -> None:
 
 
 @WAY
+def test_ids_and_bounds_of_64_bits_that_do_not_fit_poison_their_row(way: str) -> None:
+    """Where no host checks them; cut off, they would be those of task 0 and of all keys."""
+    plain = make(replace(CASE, starts=None, ends=None), device=DEVICE)
+    wide = torch.tensor([0, 2**32, 2, 2], device=DEVICE)
+    ends = torch.tensor([40, 40, 40 - 2**32, 40], device=DEVICE)
+    out, _ = launch(checked_call(*plain.args[:4], wide, kv_len=ends), way)
+    assert [bool(row.isnan().any()) for row in out] == [False, True, True, False]
+
+
+@WAY
 def test_a_removed_task_poisons_its_row(way: str) -> None:
     plain = call()
     lens = plain.prefix.lens.clone()
