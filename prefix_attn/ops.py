@@ -31,6 +31,8 @@ _CALL = (
     "Tensor? members, bool causal, float scale, int? window, float? softcap, bool return_lse, bool batch_invariant, "
     "SymInt max_len, str backend"
 )
+#: Types of arguments in which no code but PyTorch's own takes part.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _ATTENTION, _BACKWARD = "prefix_attn::attention", "prefix_attn::attention_backward"
 
 torch.library.define(_ATTENTION, f"({_CALL}) -> (Tensor out, Tensor lse)", tags=(torch.Tag.needs_fixed_stride_order,))
@@ -75,11 +77,20 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None]
 def nobody_watches(call: AttentionCall) -> bool:
     """Whether PyTorch would only pass the operator's arguments on to the backend, which takes longer than all the rest.
 
-    It does more for a compiler, a tracer, a profiler, a transform of functions, a mode, and subclasses of tensors.
+    It does more for a compiler, a tracer, a profiler, a transform of functions, a mode, subclasses of tensors, and
+    views that stand for the negative of what memory holds.
     """
+    prefix, sinks, bias = call.prefix, call.sinks, call.relative_bias
+    floats = (call.q, call.k, call.v, prefix.k, prefix.v)
     return (
         not torch.compiler.is_compiling()
-        and type(call.q) is type(call.k) is type(call.v) is type(call.prefix.k) is Tensor
+        and _PLAIN.issuperset(map(type, floats))
+        and _PLAIN.issuperset(
+            map(type, (sinks, bias, prefix.starts, prefix.lens, call.task_ids, call.kv_start, call.kv_len))
+        )
+        and not any(map(Tensor.is_neg, floats))
+        and (sinks is None or not sinks.is_neg())
+        and (bias is None or not bias.is_neg())
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._is_tracing()

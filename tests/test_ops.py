@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -296,3 +297,32 @@ def test_whoever_watches_sees_the_operator() -> None:
     mapped = torch.vmap(lambda q: pa.prefix_attention(q, *x.args[1:]))(torch.stack([x.q, 2 * x.q]))
     for out, scale in zip(mapped, (1, 2), strict=True):
         assert torch.equal(out, pa.prefix_attention(scale * x.q, *x.args[1:]))
+
+
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+def test_negated_views(backend: str) -> None:
+    """`x.conj().imag` is a view of memory that holds ``-x``."""
+    inputs = make(replace(FULL, strided=False, q_len=1), device=DEVICE)
+
+    def negated(x: torch.Tensor) -> torch.Tensor:
+        view = torch.complex(torch.zeros_like(x), -x).conj().imag
+        assert view.is_neg()
+        return view
+
+    expected = pa.prefix_attention(*inputs.args, **inputs.options, backend=backend)
+    for name in DIFFERENTIABLE:
+        tensors = {n: x for n in DIFFERENTIABLE if (x := inputs.tensor(n)) is not None}
+        tensors[name] = negated(tensors[name])
+        prefix = replace(inputs.prefix, k=tensors["prefix.k"], v=tensors["prefix.v"])
+        options = inputs.options | {n: tensors[n] for n in ("sinks", "relative_bias")}
+        args = tensors["q"], tensors["k"], tensors["v"], prefix, inputs.task_ids
+        torch.testing.assert_close(pa.prefix_attention(*args, **options, backend=backend), expected)
+
+
+@pytest.mark.parametrize("name", ["sinks", "kv_len", "task_ids"])
+def test_fake_tensors_make_fake_results(name: str) -> None:
+    inputs = make(FULL)
+    arguments = dict(zip(("q", "k", "v", "prefix", "task_ids"), inputs.args, strict=True)) | inputs.options
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(arguments[name])
+    assert isinstance(pa.prefix_attention(**arguments | {name: fake}), FakeTensor)
