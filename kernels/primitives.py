@@ -112,7 +112,7 @@ def tile_keys(BLOCK_N: tl.constexpr, SLICES: tl.constexpr):
 
 @triton.jit
 def softmax_update(acc, row_sum, row_max, scores, v, scale_log2, MASKED: tl.constexpr):
-    """One step of the online softmax (module docstring); ``scale_log2 > 0``, hidden scores are -inf if MASKED.
+    """One step of the online softmax (module docstring); ``scale_log2 > 0``; if MASKED, scores may be -inf.
 
     Shapes are those of one state; where each slice or row has its own, there is one axis more in front.
     """
@@ -202,7 +202,8 @@ def attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_l
     if MASKED:
         scores = tl.where(visible_keys(start, end, first, last, BLOCK_N, SLICES), scores, float("-inf"))
     v = load_keys(keys[1], keys[4], keys[5], start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D, SLICES)
-    return softmax_update(acc, row_sum, row_max, scores, v, scale_log2, MASKED)
+    # An entry of a bias may be -inf, or become so when it is divided by the scale.
+    return softmax_update(acc, row_sum, row_max, scores, v, scale_log2, MASKED or bias is not None)
 
 
 @triton.jit

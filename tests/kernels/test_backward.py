@@ -71,8 +71,11 @@ def gradients(inputs: Inputs) -> list[Tensor]:
     return backward(call, out, lse, *cotangents(inputs))
 
 
-def check(case: Case, dtype: torch.dtype = torch.float32) -> None:
+def check(case: Case, dtype: torch.dtype = torch.float32, hidden: int = 0) -> None:
+    """hidden: entries of a relative bias, those of the farthest keys, that hide them."""
     batches = [make(case, dtype, DEVICE, seed) for seed in range(3)]  # a largest error over few numbers is noise
+    for inputs in batches if hidden else ():
+        inputs.options["relative_bias"][:, :hidden] = float("-inf")
     runs = (
         [gradients(x) for x in batches], [autograd(x, dtype) for x in batches],
         [autograd(x, torch.float64) for x in batches],
@@ -92,6 +95,10 @@ def test_equals_autograd_of_the_formula(case: Case) -> None:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_around_tile_edges(options: dict[str, object]) -> None:
     check(replace(EDGES, **options))
+
+
+def test_a_bias_may_hide_keys() -> None:
+    check(Case("bias", q_len=9, kv_len=40, prefix_lens=(70, 0, 100), reach=20), hidden=11)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -73,6 +74,20 @@ def test_a_negative_scale_with_q_cut_from_a_fused_projection(way: str) -> None:
     inputs = make(Case("fused", q_len=3, scale=-0.4), device=DEVICE)
     fused = torch.stack([inputs.q, torch.full_like(inputs.q, float("nan"))], dim=1)
     check(replace(inputs, q=fused[:, 0]), way)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # the interpreter's, of the lowest number
+@WAY
+@pytest.mark.parametrize("hidden", [-math.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_bias_may_hide_keys(way: str, hidden: float, softcap: float | None) -> None:
+    """All far ones, which fill tiles, and for a head every key."""
+    case = Case("bias", q_len=9, kv_len=40, prefix_lens=(70, 0, 100), reach=20, softcap=softcap)
+    inputs = make(case, device=DEVICE)
+    bias = inputs.options["relative_bias"]
+    bias[:, :11] = hidden
+    bias[1] = -math.inf
+    check(inputs, way)
 
 
 @WAY
