@@ -50,7 +50,8 @@ def checked_call(
             "causal, return_lse, batch_invariant: expected bools, got "
             f"{causal!r}, {return_lse!r} and {batch_invariant!r}"
         )
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    # Zero takes the sign off -0.0, which kernels would give to the bias that they divide by the scale.
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale) + 0.0
     if not -math.inf < scale < math.inf:
         raise ShapeError(f"scale: expected None or a finite number, got {scale}")
     if window is not None:

@@ -62,10 +62,11 @@ def test_sixteen_bits(way: str, dtype: torch.dtype, options: dict[str, float]) -
 
 
 @WAY
-@pytest.mark.parametrize("scale", [-0.4, 0.0])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_scales_that_are_not_positive(way: str, scale: float, softcap: float | None) -> None:
-    check(make(Case("scale", q_len=4, scale=scale, softcap=softcap, starts=(0, 2, 0, 13)), device=DEVICE), way)
+@pytest.mark.parametrize("scale", [-0.4, -0.0, 0.0])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"reach": 9}], ids=str)
+def test_scales_that_are_not_positive(way: str, scale: float, options: dict[str, float]) -> None:
+    case = Case("scale", q_len=4, scale=scale, starts=(0, 2, 0, 13))
+    check(make(replace(case, **options), device=DEVICE), way)  # type: ignore[arg-type]
 
 
 @WAY
