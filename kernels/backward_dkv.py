@@ -346,7 +346,7 @@ def bank_tiles(operands: Operands, block_n: int) -> BankTiles:
     if operands.kv_len is not None:
         sound &= (operands.kv_len >= 0) & (operands.kv_len <= operands.k.shape[2])
     if operands.kv_start is not None:
-        sound &= operands.kv_start >= 0
+        sound &= (operands.kv_start >= 0) & (operands.kv_start <= operands.k.shape[2])
     ids, order = torch.sort(torch.where(sound, ids, tasks), stable=True)
     every = torch.arange(tasks, dtype=ids.dtype, device=ids.device)
     first = torch.searchsorted(ids, every)

@@ -298,7 +298,7 @@ def load_row(b, task_ids_ptr, stride_task_ids, starts_ptr, lens_ptr, kv_start_pt
     # Starts are multiples of 16 (types.ALIGNMENT); a value read from memory has no alignment unless it is told.
     prefix_start = tl.multiple_of(tl.load(starts_ptr + task, mask=known, other=0), 16)
     broken = ((task != -1) & ~known) | (prefix_len < 0)
-    broken = broken | (own_start < 0) | (own_end < 0) | (own_end > kv_capacity)
+    broken = broken | (own_start < 0) | (own_start > kv_capacity) | (own_end < 0) | (own_end > kv_capacity)
     prefix_len = tl.where(broken, 0, prefix_len)
     own_start = tl.where(broken, 0, own_start)
     own_end = tl.where(broken, 0, own_end)

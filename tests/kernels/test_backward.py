@@ -124,15 +124,17 @@ def test_unread_nan_stays_unread_and_bits_repeat(window: int | None) -> None:
         assert not grad.any()
 
 
-@pytest.mark.parametrize("fault", ["task", "kv_len", "kv_start"])
-def test_a_row_in_error_has_no_gradient_and_spoils_none(fault: str) -> None:
+@pytest.mark.parametrize(
+    ("fault", "value"), [("task", 77), ("kv_len", -1), ("kv_len", 999), ("kv_start", -1), ("kv_start", 999)]
+)
+def test_a_row_in_error_has_no_gradient_and_spoils_none(fault: str, value: int) -> None:
     """Its out is NaN, and so is what comes back."""
     inputs = make(EDGES, device=DEVICE)
     call = checked_call(*inputs.args, **inputs.options)
     bad, without = with_tasks(call, [1, 77, 1]), with_tasks(call, [1, -1, 1])
     if fault != "task":
         values = getattr(call, fault).clone()
-        values[1] = -1
+        values[1] = value
         bad = replace(call, **{fault: values})
     do, dlse = cotangents(inputs)
     expected = backward(without, *launch(without, "prefill"), do, dlse)

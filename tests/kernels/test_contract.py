@@ -87,7 +87,7 @@ def test_a_removed_task_poisons_its_row(way: str) -> None:
 
 
 @WAY
-@pytest.mark.parametrize("bound", [{"kv_len": 41}, {"kv_len": -1}, {"kv_start": -1}], ids=str)
+@pytest.mark.parametrize("bound", [{"kv_len": 41}, {"kv_len": -1}, {"kv_start": -1}, {"kv_start": 41}], ids=str)
 def test_key_bounds_outside_the_keys_poison_their_row(way: str, bound: dict[str, int]) -> None:
     plain = call()
     ((name, value),) = bound.items()
