@@ -3,13 +3,14 @@
     bytes = e * (2 * kv_heads * D * (sum over tasks of m_t + sum over rows of n_b) + 2 * q_heads * D * rows * q_len)
     FLOPs = 4 * q_heads * D * sum over rows of (visible query-key pairs)
 
-with e bytes an element, m_t the prefix of a task that has rows in the batch, n_b the row's own keys. A prefix counts
-once per task, not once per row.
+with e bytes an element, m_t the slots of a task's prefix that some query of its rows sees, n_b the row's own keys that
+one of its queries sees: all, unless there is a window. A prefix counts once per task, not once per row.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -41,23 +42,19 @@ class Cost:
     @classmethod
     def of(cls, call: AttentionCall) -> Cost:
         """Count for one call; reads task ids and lengths back to the host."""
-        spans, ids = call.prefix.spans, call.task_ids.tolist()
-        kv_len = call.kv_len.tolist() if call.kv_len is not None else [call.kv_capacity] * call.batch
-        kv_start = call.kv_start.tolist() if call.kv_start is not None else [0] * call.batch
-        own = [max(0, end - start) for start, end in zip(kv_start, kv_len, strict=True)]
-        per_row = [spans[t][1] if t >= 0 else 0 for t in ids]
-        shared = sum(spans[t][1] for t in set(ids) if t >= 0)
+        ids = call.task_ids.tolist()
+        rows = _rows(call)
+        longest: dict[int, int] = {}  # slots of each task that some row sees: those of all rows end together
+        for t, row in zip(ids, rows, strict=True):
+            longest[t] = max(longest.get(t, 0), row.slots)
+        own = sum(row.own for row in rows)
         element = call.q.element_size()
         per_key = 2 * call.kv_heads * call.head_dim
         q_and_out = 2 * call.q_heads * call.head_dim * call.batch * call.q_len
-        pairs = sum(
-            call.q_len * m + visible_own(call, start, end)
-            for m, start, end in zip(per_row, kv_start, kv_len, strict=True)
-        )
         return cls(
-            bytes=element * (per_key * (shared + sum(own)) + q_and_out),
-            flops=4 * call.q_heads * call.head_dim * pairs,
-            bytes_replicated=element * (per_key * (sum(per_row) + sum(own)) + q_and_out),
+            bytes=element * (per_key * (sum(longest.values()) + own) + q_and_out),
+            flops=4 * call.q_heads * call.head_dim * sum(row.pairs for row in rows),
+            bytes_replicated=element * (per_key * (sum(row.slots for row in rows) + own) + q_and_out),
         )
 
     def floor_us(self, roof: Roof) -> float:
@@ -72,12 +69,45 @@ class Cost:
         return replicated.floor_us(roof) / max(self.floor_us(roof), 1e-9)
 
 
-def visible_own(call: AttentionCall, start: int, end: int) -> int:
-    """Query-key pairs a row attends to among its own keys ``start..end`` (the window is not subtracted)."""
-    if not call.causal:
-        return call.q_len * max(0, end - start)
-    past = end - call.q_len
-    return sum(max(0, past + i + 1 - start) for i in range(call.q_len))
+class _Row(NamedTuple):
+    """What a row's queries see: prefix slots and own keys that some query sees, and query-key pairs."""
+
+    slots: int
+    own: int
+    pairs: int
+
+
+def _rows(call: AttentionCall) -> list[_Row]:
+    spans = call.prefix.spans
+    kv_len = call.kv_len.tolist() if call.kv_len is not None else [call.kv_capacity] * call.batch
+    kv_start = call.kv_start.tolist() if call.kv_start is not None else [0] * call.batch
+    lens = [spans[t][1] if t >= 0 else 0 for t in call.task_ids.tolist()]
+    # Rows of one shape see alike, and there is a sum over queries for each.
+    seen = {shape: _row(call, *shape) for shape in set(zip(lens, kv_start, kv_len, strict=True))}
+    return [seen[shape] for shape in zip(lens, kv_start, kv_len, strict=True)]
+
+
+def _row(call: AttentionCall, m: int, start: int, end: int) -> _Row:
+    """A row with a prefix of ``m`` slots and own keys ``start .. end``.
+
+    The first query sees the most slots. Own keys that some query sees begin where the first looks; they end with the
+    row.
+    """
+    if call.q_len == 0:
+        return _Row(0, 0, 0)
+    past, window = end - call.q_len, call.window
+
+    def slots(query: int) -> int:
+        return m if window is None else min(m, max(0, window - 1 - query))
+
+    def first(query: int) -> int:
+        return start if window is None else max(start, query - window + 1)
+
+    pairs = 0
+    for query in range(past, end):
+        last = min(end, query + 1) if call.causal else end
+        pairs += slots(query) + max(0, last - first(query))
+    return _Row(slots(past), max(0, end - first(past)), pairs)
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,29 @@ def test_cost_counts_the_triangle_of_a_causal_prefill() -> None:
     assert Cost.of(checked_call(*inputs.args, **inputs.options)).flops == 4 * 4 * 16 * pairs
 
 
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.deferred(lambda: cases()))
+def test_cost_counts_what_queries_see(case: Case) -> None:
+    """Query-key pairs and keys, as the formula's mask shows them."""
+    inputs = make(case)
+    checked = checked_call(*inputs.args, **inputs.options)
+    m = torch.tensor([case.prefix_lens[t] if t >= 0 else 0 for t in case.task_ids])
+    slots = max(case.prefix_lens)
+    seen = reference.visible(checked, slots, m)[:, 0]  # [B, Q, M + N]
+    keys = seen.any(dim=1)
+    by_task = {t: keys[inputs.task_ids == t, :slots].any(dim=0) for t in case.task_ids}
+    cost, own = Cost.of(checked), int(keys[:, slots:].sum())
+    per_key, queries = 2 * case.kv_heads * 16 * 4, 2 * case.q_heads * 16 * 4 * len(case.task_ids) * case.q_len
+    assert cost.flops == 4 * case.q_heads * 16 * int(seen.sum())
+    assert cost.bytes == per_key * (sum(int(x.sum()) for x in by_task.values()) + own) + queries
+    assert cost.bytes_replicated == per_key * int(keys.sum()) + queries
+
+
+def test_no_query_costs_nothing() -> None:
+    cost = Cost.of(checked_call(X.q[:, :, :0], *X.args[1:]))
+    assert cost.bytes == cost.flops == 0
+
+
 def test_explain_prints_the_choice_and_the_cost() -> None:
     text = str(pa.explain(*X.args, **X.options))
     for words in ("backend   cpu", "FLOPs", "a replicated prefix", "floor     unknown: no roof measured for cpu"):
