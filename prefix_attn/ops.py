@@ -77,13 +77,14 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None]
 def nobody_watches(call: AttentionCall) -> bool:
     """Whether PyTorch would only pass the operator's arguments on to the backend, which takes longer than all the rest.
 
-    It does more for a compiler, a tracer, a profiler, a transform of functions, a mode, subclasses of tensors, and
-    views that stand for the negative of what memory holds.
+    It does more for a compiler, a tracer, a profiler, a transform of functions, a mode, tensors without memory, their
+    subclasses, and views that stand for the negative of what memory holds.
     """
     prefix, sinks, bias = call.prefix, call.sinks, call.relative_bias
     floats = (call.q, call.k, call.v, prefix.k, prefix.v)
     return (
         not torch.compiler.is_compiling()
+        and not call.q.is_meta
         and _PLAIN.issuperset(map(type, floats))
         and _PLAIN.issuperset(
             map(type, (sinks, bias, prefix.starts, prefix.lens, call.task_ids, call.kv_start, call.kv_len))

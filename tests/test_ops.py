@@ -326,3 +326,22 @@ def test_fake_tensors_make_fake_results(name: str) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = mode.from_tensor(arguments[name])
     assert isinstance(pa.prefix_attention(**arguments | {name: fake}), FakeTensor)
+
+
+def test_tensors_without_memory_have_results_without() -> None:
+    x = make(replace(PREFILL, strided=True))
+    q, k, v, pk, pv, starts, lens = (
+        t.to("meta") for t in (x.q, x.k, x.v, x.prefix.k, x.prefix.v, x.prefix.starts, x.prefix.lens)
+    )
+    for backend in ("auto", "torch", "reference"):
+        out = pa.prefix_attention(q, k, v, pa.PrefixKV(pk, pv, starts, lens), x.task_ids, backend=backend)
+        assert isinstance(out, torch.Tensor)
+        assert out.is_meta
+        assert (out.shape, out.stride()) == (x.q.shape, x.q.stride())
+
+
+def test_a_dynamic_head_dim_compiles() -> None:
+    compiled = torch.compile(pa.prefix_attention, backend="eager", fullgraph=True, dynamic=True)
+    for head_dim in (16, 24):
+        inputs = make(Case("", head_dim=head_dim), device=DEVICE)
+        assert torch.equal(compiled(*inputs.args), pa.prefix_attention(*inputs.args))

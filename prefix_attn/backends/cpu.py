@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn.backends.compile_cpu import ELEMENTS, library, missing
-from prefix_attn.checks import check_values
+from prefix_attn.checks import MAX_HEAD_DIM, check_values
 from prefix_attn.types import AttentionCall
 
 #: Ids and key bounds are in the host's memory.
@@ -22,6 +22,9 @@ OUT_OF_RANGE = 1
 
 #: Query heads that share a kv head.
 MAX_GROUP = 256
+
+#: Every head dim, at its own index: looked up, one that a compiler knows as a symbol becomes a number for `_missing`.
+_HEAD_DIMS = tuple(range(MAX_HEAD_DIM + 1))
 
 #: `Call` in kernels/cpu/part.h: pointers, integers, floats.
 _CALL = struct.Struct("14P 29q 2d")
@@ -40,7 +43,7 @@ def refusal(call: AttentionCall) -> str | None:
         return "it has no backward, and a tensor requires grad"
     if not (call.k.stride(3) == call.v.stride(3) == prefix.k.stride(2) == prefix.v.stride(2) == 1):
         return "the head dim of keys and values must be contiguous; call .contiguous() on k and v"
-    why_not: str | None = _missing(call.head_dim, q.dtype)
+    why_not: str | None = _missing(_HEAD_DIMS[call.head_dim], q.dtype)
     return why_not
 
 
