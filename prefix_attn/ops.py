@@ -31,8 +31,6 @@ _CALL = (
     "Tensor? members, bool causal, float scale, int? window, float? softcap, bool return_lse, bool batch_invariant, "
     "SymInt max_len, str backend"
 )
-#: Types of arguments in which no code but PyTorch's own takes part.
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _ATTENTION, _BACKWARD = "prefix_attn::attention", "prefix_attn::attention_backward"
 
 torch.library.define(_ATTENTION, f"({_CALL}) -> (Tensor out, Tensor lse)", tags=(torch.Tag.needs_fixed_stride_order,))
@@ -42,6 +40,9 @@ torch.library.define(
     f"({', '.join(f'Tensor grad_{name}' for name in PerInput._fields)})",
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
+
+#: Types of arguments that no subclass of tensors wants to hear of.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None]:
