@@ -34,9 +34,16 @@ def pretend(on_launch: OnLaunch | None = None) -> None:
             nonlocal kernels
             kernel, kernels = kernels, kernels + 1
 
-            def launch(x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
+            def launch(
+                x: int, y: int, z: int, stream: int, function: int, packed: Any, about: Any, enter: Any, leave: Any,
+                *arguments: Any,
+            ) -> None:  # fmt: skip
+                if enter is not None:
+                    enter(about)
                 if on_launch is not None:
-                    on_launch((x, y, z), kernel, rest[4:])
+                    on_launch((x, y, z), kernel, arguments)
+                if leave is not None:
+                    leave(about)
 
             return launch
 

@@ -62,7 +62,8 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'prefix_attn' has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value = getattr(import_module(_LAZY[name]), name)  # asked once
+    return value
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,6 @@ is imported by its first real call, not by this registration.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -57,12 +56,13 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None]
     """
     refuse_tangents(call.q, call.k, call.v, call.prefix.k, call.prefix.v, call.sinks, call.relative_bias)
     regime = dispatch.regime(backend, call)
-    tiles = None
+    call.tiles = tiles = None
     if regime is not None and regime.name == "grouped":
-        tiles = (call.plan or BatchPlan(call.task_ids, call.prefix.lens)).tiles(call.q_len * call.group)
+        plan = call.plan or BatchPlan(call.task_ids, call.prefix.lens)
+        call.tiles = tiles = plan.tiles(call.q_len * call.group)
     needs_grad = call.needs_grad
     if not needs_grad and nobody_watches(call):
-        return _run(call if tiles is None else replace(call, tiles=tiles), backend)
+        return _run(call, backend)
     planned, tasks, members = tiles or (None, None, None)
     prefix = call.prefix
     return_lse = call.return_lse or (needs_grad and dispatch.BACKENDS[backend].saves_lse(call))

@@ -76,6 +76,30 @@ def test_direct_launches(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(first[3]) > 10
 
 
+def profiled_launches() -> list[str]:
+    """What a profiler hears of a launch, the same again, and one after it has gone."""
+    import triton
+
+    launches: list[Launch] = []
+    take_notes(launches)
+    from prefix_attn.kernels.merge import Partials, merge_chunks
+
+    out, heard = torch.zeros(2, 2, 1, 64), []
+    partials, hook = Partials.empty(2, out, kv_heads=1), lambda about: heard.append(about.get()["name"])
+    for added in (False, True, True, False):
+        change = triton.knobs.runtime.launch_enter_hook
+        (change.add if added else change.remove)(hook)
+        merge_chunks(partials, out, None, None, most_chunks=2)
+    assert len(launches) == 4
+    return heard
+
+
+def test_profilers_hear_of_direct_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(profiled_launches) == ["merge_kernel"] * 2
+
+
 def test_on_amd_triton_is_always_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its kernels depend on the size of what a tensor is a view of, too."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
