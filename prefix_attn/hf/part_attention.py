@@ -109,7 +109,8 @@ def _unpack(layer: str, mask: Tensor | None) -> tuple[Tensor | None, Tensor | No
             f"{layer}: attention_mask: expected the mask prefix_attn builds, got {mask.dtype} {list(mask.shape)}; pass "
             "a 2D padding mask (1 = token, 0 = padding)"
         )
-    return mask[:, 0, 0, 0], mask[:, 0, 1, 0]
+    start, end = mask.flatten(1).unbind(1)
+    return start, end
 
 
 def part_mask(
