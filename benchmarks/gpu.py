@@ -41,12 +41,18 @@ TESTS = {
         "tests/test_backends.py::TestTritonGrouped",
         "tests/kernels/test_contract.py",
         "tests/kernels/test_edges.py",
+        "tests/test_plan.py",
         "tests/gpu/test_large_offsets.py",
         # about imports, not about the device: PyTorch itself may import Triton where there is a GPU
         "--deselect=tests/kernels/test_contract.py::test_registration_needs_no_triton",
     ],
     "determinism": ["tests/gpu/test_determinism.py"],
-    "memcheck": ["tests/kernels/test_edges.py", "-k", "own_keys_around or prefix_around or gathered_rows"],
+    "memcheck": [
+        "tests/kernels/test_edges.py",
+        "tests/test_plan.py",
+        "-k",
+        "own_keys_around or prefix_around or gathered_rows or tile_edges",
+    ],
     # models on the device, and whatever else runs only there
     "parity": [
         "tests/gpu",

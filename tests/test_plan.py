@@ -13,9 +13,16 @@ from hypothesis import strategies as st
 import prefix_attn as pa
 from prefix_attn.plan import TILE_ROWS, BatchPlan, RowTiles, most_tiles, row_tiles
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def integers(values: Any, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    """On the device that runs kernels here."""
+    return torch.tensor(values, dtype=dtype, device=DEVICE)
+
 
 def check(task_ids: list[int], lens: list[int], rows: int, tile_rows: int) -> RowTiles:
-    ids, lengths = torch.tensor(task_ids, dtype=torch.int32), torch.tensor(lens, dtype=torch.int32)
+    ids, lengths = integers(task_ids), integers(lens)
     tiles = row_tiles(ids, lengths, rows, tile_rows)
     shared = [t if 0 <= t < len(lens) and lens[t] > 0 else -1 for t in task_ids]
     assert tiles.planned.tolist() == shared
@@ -61,7 +68,7 @@ def test_rows_of_a_task_keep_their_order() -> None:
 
 
 def test_a_plan_is_worked_out_once_per_number_of_rows() -> None:
-    plan = BatchPlan(torch.tensor([0, 0]), torch.tensor([4], dtype=torch.int32))
+    plan = BatchPlan(integers([0, 0]), integers([4]))
     assert plan.tiles(4) is plan.tiles(4)
     assert plan.tiles(4) is not plan.tiles(8)
 
@@ -69,13 +76,13 @@ def test_a_plan_is_worked_out_once_per_number_of_rows() -> None:
 def test_tiles_of_the_inference_mode_serve_training_too() -> None:
     """Autograd cannot save tensors that were made there."""
     with torch.inference_mode():
-        ids, lens = torch.tensor([0, 0]), torch.tensor([4], dtype=torch.int32)
+        ids, lens = integers([0, 0]), integers([4])
         tiles = BatchPlan(ids, lens).tiles(4)
     assert not any(x.is_inference() for x in tiles)
 
 
 def test_what_a_graph_records_stays_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    ids, lens = torch.tensor([0, 0]), torch.tensor([4], dtype=torch.int32)
+    ids, lens = integers([0, 0]), integers([4])
 
     def capturing(state: bool) -> None:
         monkeypatch.setattr("prefix_attn.plan.recording", lambda tensor: state)
@@ -108,7 +115,7 @@ def test_a_plan_is_compiled_without_a_break() -> None:
     def layers(plan: BatchPlan) -> torch.Tensor:
         return plan.tiles(4).members + plan.tiles(4).members
 
-    ids, lens = torch.tensor([0, 0]), torch.tensor([4], dtype=torch.int32)
+    ids, lens = integers([0, 0]), integers([4])
     expected = layers(BatchPlan(ids, lens))
     torch.compiler.reset()
     inside = torch.compile(lambda ids, lens: layers(BatchPlan(ids, lens)), backend=backend, fullgraph=True)
@@ -121,24 +128,24 @@ def test_a_plan_is_compiled_without_a_break() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_opcheck(dtype: torch.dtype) -> None:
-    ids, lens = torch.tensor([1, -1, 0, 7, 1], dtype=dtype), torch.tensor([4, 5, 0], dtype=torch.int32)
+    ids, lens = integers([1, -1, 0, 7, 1], dtype), integers([4, 5, 0])
     torch.library.opcheck(torch.ops.prefix_attn.row_tiles.default, (ids, lens, 4, 16, 3))
 
 
 def test_without_kernels_a_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(pa.BackendUnavailable, match="on the CPU, where Triton only interprets"):
-        BatchPlan(torch.tensor([0, 0]), torch.tensor([4], dtype=torch.int32)).tiles(4)
+        BatchPlan(integers([0, 0]).cpu(), integers([4]).cpu()).tiles(4)
 
 
 def test_ids_may_be_wide_and_strided() -> None:
-    ids, lens = torch.tensor([[0, 9], [2**40, 9], [0, 9]]), torch.tensor([4], dtype=torch.int32)
+    ids, lens = integers([[0, 9], [2**40, 9], [0, 9]], torch.int64), integers([4])
     assert row_tiles(ids[:, 0], lens, 1, 16).planned.tolist() == [0, -1, 0]
 
 
 def test_a_plan_of_another_batch_is_refused() -> None:
-    k = torch.zeros(1, 3, 16)
-    prefix, x = pa.PrefixKV.pack([(k, k)]), torch.zeros(2, 1, 1, 16)
-    plan = BatchPlan(torch.tensor([0]), prefix.lens)
+    k = torch.zeros(1, 3, 16, device=DEVICE)
+    prefix, x = pa.PrefixKV.pack([(k, k)]), torch.zeros(2, 1, 1, 16, device=DEVICE)
+    plan = BatchPlan(integers([0]), prefix.lens)
     with pytest.raises(pa.ShapeError, match="plan"):
         pa.prefix_attention(x, x, x, prefix, [0, 0], plan=plan)
