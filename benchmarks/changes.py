@@ -7,7 +7,7 @@ are the control: as much as they changed, the machine did.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +22,15 @@ from .summary import Comparison
 from .tables import simple_table
 
 #: Provider and point -> seconds, or any number that is better when it is smaller.
-Times = dict[tuple[str, str], float]
+Times = dict[tuple[str, Hashable], float]
 
 
 @dataclass(frozen=True)
 class Results:
-    """What one file says."""
+    """What one file says; ``labels`` are its points in words."""
 
     times: Times
+    labels: dict[Hashable, str]
     environment: Environment | None
 
     @classmethod
@@ -45,11 +46,12 @@ class Results:
             names = set(json.loads(path.read_text().partition("\n")[0]))
             if "decode_tokens_per_s" in names:
                 found = read(path, GenerationRow)
-                times = {(r.provider, str(r)): 1 / r.decode_tokens_per_s for r in found if r.decode_tokens_per_s}
-                return cls(times, found[0].environment)
+                speeds = {(r.provider, r.point): r.decode_tokens_per_s for r in found if r.decode_tokens_per_s}
+                times: Times = {key: 1 / speed for key, speed in speeds.items()}
+                return cls(times, {r.point: r.in_full for r in found}, found[0].environment)
             rows = read(path, Row)
-            times = {(row.provider, str(row.point)): row.median_us for row in rows if row.median_us is not None}
-            return cls(times, rows[0].environment)
+            times = {(row.provider, row.point): row.median_us for row in rows if row.median_us is not None}
+            return cls(times, {row.point: str(row.point) for row in rows}, rows[0].environment)
         except (ValueError, TypeError, LookupError) as error:
             message = f"{path}: expected JSON lines written by `prefix-attn bench` ({type(error).__name__}: {error})"
             raise PrefixAttnError(message) from error
@@ -64,14 +66,14 @@ def changes(old: Results, new: Results) -> Iterator[RenderableType]:
     ratios: dict[str, list[tuple[float, str]]] = {}
     for (provider, point), seconds in old.times.items():
         if (after := new.times.get((provider, point))) is not None:
-            ratios.setdefault(provider, []).append((seconds / after, point))
+            ratios.setdefault(provider, []).append((seconds / after, new.labels[point]))
     if not ratios:
         raise PrefixAttnError("bench compare: no provider has a time at the same point in both files")
     points = simple_table("old time over new; above 1, the new is faster")
     points.add_column("point")
     points.add_column(OURS, justify="right")
-    for ratio, point in ratios.get(OURS, []):
-        points.add_row(point, Text(f"{ratio:.2f}", "bold red" if ratio < 1 else ""))
+    for ratio, label in ratios.get(OURS, []):
+        points.add_row(label, Text(f"{ratio:.2f}", "bold red" if ratio < 1 else ""))
     yield points
     means = simple_table(
         "geometric mean and worst case; the peers' code did not change, so their ratios are the machine's"

@@ -186,6 +186,11 @@ class GenerationRow:
         cache = "" if self.cache == "dynamic" else f" {self.cache}"
         return f"{self.model} B={self.rows} T={self.tasks} m={self.prefix_tokens}{cache}"
 
+    @property
+    def in_full(self) -> str:
+        """All of the point in words, for rows of different runs."""
+        return f"{self!s}, {self.dtype}, {self.prompt_tokens} + {self.new_tokens} tokens"
+
 
 AnyRow = TypeVar("AnyRow", Row, GenerationRow)
 

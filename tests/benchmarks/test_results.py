@@ -117,6 +117,18 @@ def test_changes(file: Path, tmp_path: Path) -> None:
     assert "GPT-2 B=4 T=4 m=100" in text_of(generation_path(file), generation_path(file))
 
 
+def test_changes_are_of_the_same_prompt_and_dtype(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    usual = generation(OURS, 8, 4, speed=100.0)
+    others = [replace(usual, prompt_tokens=8, new_tokens=4), replace(usual, dtype="bfloat16")]
+    append(old, [usual, *(replace(other, decode_tokens_per_s=1.0) for other in others)])
+    append(new, [replace(usual, decode_tokens_per_s=150.0)])
+    assert "GPT-2 B=8 T=4 m=100, float32, 16 + 9 tokens 1.50" in " ".join(text_of(old, new).split())
+    append(tmp_path / "other.jsonl", others)
+    with pytest.raises(PrefixAttnError, match="no provider has a time at the same point"):
+        text_of(tmp_path / "other.jsonl", new)
+
+
 def test_changes_refuses_what_it_cannot_compare(file: Path, tmp_path: Path) -> None:
     other, nonsense = tmp_path / "other.jsonl", tmp_path / "nonsense.jsonl"
     append(other, [row(OURS, Point("decode", 99, 1, 20, 64), 1.0)])
