@@ -6,7 +6,6 @@ are the control: as much as they changed, the machine did.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.text import Text
 from prefix_attn.errors import PrefixAttnError
 
 from .peers import OURS
-from .record import Environment, GenerationRow, Row, read
+from .record import Environment, Row, read_either
 from .summary import Comparison
 from .tables import simple_table
 
@@ -40,21 +39,19 @@ class Results:
         Raises:
             PrefixAttnError: the file is missing, or holds neither.
         """
-        if not path.is_file():
-            raise PrefixAttnError(f"{path}: no such file; expected JSON lines written by `prefix-attn bench`")
-        try:
-            names = set(json.loads(path.read_text().partition("\n")[0]))
-            if "decode_tokens_per_s" in names:
-                found = read(path, GenerationRow)
-                speeds = {(r.provider, r.point): r.decode_tokens_per_s for r in found if r.decode_tokens_per_s}
-                times: Times = {key: 1 / speed for key, speed in speeds.items()}
-                return cls(times, {r.point: r.in_full for r in found}, found[0].environment)
-            rows = read(path, Row)
-            times = {(row.provider, row.point): row.median_us for row in rows if row.median_us is not None}
-            return cls(times, {row.point: str(row.point) for row in rows}, rows[0].environment)
-        except (ValueError, TypeError, LookupError) as error:
-            message = f"{path}: expected JSON lines written by `prefix-attn bench` ({type(error).__name__}: {error})"
-            raise PrefixAttnError(message) from error
+        rows = read_either(path)
+        times: Times = {}
+        labels: dict[Hashable, str] = {}
+        for row in rows:
+            if isinstance(row, Row):
+                seconds = row.median_us
+                labels[row.point] = str(row.point)
+            else:
+                seconds = 1 / row.decode_tokens_per_s if row.decode_tokens_per_s else None
+                labels[row.point] = row.in_full
+            if seconds is not None:
+                times[row.provider, row.point] = seconds
+        return cls(times, labels, rows[0].environment if rows else None)
 
 
 def changes(old: Results, new: Results) -> Iterator[RenderableType]:

@@ -20,6 +20,7 @@ import numpy as np
 import typer
 
 from prefix_attn import regime
+from prefix_attn.errors import PrefixAttnError
 
 from . import record
 from .peers import Point
@@ -123,7 +124,11 @@ def pairs_of(rows: Iterable[Row]) -> tuple[list[Pair], float]:
 
 def main(files: Annotated[list[Path], typer.Argument(help="results of one GPU")]) -> None:
     """Print the constants that fit these results, beside those of the package."""
-    pairs, bandwidth = pairs_of(row for file in files for row in record.read(file, Row))
+    try:
+        pairs, bandwidth = pairs_of(row for file in files for row in record.read(file, Row))
+    except PrefixAttnError as e:
+        typer.echo(str(e), err=True)
+        raise typer.Exit(2) from e
     if not pairs:
         typer.echo(f"no point of {', '.join(map(str, files))} has a time of both {INLINE!r} and {GROUPED!r}", err=True)
         raise typer.Exit(1)

@@ -6,7 +6,7 @@ is below 1 lies on red ground.
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +21,7 @@ from prefix_attn.errors import PrefixAttnError
 
 from .panels import legend, log_grid, panels, stacked_panels, ticks
 from .peers import OURS, Point
-from .record import GenerationRow, Row, read
+from .record import GenerationRow, Row, json_lines, read_either
 
 LOSS, WIN, OTHER = "#c0392b", "#2c6fbb", "#8a8a8a"
 MIB = 2**20
@@ -67,7 +67,8 @@ def latest(folder: Path) -> list[Path]:
     for device in sorted(path for path in folder.glob("*") if path.is_dir()):
         for generation in (False, True):
             files = [f for f in device.glob("2*-*.jsonl") if f.stem.endswith("-generate") == generation]
-            found += sorted(files, key=lambda file: (file.name[:10], last_run(file)))[-1:]
+            runs = [(file.name[:10], run, file) for file in files if (run := last_run(file)) is not None]
+            found += [file for *_, file in sorted(runs)[-1:]]
     if not found:
         raise PrefixAttnError(
             f"{folder}: expected DEVICE/DATE-COMMIT.jsonl files; make some with `prefix-attn bench all`"
@@ -75,17 +76,21 @@ def latest(folder: Path) -> list[Path]:
     return found
 
 
-def last_run(file: Path) -> str:
-    """When the run of the file's last row began, UTC; empty for an old row, which does not say."""
-    lines = file.read_text().splitlines()
-    return str(json.loads(lines[-1]).get("run", "")) if lines else ""
+def last_run(file: Path) -> str | None:
+    """When the run of the file's last row began, UTC; empty for an old row, which does not say, None without a row."""
+    try:
+        lines = json_lines(file)
+    except PrefixAttnError as e:  # another file, or the run before, can be drawn
+        warnings.warn(f"passed over: {e}", stacklevel=1)
+        return None
+    return str(lines[-1][1].get("run", "")) if lines else None
 
 
 def draw(files: Iterable[Path], folder: Path) -> list[Path]:
     """Every figure that the files have data for, device by device; the paths written.
 
     Raises:
-        PrefixAttnError: no file has a time in it.
+        PrefixAttnError: no file has a time in it; one is missing, or holds something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
@@ -102,12 +107,14 @@ def draw(files: Iterable[Path], folder: Path) -> list[Path]:
 
 
 def devices(files: Iterable[Path]) -> list[Device]:
-    """The rows of all files, by the device they were measured on."""
+    """The rows of all files, by the device they were measured on.
+
+    Raises:
+        PrefixAttnError: one is missing, or holds something else.
+    """
     found: dict[str, Device] = {}
     for file in files:
-        if not file.is_file():
-            raise PrefixAttnError(f"{file}: no such file")
-        for row in read(file, GenerationRow) if file.stem.endswith("-generate") else read(file, Row):
+        for row in read_either(file):
             if row.environment is None:
                 continue
             device = found.setdefault(row.environment.slug, Device(row.environment.device, row.environment.slug))

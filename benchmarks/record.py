@@ -8,15 +8,18 @@ import platform
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import typer
+
+from prefix_attn.errors import PrefixAttnError
 
 from .peers.problem import Point
 
@@ -194,6 +197,8 @@ class GenerationRow:
 
 AnyRow = TypeVar("AnyRow", Row, GenerationRow)
 
+EXPECTED = "expected JSON lines written by `prefix-attn bench`"
+
 
 def generation_path(path: Path) -> Path:
     """Where the rows of generation go whose attention's rows go to ``path``."""
@@ -201,25 +206,82 @@ def generation_path(path: Path) -> Path:
 
 
 def append(path: Path, rows: Iterable[DataclassInstance]) -> None:
-    """Add rows to a file of JSON lines; each is written whole or, if the run is cut, not at all."""
+    """Add rows to a file of JSON lines, in one write: a run that is cut leaves whole rows.
+
+    A line that a machine left torn when it went down stays as it is; rows begin below it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        for row in rows:
-            flat = asdict(row)
-            flat |= flat.pop("environment") or {}
-            file.write(json.dumps(flat) + "\n")
+    lines = ""
+    for row in rows:
+        flat = asdict(row)
+        flat |= flat.pop("environment") or {}
+        lines += json.dumps(flat) + "\n"
+    with path.open("a+b", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                lines = "\n" + lines
+        file.write(lines.encode())
+
+
+def json_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The lines of a file with their numbers. One that is torn is skipped with a warning.
+
+    Raises:
+        PrefixAttnError: no line is a JSON object.
+    """
+    found: list[tuple[int, dict[str, Any]]] = []
+    torn: list[int] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            flat = json.loads(line)
+        except ValueError:
+            flat = None
+        if isinstance(flat, dict):
+            found.append((number, flat))
+        else:
+            torn.append(number)
+    if torn and not found:
+        raise PrefixAttnError(f"{path}, line {torn[0]}: {EXPECTED}, got no JSON object")
+    if torn:
+        warnings.warn(f"{path}: skipped what is no JSON object: line {', '.join(map(str, torn))}", stacklevel=1)
+    return found
 
 
 def read(path: Path, kind: type[AnyRow]) -> list[AnyRow]:
-    """The rows of a file; of a point that several runs measured, those of the last one. Empty if there is no file."""
+    """The rows of a file; of a point that several runs measured, those of the last one. Empty if there is no file.
+
+    Raises:
+        PrefixAttnError: the file holds something else.
+    """
+    return _rows(path, json_lines(path), kind) if path.is_file() else []
+
+
+def read_either(path: Path) -> list[Row] | list[GenerationRow]:
+    """`read`, whichever of both the file holds, whatever its name.
+
+    Raises:
+        PrefixAttnError: there is no such file, or it holds something else.
+    """
     if not path.is_file():
-        return []
+        raise PrefixAttnError(f"{path}: no such file; {EXPECTED}")
+    lines = json_lines(path)
+    if lines and "decode_tokens_per_s" in lines[0][1]:
+        return _rows(path, lines, GenerationRow)
+    return _rows(path, lines, Row)
+
+
+def _rows(path: Path, lines: Iterable[tuple[int, dict[str, Any]]], kind: type[AnyRow]) -> list[AnyRow]:
     latest: dict[object, dict[str, AnyRow]] = {}
     ours, theirs = {f.name for f in fields(kind)}, {f.name for f in fields(Environment)}
-    for line in path.read_text().splitlines():
-        flat = json.loads(line)
+    for number, flat in lines:
         environment = Environment(**{name: flat[name] for name in theirs}) if theirs <= flat.keys() else None
-        row = kind(**{name: flat[name] for name in flat.keys() & ours}, environment=environment)
+        try:
+            row = kind(**{name: flat[name] for name in flat.keys() & ours}, environment=environment)
+        except TypeError as e:  # it says which fields are missing
+            raise PrefixAttnError(f"{path}, line {number}: {EXPECTED} ({e})") from e
         rows = latest.setdefault(row.point, {})
         if any(before.environment != environment for before in rows.values()):
             rows.clear()  # ratios are of one run

@@ -84,7 +84,9 @@ def compare(
     """
     from prefix_attn.benchmarks.changes import Results, changes
 
-    for part in changes(Results.read(old), Results.read(new)):
+    with console.warnings_as_lines():
+        before, after = Results.read(old), Results.read(new)
+    for part in changes(before, after):
         console.out.print(part)
 
 
@@ -107,7 +109,9 @@ def plot(
         raise PrefixAttnError("bench plot: needs matplotlib, which is not installed: pip install 'prefix-attn[bench]'")
     from prefix_attn.benchmarks.plot import draw, latest
 
-    for path in draw(results or latest(Path("benchmarks/results")), figures):
+    with console.warnings_as_lines():
+        written = draw(results or latest(Path("benchmarks/results")), figures)
+    for path in written:
         console.out.print(Text(str(path)), soft_wrap=True)
 
 
@@ -134,7 +138,8 @@ def run(
         if not any(isinstance(peer, Peft) for peer in peers) and "generate" in suites:
             suites = [suite for suite in suites if suite != "generate"]
             console.warn("generate is left out: PEFT is the only peer it has")
-    outcome = benchmarks.run(suites, device, quick, budget, None if against is not None else output, peers)
+    with console.warnings_as_lines():
+        outcome = benchmarks.run(suites, device, quick, budget, None if against is not None else output, peers)
     show = tables.ratios if against is not None else tables.everything
     for part in show(outcome):
         console.out.print(part)

@@ -1,5 +1,9 @@
 """Where the command line writes: results on stdout; progress, warnings and errors on stderr."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
 from rich.text import Text
 
@@ -14,6 +18,14 @@ def say(label: str, style: str, message: str) -> None:
 
 def warn(message: str) -> None:
     say("warning", "bold yellow", message)
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Within, Python's warnings are lines of ours: of what they tell a user, the place in the code is no part."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: warn(str(message))
+        yield
 
 
 def error_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ import torch
 from matplotlib.patches import Rectangle
 from rich.console import Console
 
-from benchmarks import plot
+from benchmarks import plot, record
 from benchmarks.changes import Results, changes
 from benchmarks.peers import NO_PREFIX, OURS, Point
 from benchmarks.record import Environment, GenerationRow, Row, append, generation_path, read
@@ -90,6 +90,38 @@ def test_a_later_run_of_a_point_replaces_all_of_the_earlier_one(file: Path) -> N
     point = Point("decode", 1, 1, 20, 64)
     append(file, [row(OURS, point, 70.0, replace(ENVIRONMENT, run="second"))])
     assert [(r.provider, r.median_us) for r in read(file, Row) if r.point == point] == [(OURS, 70.0)]
+
+
+def test_a_torn_line_costs_its_own_row_alone(file: Path, tmp_path: Path) -> None:
+    whole = file.read_text()
+    lines = whole.count("\n")
+    file.write_text(whole + '{"provider": "prefix_attn", "batch": 4, "ta')
+    with pytest.warns(UserWarning, match=f"2026-01-02-abc.jsonl: .* line {lines + 1}$"):
+        assert plot.latest(tmp_path / "results") == [file, generation_path(file)]
+    point = Point("decode", 1, 1, 20, 64)
+    append(file, [row(OURS, point, 70.0, replace(ENVIRONMENT, run="second"))])
+    assert file.read_text().startswith(whole)
+    with pytest.warns(UserWarning, match="skipped"):
+        assert [r.median_us for r in read(file, Row) if r.point == point] == [70.0]
+
+
+def test_a_newest_file_without_rows_is_passed_over(file: Path, tmp_path: Path) -> None:
+    file.with_name("2026-01-03-empty.jsonl").touch()
+    file.with_name("2026-01-03-torn.jsonl").write_text('{"provider": "pre')
+    with pytest.warns(UserWarning, match="passed over: .*torn.jsonl, line 1: expected JSON lines"):
+        assert plot.latest(tmp_path / "results") == [file, generation_path(file)]
+
+
+def test_a_wrong_file_is_named_with_its_line(file: Path, tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("\nnothing of ours\n")
+    results = Path(record.__file__).parent / "results" / "cpu"
+    for wrong, line in ((text, 2), (results / "sharing.jsonl", 1), (results / "generate.jsonl", 1)):
+        with pytest.raises(PrefixAttnError, match=rf"{wrong.name}, line {line}: expected JSON lines written by"):
+            plot.draw([file, wrong], tmp_path)
+    renamed = generation_path(file).rename(tmp_path / "mine.jsonl")
+    (device,) = plot.devices([renamed])
+    assert len(device.generated) == 6
 
 
 def text_of(old: Path, new: Path) -> str:

@@ -62,6 +62,20 @@ def test_a_second_run_adds_to_the_file(run: Run, tmp_path: Path) -> None:
     assert len(stored(tmp_path)) == 2 * len(benchmarks.cpu_peers())
 
 
+@pytest.mark.filterwarnings("default:.*skipped what is no JSON object")
+def test_a_run_goes_on_below_a_torn_line(run: Run, tmp_path: Path) -> None:
+    assert run("bench", "prefill", "--device", "cpu", "--output", tmp_path).exit_code == 0
+    (file,) = tmp_path.rglob("*.jsonl")
+    with file.open("a") as lines:
+        lines.write('{"provider": "prefix_attn", "ver')
+    again = run("bench", "prefill", "--device", "cpu", "--output", tmp_path)
+    assert again.exit_code == 0, again.output
+    assert f"warning: {file}: skipped what is no JSON object: line " in again.stderr
+    compared = run("bench", "compare", file, file)
+    assert "1.00" in compared.stdout
+    assert compared.stderr.count("warning: ") == 1
+
+
 def test_against_a_peer_only_ratios_are_printed(run: Run, tmp_path: Path) -> None:
     result = run("bench", "decode", "--against", "in place", "--device", "cpu", "--output", tmp_path)
     assert result.exit_code == 0
