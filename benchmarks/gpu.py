@@ -202,7 +202,7 @@ def main(
     device = record.first_gpu("benchmarks.gpu")
     environment = record.Environment.read(device, commit)
     print(environment, flush=True)
-    outcome = Outcome(out / environment.slug / f"{environment.file_name}.jsonl")
+    outcome = Outcome(environment.path(out))
 
     compilations = Compilations.begin(limits.stages)
     gc.freeze()  # a capture of a graph may collect garbage: what is imported by now need not be looked through

@@ -21,7 +21,7 @@ from prefix_attn.errors import PrefixAttnError
 
 from .panels import legend, log_grid, panels, stacked_panels, ticks
 from .peers import OURS, Point
-from .record import GenerationRow, Row, json_lines, read_either
+from .record import QUICK, GenerationRow, Row, json_lines, read_either
 
 LOSS, WIN, OTHER = "#c0392b", "#2c6fbb", "#8a8a8a"
 MIB = 2**20
@@ -62,16 +62,24 @@ class Device:
 
 
 def latest(folder: Path) -> list[Path]:
-    """The newest results file of each device, and the one of generation; by when their last run began."""
+    """The newest results file of each device, and the one of generation; by when their last run began.
+
+    Those of `--quick` runs are left out: figures of a few points would replace those of the grids.
+
+    Raises:
+        PrefixAttnError: there is none.
+    """
     found: list[Path] = []
     for device in sorted(path for path in folder.glob("*") if path.is_dir()):
         for generation in (False, True):
             files = [f for f in device.glob("2*-*.jsonl") if f.stem.endswith("-generate") == generation]
+            files = [f for f in files if not f.stem.removesuffix("-generate").endswith(QUICK)]
             runs = [(file.name[:10], run, file) for file in files if (run := last_run(file)) is not None]
             found += [file for *_, file in sorted(runs)[-1:]]
     if not found:
         raise PrefixAttnError(
-            f"{folder}: expected DEVICE/DATE-COMMIT.jsonl files; make some with `prefix-attn bench all`"
+            f"{folder}: expected DEVICE/DATE-COMMIT.jsonl files; make some with `prefix-attn bench all`, "
+            "or name files: those of --quick runs are drawn only then"
         )
     return found
 

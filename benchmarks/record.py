@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 UNKNOWN = "unknown"
 
+#: In the name of a file of `--quick` runs.
+QUICK = "-quick"
+
 
 def first_gpu(command: str) -> torch.device:
     """The first GPU, made current; where there is none, the command that needs it ends with exit code 2."""
@@ -90,6 +93,10 @@ class Environment:
     @property
     def file_name(self) -> str:
         return f"{self.date}-{self.commit}{'-dirty' if self.dirty else ''}"
+
+    def path(self, folder: Path, quick: bool = False) -> Path:
+        """Where the rows of attention go; a few points in a hurry do not stand where the whole grids do."""
+        return folder / self.slug / f"{self.file_name}{QUICK if quick else ''}.jsonl"
 
 
 @dataclass(frozen=True)

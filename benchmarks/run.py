@@ -83,7 +83,7 @@ def run(suites: Sequence[str], device: torch.device, quick: bool, budget: float 
     if device.type != "cuda":
         pin_threads()
     environment = record.Environment.read(device)
-    outcome = Outcome(output and output / environment.slug / f"{environment.file_name}.jsonl")
+    outcome = Outcome(output and environment.path(output, quick))
     bench = None
     for suite in suites:
         if suite == "generate":

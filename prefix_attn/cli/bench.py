@@ -21,7 +21,9 @@ app = typer.Typer(
     "\n\nBegin with `prefix-attn bench all --quick`: two minutes, on a GPU if there is one, else on the CPU.",
 )
 
-Quick = Annotated[bool, typer.Option("--quick", help="A few points of each suite; two minutes for all.")]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="A few points of each suite, into a -quick file; two minutes for all.")
+]
 Budget = Annotated[float | None, typer.Option(min=1, metavar="SECONDS", help="Stop by then; names what is left out.")]
 Against = Annotated[
     str | None,
@@ -93,7 +95,8 @@ def compare(
 @app.command()
 def plot(
     results: Annotated[
-        list[Path] | None, typer.Argument(help="Results files; by default the latest of each device.")
+        list[Path] | None,
+        typer.Argument(help="Results files; by default the latest of each device, quick runs left out."),
     ] = None,
     figures: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("benchmarks/figures"),
 ) -> None:

@@ -92,6 +92,18 @@ def test_a_later_run_of_a_point_replaces_all_of_the_earlier_one(file: Path) -> N
     assert [(r.provider, r.median_us) for r in read(file, Row) if r.point == point] == [(OURS, 70.0)]
 
 
+def test_quick_runs_are_drawn_only_when_they_are_named(file: Path, tmp_path: Path) -> None:
+    quick = replace(ENVIRONMENT, date="2026-01-03").path(tmp_path / "results", quick=True)
+    assert quick.name == "2026-01-03-abc-quick.jsonl"
+    append(quick, [row(OURS, Point("decode", 1, 1, 20, 64), 100.0)])
+    append(generation_path(quick), [generation(OURS, 8, 4, speed=100.0)])
+    assert plot.latest(tmp_path / "results") == [file, generation_path(file)]
+    file.unlink()
+    generation_path(file).unlink()
+    with pytest.raises(PrefixAttnError, match="those of --quick runs are drawn only then"):
+        plot.latest(tmp_path / "results")
+
+
 def test_a_torn_line_costs_its_own_row_alone(file: Path, tmp_path: Path) -> None:
     whole = file.read_text()
     lines = whole.count("\n")

@@ -76,6 +76,14 @@ def test_a_run_goes_on_below_a_torn_line(run: Run, tmp_path: Path) -> None:
     assert compared.stderr.count("warning: ") == 1
 
 
+def test_a_quick_run_has_a_file_of_its_own(run: Run, tmp_path: Path) -> None:
+    assert run("bench", "prefill", "--device", "cpu", "--output", tmp_path).exit_code == 0
+    assert run("bench", "prefill", "--quick", "--device", "cpu", "--output", tmp_path).exit_code == 0
+    whole, quick = sorted(tmp_path.rglob("*.jsonl"), key=lambda file: len(file.name))
+    assert quick.name == f"{whole.stem}-quick.jsonl"
+    assert quick.with_suffix(".md").is_file()
+
+
 def test_against_a_peer_only_ratios_are_printed(run: Run, tmp_path: Path) -> None:
     result = run("bench", "decode", "--against", "in place", "--device", "cpu", "--output", tmp_path)
     assert result.exit_code == 0
