@@ -10,9 +10,7 @@ from torch import Tensor
 
 from prefix_attn.cost import Cost, Roof
 
-from .timing import REPEATS, Calls, Timing, runner_for
-
-DTYPES = ("float32", "bfloat16", "float16")
+from .timing import REPEATS, Calls, runner_for
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ CPU = Sizes(copy_bytes=5 * 10**8, cached_bytes=2**19, matmul=1536)
 
 @dataclass(frozen=True)
 class Roofs:
-    """What calls are held against.
+    """What calls are held against, each the best of several repeats: what disturbs one is no limit of the device.
 
     Attributes:
         bytes_per_s: of a large copy, bytes read and written.
@@ -49,6 +47,11 @@ class Roofs:
         """Microseconds below which nothing that does this work, its keys not in a cache, can run."""
         return max(cost.floor_us(Roof(self.bytes_per_s, self.flops_per_s[dtype])), self.launch_us)
 
+    @property
+    def warning(self) -> str | None:
+        """`busy` of these."""
+        return busy(self.bytes_per_s, self.cache_bytes_per_s)
+
     def __str__(self) -> str:
         products = ", ".join(f"{1e-12 * rate:.3g} TFLOP/s in {dtype}" for dtype, rate in self.flops_per_s.items())
         return (
@@ -57,8 +60,18 @@ class Roofs:
         )
 
 
-def measure_roofs(device: torch.device, dtypes: tuple[str, ...] = DTYPES, sizes: Sizes | None = None) -> Roofs:
-    """Medians; the copy takes at most a quarter of a GPU's free memory."""
+def busy(bytes_per_s: float, cache_bytes_per_s: float) -> str | None:
+    """That rates were measured while the machine did something else, if they say so themselves: no cache is slower."""
+    if cache_bytes_per_s >= bytes_per_s:
+        return None
+    return (
+        f"the machine is busy: {1e-9 * cache_bytes_per_s:.3g} GB/s within the cache, {1e-9 * bytes_per_s:.3g} GB/s "
+        "outside of it; measure again when it is quiet"
+    )
+
+
+def measure_roofs(device: torch.device, dtypes: tuple[str, ...], sizes: Sizes | None = None) -> Roofs:
+    """Measure them; the copy takes at most a quarter of a GPU's free memory."""
     on_gpu = device.type == "cuda"
     sizes = sizes or (GPU if on_gpu else CPU)
     if on_gpu:
@@ -67,7 +80,7 @@ def measure_roofs(device: torch.device, dtypes: tuple[str, ...] = DTYPES, sizes:
     else:
         products = dict.fromkeys(dtypes, sizes.matmul)
     one = torch.zeros(1, device=device)
-    launch_s = _median_seconds([lambda: one.add_(1.0)] * sizes.launches, device)
+    launch_s = _best_seconds([lambda: one.add_(1.0)] * sizes.launches, device)
     roofs = Roofs(
         bytes_per_s=sizes.copy_bytes / _copy_seconds(device, sizes.copy_bytes),
         cache_bytes_per_s=sizes.cached_bytes / _copy_seconds(device, sizes.cached_bytes, times=32),
@@ -91,7 +104,7 @@ def _copy_seconds(device: torch.device, size: int, times: int = 1) -> float:
     def copy() -> Tensor:
         return torch.neg(source, out=target) if device.type == "cuda" else target.copy_(source)
 
-    return _median_seconds([copy] * times, device)
+    return _best_seconds([copy] * times, device)
 
 
 def _product_seconds(device: torch.device, size: int, dtype: str) -> float:
@@ -101,13 +114,12 @@ def _product_seconds(device: torch.device, size: int, dtype: str) -> float:
     def product() -> Tensor:
         return torch.mm(a, b, out=out)
 
-    return _median_seconds([product], device)
+    return _best_seconds([product], device)
 
 
-def _median_seconds(calls: Calls, device: torch.device) -> float:
-    """Seconds of one call."""
+def _best_seconds(calls: Calls, device: torch.device) -> float:
+    """Seconds of one call, in the best of the repeats."""
     runner, _ = runner_for(calls, device)
     warm, replays = (3, 5) if device.type == "cuda" else (1, 1)
     runner.seconds(warm)
-    samples = [runner.seconds(replays) / (replays * runner.calls) for _ in range(REPEATS)]
-    return 1e-6 * Timing.of(samples, replays * runner.calls).median_us
+    return min(runner.seconds(replays) for _ in range(REPEATS)) / (replays * runner.calls)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .peers import OURS
 from .record import Environment, Row
+from .roofs import busy
 
 Times = dict[str, float]
 
@@ -67,6 +68,7 @@ def markdown(rows: Sequence[Row], environment: Environment, notes: Sequence[str]
         f"transformers {e.transformers_version}, Python {e.python_version}; commit {e.commit}"
         f"{' with changes' if e.dirty else ''}; clocks and power {e.clocks}.",
         *(["", "; ".join(notes) + "."] if notes else []),
+        *_busy(rows),
     ]
     for op in sorted({row.op for row in rows}):
         some = [row for row in rows if row.op == op]
@@ -86,6 +88,17 @@ def markdown(rows: Sequence[Row], environment: Environment, notes: Sequence[str]
         lines += ["", "## Without a time", ""]
         lines += _table(["provider", "status", "points"], [[*key, count] for key, count in untimed.items()])
     return "\n".join(lines) + "\n"
+
+
+def _busy(rows: Iterable[Row]) -> list[str]:
+    """A paragraph for each pair of roofs that shows a busy machine: floors of its points are too high."""
+    points: dict[str, set[object]] = {}
+    for row in rows:
+        if row.roof_bytes_per_s is not None and row.roof_cache_bytes_per_s is not None:
+            warning = busy(row.roof_bytes_per_s, row.roof_cache_bytes_per_s)
+            if warning is not None:
+                points.setdefault(warning, set()).add(row.point)
+    return [line for warning, some in points.items() for line in ("", f"At {len(some)} points, {warning}.")]
 
 
 def write(path: Path, text: str) -> None:

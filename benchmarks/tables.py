@@ -58,12 +58,14 @@ def without_time(rows: Sequence[Row] | Sequence[GenerationRow]) -> list[str]:
 
 
 def _remarks(outcome: Outcome) -> Iterator[Text]:
-    """What carries no time, and what was left out."""
+    """What carries no time, what was left out, and whether the machine had other things to do."""
     for line in without_time([row for rows in outcome.rows.values() for row in rows]):
         yield Text(line)
     for line in without_time(outcome.generated):
         yield Text(f"generate, {line}")
     yield from map(Text, outcome.left_out)
+    if outcome.roofs is not None and outcome.roofs.warning is not None:
+        yield Text(outcome.roofs.warning, "bold red")
 
 
 def _generated(rows: Sequence[GenerationRow]) -> Table:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from benchmarks import record, summary
+from benchmarks import record, roofs, summary, tables
 from benchmarks.compare import Bench, _Comparison
 from benchmarks.memory import allocated_at_once
 from benchmarks.peers import (
@@ -28,6 +28,7 @@ from benchmarks.peers import (
 from benchmarks.peers.check import Reference, uninitialised_memory_is_nan
 from benchmarks.record import Environment
 from benchmarks.roofs import Roofs, Sizes, measure_roofs
+from benchmarks.run import Outcome
 from prefix_attn.backends import torch_sdpa
 from prefix_attn.cost import Cost
 
@@ -47,9 +48,9 @@ RAGGED = Point("decode", 9, 3, 32, 7, **SIZES, skew="one big", ragged=True)
 
 @pytest.fixture
 def bench() -> Bench:
-    roofs = Roofs(1e9, 1e10, {"float32": 1e9, "bfloat16": 2e9}, launch_us=1.0)
+    rates = Roofs(1e9, 1e10, {"float32": 1e9, "bfloat16": 2e9}, launch_us=1.0)
     environment = replace(Environment.read(CPU, commit="abc"), device="Test GPU 9000")
-    return Bench(CPU, environment, roofs, PEERS, repeats=3)
+    return Bench(CPU, environment, rates, PEERS, repeats=3)
 
 
 @pytest.fixture(autouse=True)
@@ -219,9 +220,32 @@ def test_stored_and_summarised(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_roofs_on_a_cpu() -> None:
-    roofs = measure_roofs(CPU, ("float32",), Sizes(copy_bytes=10**6, cached_bytes=10**4, matmul=64, launches=4))
-    assert min(roofs.bytes_per_s, roofs.cache_bytes_per_s, roofs.flops_per_s["float32"], roofs.launch_us) > 0
-    assert roofs.floor_us(Cost(bytes=0, flops=0, bytes_replicated=0), "float32") == roofs.launch_us
+    found = measure_roofs(CPU, ("float32",), Sizes(copy_bytes=10**6, cached_bytes=10**4, matmul=64, launches=4))
+    assert min(found.bytes_per_s, found.cache_bytes_per_s, found.flops_per_s["float32"], found.launch_us) > 0
+    assert found.floor_us(Cost(bytes=0, flops=0, bytes_replicated=0), "float32") == found.launch_us
+
+
+def test_a_roof_is_the_best_of_the_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Disturbed:
+        calls, outs = 2, list[torch.Tensor]()
+        left = iter([9.0, *[5.0] * 6, 2.0])  # a warm-up, then the repeats
+
+        def seconds(self, replays: int) -> float:
+            return next(self.left)
+
+    monkeypatch.setattr(roofs, "runner_for", lambda calls, device: (Disturbed(), ""))
+    assert roofs._best_seconds([], CPU) == 1.0
+
+
+def test_roofs_of_a_busy_machine_say_so(bench: Bench) -> None:
+    assert bench.roofs.warning is None
+    assert "busy" not in summary.markdown(bench.rows(DECODE, seconds=0.05, seed=1), bench.environment)
+    disturbed = replace(bench, roofs=replace(bench.roofs, bytes_per_s=31e9, cache_bytes_per_s=0.067e9))
+    expected = "the machine is busy: 0.067 GB/s within the cache, 31 GB/s outside of it"
+    assert expected in summary.markdown(disturbed.rows(DECODE, seconds=0.05, seed=1), bench.environment)
+    outcome = Outcome(None, roofs=disturbed.roofs)
+    for show in (tables.everything, tables.ratios):
+        assert any(expected in str(part) for part in show(outcome))
 
 
 def test_memory_is_what_is_held_at_once() -> None:
