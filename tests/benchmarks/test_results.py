@@ -75,6 +75,17 @@ def test_ratios_are_to_the_fastest_other_and_losses_are_framed(file: Path) -> No
     assert {"0.50", "0.99", "2.00", "5.00", "3.00"} <= cells
 
 
+def test_the_roof_of_several_runs_is_the_highest(file: Path) -> None:
+    low = {"roof_bytes_per_s": 1e7, "roof_cache_bytes_per_s": 1e6, "roof_flops_per_s": 1e10}
+    append(file, [replace(row(OURS, Point("decode", 2, 1, 20, 64), 100.0), **low)])  # type: ignore[arg-type]
+    (device,) = plot.devices([file])
+    figure = plot.roofline(device)
+    assert figure is not None
+    memory, cache = figure.axes[0].lines
+    assert memory.get_ydata()[0] == pytest.approx(1e10 * memory.get_xdata()[0] / 1e9)  # type: ignore[index]
+    assert cache.get_ydata()[-1] == pytest.approx(100.0)  # type: ignore[index]
+
+
 def test_without_data_nothing_is_drawn(tmp_path: Path) -> None:
     with pytest.raises(PrefixAttnError, match="expected DEVICE/DATE-COMMIT"):
         plot.latest(tmp_path)
