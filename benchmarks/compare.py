@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from prefix_attn.cost import Cost
+from prefix_attn.tolerance import FORWARD
 
 from .memory import allocated_at_once
 from .peers import Peer, Point, Problem
-from .peers.check import Reference, uninitialised_memory_is_nan
+from .peers.check import OF_PEERS, Reference, uninitialised_memory_is_nan
 from .record import Environment, Row
 from .roofs import Roofs
 from .timing import REPEATS, Runner, Timing, first_line, host_us, input_sets, measure, runner_for
@@ -108,6 +109,7 @@ class _Comparison:
 
     def _run(self, peer: Peer, row: Row, sets: int) -> Row:
         device, reference = self.bench.device, self.references[peer.with_prefix]
+        first, factor = self.problems[0], FORWARD if peer.ours else OF_PEERS
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # SDPA explains a refusal in warnings; its error says that it refused
             calls = [peer.prepare(problem) for problem in self.problems[:sets]]
@@ -116,7 +118,7 @@ class _Comparison:
                     out = calls[0]()
             else:
                 out = calls[0]()
-            error, wrong = reference.check(peer.in_batch_order(out, self.problems[0]), self.problems[0])
+            error, wrong = reference.check(peer.in_batch_order(out, first), first, factor)
             row = replace(row, error=error, plan_us=peer.plan_us, compile_s=peer.compile_s)
             if wrong is not None:
                 return replace(row, status=f"wrong: {wrong}", failed=True)
@@ -124,7 +126,7 @@ class _Comparison:
             for x in runner.outs:
                 x.fill_(float("nan"))
             runner.seconds(1)
-            error, wrong = reference.check(peer.in_batch_order(runner.outs[0], self.problems[0]), self.problems[0])
+            error, wrong = reference.check(peer.in_batch_order(runner.outs[0], first), first, factor)
             if wrong is None and not all(bool(x.isfinite().all()) for x in runner.outs):
                 wrong = "elements are NaN, infinite or were never written"
             if wrong is not None:

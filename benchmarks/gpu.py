@@ -8,7 +8,8 @@ rows of the file, so that a run can be continued with ``--stages``. Kernels that
 tests (benchmarks/warm.py), and FlashInfer's where it is installed; what of the latter is not compiled when timing
 begins is left out.
 
-Exit code: 0; 1 when a test fails or is cut short, a result is wrong, or a kernel of ours does not run; 2 without a GPU.
+Exit code: 0; 1 when a test fails or is cut short, a result of ours is wrong, or a kernel of ours does not run; 2
+without a GPU.
 """
 
 from __future__ import annotations

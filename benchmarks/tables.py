@@ -47,22 +47,21 @@ def ratios(outcome: Outcome) -> Iterator[RenderableType]:
     yield from _remarks(outcome)
 
 
-def without_time(rows: Sequence[Row] | Sequence[GenerationRow]) -> list[str]:
-    """A line for each provider and reason it has no time, with how many points that were."""
-    counts: dict[str, int] = {}
+def without_time(rows: Sequence[Row] | Sequence[GenerationRow], start: str = "") -> Iterator[Text]:
+    """A line for each provider and reason it has no time, with how many points that were; what failed is red."""
+    counts: dict[tuple[str, bool], int] = {}
     for row in rows:
         if (row.median_us if isinstance(row, Row) else row.decode_tokens_per_s) is None:
-            line = f"{row.provider}: {row.status}"
-            counts[line] = counts.get(line, 0) + 1
-    return [f"{line} ({count} points)" if count > 1 else line for line, count in counts.items()]
+            key = f"{start}{row.provider}: {row.status}", row.failed
+            counts[key] = counts.get(key, 0) + 1
+    for (line, failed), count in counts.items():
+        yield Text(f"{line} ({count} points)" if count > 1 else line, "bold red" if failed else "")
 
 
 def _remarks(outcome: Outcome) -> Iterator[Text]:
     """What carries no time, what was left out, and whether the machine had other things to do."""
-    for line in without_time([row for rows in outcome.rows.values() for row in rows]):
-        yield Text(line)
-    for line in without_time(outcome.generated):
-        yield Text(f"generate, {line}")
+    yield from without_time([row for rows in outcome.rows.values() for row in rows])
+    yield from without_time(outcome.generated, start="generate, ")
     yield from map(Text, outcome.left_out)
     if outcome.roofs is not None and outcome.roofs.warning is not None:
         yield Text(outcome.roofs.warning, "bold red")

@@ -50,7 +50,7 @@ time taken.
 
     prefix-attn bench {suite} --against peft
 
-Exit code: 0; 1 if a result was wrong; 2 if nothing could run.
+Exit code: 0; 1 if a result of prefix_attn was wrong; 2 if nothing could run.
 """
 
 

@@ -158,6 +158,30 @@ def test_a_wrong_kernel_is_refused_without_a_time(bench: Bench, breakage: str, m
     assert theirs.median_us is not None
 
 
+def test_a_peer_may_err_twice_as_much_and_is_no_failure_of_ours(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Off(Ours):
+        """Ours, and then off by so many times what eager attention errs."""
+
+        def __init__(self, name: str, ours: bool, times: float) -> None:
+            super().__init__(name, "torch")
+            self.ours, self.times = ours, times
+
+        def prepare(self, problem: Problem) -> Any:
+            right, off = torch_sdpa.forward(problem.call)[0], self.times * Reference.of(problem).eager_error
+            return lambda: right + off
+
+    peers = [Off("prefix_attn", True, 3.2), Off("close", False, 3.2), Off("far", False, 6.0)]
+    rows = replace(bench, peers=peers).rows(DECODE, seconds=0.05, seed=4)
+    assert [row.failed for row in rows] == [True, False, True]
+    assert [row.median_us is None for row in rows] == [True, False, True]
+    assert Outcome(None, {"decode": rows}).failed
+    theirs = Outcome(None, {"decode": rows[1:]})
+    assert not theirs.failed
+    (line,) = tables.without_time(theirs.rows["decode"])
+    assert str(line).startswith("far: wrong: error")
+    assert line.style == "bold red"
+
+
 def test_what_a_peer_raises_is_its_answer(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(problem: Problem) -> Any:
         raise ValueError("not this shape\nand a second line")
