@@ -11,7 +11,6 @@ the driver's own part, the last call of each launch, is done and timed (pretende
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,14 +25,12 @@ from rich import print
 from . import record
 from .peers.problem import Point, Problem
 from .pretended_gpu import pretend
-
-#: Calls timed together: so few that some repeats run undisturbed, and that the device's queue never fills.
-CALLS = 20
+from .timing import HOST_CALLS, host_us
 
 
 @dataclass(frozen=True)
 class LaunchRow:
-    """Microseconds of host time a call, each the fastest of many repeats: what delays the others is not ours."""
+    """Microseconds of host time a call, each the fastest of many repeats, as `timing.host_us` takes it."""
 
     point: Point
     status: str
@@ -54,19 +51,6 @@ class Recorder:
             self.grid, self.arguments = grid, arguments
 
         return launch
-
-
-def host_us(call: Callable[[], Any], repeats: int) -> float:
-    """Microseconds of host time a call in the fastest repeat; the device is idle before each."""
-    samples = []
-    for _ in range(repeats):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            call()
-        samples.append(1e6 * (time.perf_counter() - start) / CALLS)
-    return min(samples)
 
 
 @torch.no_grad()
@@ -96,7 +80,7 @@ def measure(device: torch.device, repeats: int, environment: record.Environment)
             "regime": lambda: dispatch.regime("triton", call),
             "launcher": lambda: backend.forward(call),
         }
-        return {name: host_us(function, repeats) for name, function in timed.items()}
+        return {name: host_us([function] * HOST_CALLS, device, repeats) for name, function in timed.items()}
 
     with ExitStack() as stack:
         if not on_gpu:
@@ -104,7 +88,7 @@ def measure(device: torch.device, repeats: int, environment: record.Environment)
         us = parts()
     with patch.object(decode, "decode_kernel", recorder):
         backend.forward(checked_call(*arguments))
-    plain = host_us(lambda: kernel[recorder.grid](**recorder.arguments), repeats)
+    plain = host_us([lambda: kernel[recorder.grid](**recorder.arguments)] * HOST_CALLS, device, repeats)
     return LaunchRow(
         point, "ok" if on_gpu else "ok: no GPU, without the driver's own part of a launch, values not checked",
         total_us=us["total"], checks_us=us["checks"], dispatch_us=us["dispatch"],

@@ -133,7 +133,7 @@ class Row:
     repeats: int | None = None  # whose median and quantiles these are
     calls: int | None = None  # timed together in each, on `sets` input sets
     sets: int | None = None
-    host_us: float | None = None  # to issue one call
+    host_us: float | None = None  # to issue one call; on a GPU
     plan_us: float | None = None  # once per batch, for all layers; not part of the median
     compile_s: float | None = None  # once per shape; not part of the median
     fraction_of_floor: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from .record import Environment, Row
 from .roofs import busy
 
 Times = dict[str, float]
+
+HOST = "host, us a call"
+HOST_TIME = "Times are device times of graph replays; outside a graph a call takes at least the host's time."
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,15 @@ def comparisons(points: dict[str, Times]) -> list[Comparison]:
     return [Comparison.of(name, ratios[name]) for name in order if name in ratios]
 
 
+def host_times(rows: Iterable[Row]) -> dict[str, float]:
+    """Provider -> median over points of the host's microseconds a call; empty on a CPU, which is its own host."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if row.host_us is not None:
+            found.setdefault(row.provider, []).append(row.host_us)
+    return {provider: statistics.median(times) for provider, times in found.items()}
+
+
 def markdown(rows: Sequence[Row], environment: Environment, notes: Sequence[str] = ()) -> str:
     """The summary as a page: conclusions per operation, all times, and what has no time and why."""
     e = environment
@@ -74,11 +87,7 @@ def markdown(rows: Sequence[Row], environment: Environment, notes: Sequence[str]
         some = [row for row in rows if row.op == op]
         points = times_by_point(some)
         lines += ["", f"## {op}", "", "Time of the other over ours: above 1, ours is faster.", ""]
-        lines += _table(
-            ["other", "points", "geometric mean", "worst", "worst at"],
-            [[c.other, c.points, f"{c.geometric_mean:.2f}", f"{c.worst:.2f}", c.worst_at] for c in comparisons(points)],
-        )
-        lines += ["", *_all_times(some, points)]
+        lines += [*_ratios(some, points), "", *_all_times(some, points)]
     untimed: dict[tuple[str, str], int] = {}
     for row in rows:
         if row.median_us is None:
@@ -104,6 +113,19 @@ def _busy(rows: Iterable[Row]) -> list[str]:
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
+
+
+def _ratios(rows: Sequence[Row], points: dict[str, Times]) -> list[str]:
+    """A line for each other provider; where the host is another device than the one timed, its time, and ours too."""
+    head = ["other", "points", "geometric mean", "worst", "worst at"]
+    found = comparisons(points)
+    body = [[c.other, c.points, f"{c.geometric_mean:.2f}", f"{c.worst:.2f}", c.worst_at] for c in found]
+    host = host_times(rows)
+    if not host:
+        return _table(head, body)
+    body = [[OURS, sum(OURS in times for times in points.values()), "-", "-", "-"], *body]
+    body = [[*line, f"{host[str(line[0])]:.0f}" if line[0] in host else "-"] for line in body]
+    return [HOST_TIME, "", *_table([*head, HOST], body)]
 
 
 def _all_times(rows: Sequence[Row], points: dict[str, Times]) -> list[str]:

@@ -12,7 +12,7 @@ from rich.text import Text
 from .peers import OURS
 from .record import GenerationRow, Row, generation_path
 from .run import Outcome
-from .summary import comparisons, times_by_point
+from .summary import HOST, HOST_TIME, Comparison, comparisons, host_times, times_by_point
 
 
 def everything(outcome: Outcome) -> Iterator[RenderableType]:
@@ -119,14 +119,28 @@ def _suite(suite: str, rows: Sequence[Row]) -> Iterator[RenderableType]:
         for row in ours:
             table.add_row(*_cells(row, points.get(str(row.point), {}), peers))
         yield table
+    yield from _means(suite, [OURS, "best peer", *names], peers, found, host_times(rows))
+
+
+def _means(
+    suite: str, names: Sequence[str], peers: Sequence[str], found: Mapping[str, Comparison], host: Mapping[str, float]
+) -> Iterator[RenderableType]:
+    """A line for each provider; ours has one where the host's time is to be shown."""
     means = simple_table(f"{suite}: geometric mean and worst case of the ratios")
-    for heading in ("", "against", "points", "mean", "worst", "worst at"):
+    for heading in ("", "against", "points", "mean", "worst", "worst at", *[HOST] * bool(host)):
         means.add_column(heading, justify="left" if heading in ("against", "worst at") else "right")
-    for i, name in enumerate(["best peer", *names]):
-        if (c := found.get(name)) is not None:
-            number = str(i) if name in peers else ""
-            means.add_row(number, name, str(c.points), f"{c.geometric_mean:.2f}", _ratio(c.worst, name), c.worst_at)
+    for name in names:
+        c = found.get(name)
+        number = str(1 + peers.index(name)) if name in peers else ""
+        us = [f"{host[name]:.0f}" if name in host else "-"] * bool(host)
+        if c is not None:
+            ratios = f"{c.geometric_mean:.2f}", _ratio(c.worst, name)
+            means.add_row(number, name, str(c.points), *ratios, c.worst_at, *us)
+        elif name in host:
+            means.add_row(number, name, "", "", "", "", *us)
     yield means
+    if host:
+        yield Text(HOST_TIME)
 
 
 def _cells(row: Row, times: Mapping[str, float], peers: Sequence[str]) -> list[str | Text]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from benchmarks.timing import (
     HostRunner,
     Timing,
     cpu_cache_bytes,
+    host_us,
     input_sets,
     measure,
     runner_for,
@@ -96,6 +98,19 @@ def test_host_runner_makes_every_call() -> None:
     assert runner.seconds(2) > 0
     assert seen == [0, 1, 0, 1]
     assert [int(x) for x in runner.outs] == [0, 1]
+
+
+def test_host_time_is_that_of_the_fastest_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.accumulate(itertools.chain([0.0, 0.9, 0.1, 0.04], itertools.repeat(0.1)))
+    monkeypatch.setattr("benchmarks.timing.time.perf_counter", lambda: next(clock))
+    seen: list[int] = []
+
+    def call() -> torch.Tensor:
+        seen.append(1)
+        return torch.zeros(1)
+
+    assert host_us([call] * 50, CPU) == pytest.approx(1e6 * 0.04 / 20)
+    assert len(seen) == 10 * 20
 
 
 @pytest.fixture

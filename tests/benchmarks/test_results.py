@@ -10,10 +10,11 @@ import torch
 from matplotlib.patches import Rectangle
 from rich.console import Console
 
-from benchmarks import plot, record
+from benchmarks import plot, record, summary, tables
 from benchmarks.changes import Results, changes
 from benchmarks.peers import NO_PREFIX, OURS, Point
 from benchmarks.record import Environment, GenerationRow, Row, append, generation_path, read
+from benchmarks.run import Outcome
 from prefix_attn.errors import PrefixAttnError
 
 ENVIRONMENT = replace(Environment.read(torch.device("cpu"), "abc"), device="Test CPU", date="2026-01-02", run="first")
@@ -101,6 +102,29 @@ def test_a_later_run_of_a_point_replaces_all_of_the_earlier_one(file: Path) -> N
     point = Point("decode", 1, 1, 20, 64)
     append(file, [row(OURS, point, 70.0, replace(ENVIRONMENT, run="second"))])
     assert [(r.provider, r.median_us) for r in read(file, Row) if r.point == point] == [(OURS, 70.0)]
+
+
+def test_host_time_is_shown_where_it_was_measured() -> None:
+    rows: list[Row] = []
+    for batch, host in ((1, 40.0), (2, 56.4), (4, 90.0)):
+        point = Point("decode", batch, 1, 20, 64)
+        rows += [replace(row(OURS, point, 10.0), host_us=host), replace(row("fast", point, 20.0), host_us=7.0)]
+        rows += [row("graph", point, 30.0)]
+    page = summary.markdown(rows, ENVIRONMENT)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()]
+    assert ["other", "points", "geometric mean", "worst", "worst at", "host, us a call"] in cells
+    assert ["prefix_attn", "3", "-", "-", "-", "56"] in cells
+    assert [line[-1] for line in cells if line[0] in ("fast", "graph")] == ["7", "-"]
+    assert "outside a graph a call takes at least the host's time." in page
+    console = Console(width=120)
+    with console.capture() as capture:
+        for part in tables.everything(Outcome(None, {"decode": rows})):
+            console.print(part)
+    shown = [line.split() for line in capture.get().splitlines()]
+    assert ["prefix_attn", "56"] in shown
+    assert ["1", "fast", "3", "2.00", "2.00"] in [line[:5] for line in shown if line[-1:] == ["7"]]
+    on_a_cpu = [row(OURS, point, 10.0), row("fast", point, 20.0)]
+    assert "host" not in summary.markdown(on_a_cpu, ENVIRONMENT)
 
 
 def test_quick_runs_are_drawn_only_when_they_are_named(file: Path, tmp_path: Path) -> None:
