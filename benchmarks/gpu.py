@@ -208,43 +208,47 @@ def main(
     compilations = Compilations.begin(limits.stages)
     gc.freeze()  # a capture of a graph may collect garbage: what is imported by now need not be looked through
     fine, notes, bench = True, list[str](), None
-    for stage in limits.stages:
-        share = limits.share(stage)
-        if share is None:
-            notes.append(f"{stage} left out: only {limits.left:.0f} s remained")
-            continue
-        start = time.monotonic()
-        print(f"== {stage}: at most {share:.0f} s", flush=True)
-        try:
-            if stage in TESTS:
-                under = sanitizer() if stage == "memcheck" else []
-                if under is None:
-                    notes.append("memcheck left out: compute-sanitizer is not on this machine")
-                    continue
-                passed = run_tests(TESTS[stage], share, under)
-                notes.append(f"{stage} {'passed' if passed else 'FAILED'}")
-            else:
-                notes += compilations.wait(share / 2)
-                had_failed, outcome.left_out = outcome.failed, []
-                if stage == "generate":
-                    run_generate(outcome, device, environment, quick=False, seconds=share)
+    try:
+        for stage in limits.stages:
+            share = limits.share(stage)
+            if share is None:
+                notes.append(f"{stage} left out: only {limits.left:.0f} s remained")
+                continue
+            start = time.monotonic()
+            print(f"== {stage}: at most {share:.0f} s", flush=True)
+            try:
+                if stage in TESTS:
+                    under = sanitizer() if stage == "memcheck" else []
+                    if under is None:
+                        notes.append("memcheck left out: compute-sanitizer is not on this machine")
+                        continue
+                    passed = run_tests(TESTS[stage], share, under)
+                    notes.append(f"{stage} {'passed' if passed else 'FAILED'}")
                 else:
-                    bench = bench or make_bench(device, environment, quick=False)
-                    print(bench.roofs, flush=True)
-                    run_attention(outcome, bench, stage, False, share - (time.monotonic() - start))
-                passed = had_failed or not outcome.failed
-                notes += [f"{stage} {'measured' if passed else 'FAILED'}", *outcome.left_out]
-        except DeviceLost as e:
-            passed = False
-            notes.append(f"{stage} FAILED: the device was lost {e}")
-        fine = fine and passed
-        print(f"== {stage} took {time.monotonic() - start:.1f} s", flush=True)
-
-    compilations.end()
-    page = outcome.write_summary(environment, notes)
-    if page is not None:
-        print(page, flush=True)
-        print(f"rows in {outcome.path}", flush=True)
+                    notes += compilations.wait(share / 2)
+                    had_failed, outcome.left_out = outcome.failed, []
+                    if stage == "generate":
+                        run_generate(outcome, device, environment, quick=False, seconds=share)
+                    else:
+                        bench = bench or make_bench(device, environment, quick=False)
+                        print(bench.roofs, flush=True)
+                        run_attention(outcome, bench, stage, False, share - (time.monotonic() - start))
+                    passed = had_failed or not outcome.failed
+                    notes += [f"{stage} {'measured' if passed else 'FAILED'}", *outcome.left_out]
+            except DeviceLost as e:
+                passed = False
+                notes.append(f"{stage} FAILED: the device was lost {e}")
+            except KeyboardInterrupt:
+                notes.append(f"{stage} interrupted")
+                raise
+            fine = fine and passed
+            print(f"== {stage} took {time.monotonic() - start:.1f} s", flush=True)
+    finally:
+        compilations.end()
+        page = outcome.write_summary(environment, notes)
+        if page is not None:
+            print(page, flush=True)
+            print(f"rows in {outcome.path}", flush=True)
     gc.unfreeze()
     print(f"{'; '.join(notes)}; {budget - limits.left:.0f} s in all", flush=True)
     raise typer.Exit(0 if fine else 1)

@@ -221,7 +221,7 @@ def append(path: Path, rows: Iterable[DataclassInstance]) -> None:
     lines = ""
     for row in rows:
         flat = asdict(row)
-        flat |= flat.pop("environment") or {}
+        flat |= flat.pop("environment", None) or {}
         lines += json.dumps(flat) + "\n"
     with path.open("a+b", buffering=0) as file:
         if file.seek(0, os.SEEK_END):
@@ -294,6 +294,29 @@ def _rows(path: Path, lines: Iterable[tuple[int, dict[str, Any]]], kind: type[An
             rows.clear()  # ratios are of one run
         rows[row.provider] = row
     return [row for rows in latest.values() for row in rows.values()]
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What one run says of itself beside its rows: what it left out, and why."""
+
+    run: str  # as in `Environment`
+    notes: list[str]
+
+
+def notes_path(path: Path) -> Path:
+    """Where the notes of the runs lie whose rows are in ``path``."""
+    return path.with_suffix(".notes")
+
+
+def read_notes(path: Path) -> list[str]:
+    """What every run of a results file noted, a paragraph for each; runs that noted the same share one."""
+    if not notes_path(path).is_file():
+        return []
+    runs: dict[str, list[str]] = {}
+    for _, flat in json_lines(notes_path(path)):
+        runs.setdefault("; ".join(flat["notes"]), []).append(flat["run"])
+    return [f"Run of {', '.join(some)}: {text}" for text, some in runs.items()]
 
 
 def cpu_name() -> str:

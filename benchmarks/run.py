@@ -35,6 +35,7 @@ class Outcome:
         rows: of this run, in order, by suite.
         generated: rows of "generate".
         left_out: what was not measured, and why.
+        interrupted: whether the user stopped it.
         absent: peers that no point was given to, since they need another device, each with the reason.
         roofs: what the device sustains.
     """
@@ -44,6 +45,7 @@ class Outcome:
     generated: list[record.GenerationRow] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
+    interrupted: bool = False
     roofs: Roofs | None = None
 
     @property
@@ -54,11 +56,16 @@ class Outcome:
         return any(provider.startswith(OURS) for provider in failed)
 
     def write_summary(self, environment: record.Environment, notes: Sequence[str]) -> str | None:
-        """A page beside the rows, of all rows the file has; None if it has none."""
-        rows = record.read(self.path, record.Row) if self.path is not None else []
-        if self.path is None or not rows:
+        """Keep the notes of this run; a page beside the rows, of all rows and notes there are. None without rows."""
+        if self.path is None:
             return None
-        page = summary.markdown(rows, environment, notes)
+        stored = self.path.is_file() or record.generation_path(self.path).is_file()
+        if notes and stored:
+            record.append(record.notes_path(self.path), [record.Notes(environment.run, list(notes))])
+        rows = record.read(self.path, record.Row)
+        if not rows:
+            return None
+        page = summary.markdown(rows, environment, record.read_notes(self.path))
         summary.write(self.path.with_suffix(".md"), page)
         return page
 
@@ -79,20 +86,29 @@ class Clock:
 
 def run(suites: Sequence[str], device: torch.device, quick: bool, budget: float | None, output: Path | None,
         peers: Sequence[Peer] | None = None) -> Outcome:  # fmt: skip
-    """Measure, and store where there is a folder for it; ``peers`` are all that the device has unless given."""
+    """Measure, and store where there is a folder for it; ``peers`` are all that the device has unless given.
+
+    However it ends, what was measured is summarised; where the user interrupts it, that is what there is.
+    """
     clock = Clock(suites, quick, budget)
     if device.type != "cuda":
         pin_threads()
     environment = record.Environment.read(device)
     outcome = Outcome(output and environment.path(output, quick))
     bench = None
-    for suite in suites:
-        if suite == "generate":
-            run_generate(outcome, device, environment, quick, clock.share(suite))
-        else:
-            bench = bench or make_bench(device, environment, quick, peers)
-            run_attention(outcome, bench, suite, quick, clock.share(suite))
-    outcome.write_summary(environment, [*outcome.left_out, *outcome.absent])
+    suite = ""
+    try:
+        for suite in suites:
+            if suite == "generate":
+                run_generate(outcome, device, environment, quick, clock.share(suite))
+            else:
+                bench = bench or make_bench(device, environment, quick, peers)
+                run_attention(outcome, bench, suite, quick, clock.share(suite))
+    except KeyboardInterrupt:
+        outcome.interrupted = True
+        outcome.left_out.append(f"interrupted in {suite}: the rest of it, and what comes after, is left out")
+    finally:
+        outcome.write_summary(environment, [*outcome.left_out, *outcome.absent])
     return outcome
 
 

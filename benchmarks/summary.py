@@ -80,7 +80,7 @@ def markdown(rows: Sequence[Row], environment: Environment, notes: Sequence[str]
         f"Driver {e.driver}; torch {e.torch_version}, CUDA {e.cuda_version}, Triton {e.triton_version}, "
         f"transformers {e.transformers_version}, Python {e.python_version}; commit {e.commit}"
         f"{' with changes' if e.dirty else ''}; clocks and power {e.clocks}.",
-        *(["", "; ".join(notes) + "."] if notes else []),
+        *(line for note in notes for line in ("", f"{note}.")),
         *_busy(rows),
     ]
     for op in sorted({row.op for row in rows}):

@@ -27,8 +27,9 @@ def everything(outcome: Outcome) -> Iterator[RenderableType]:
     if outcome.roofs is not None:
         yield Text(str(outcome.roofs))
     if outcome.path is not None:
-        paths = [outcome.path] * bool(outcome.rows) + [generation_path(outcome.path)] * bool(outcome.generated)
-        yield Text(f"rows: {', '.join(map(str, paths))}", no_wrap=True, overflow="ignore")
+        paths = [outcome.path] * any(outcome.rows.values()) + [generation_path(outcome.path)] * bool(outcome.generated)
+        if paths:
+            yield Text(f"rows: {', '.join(map(str, paths))}", no_wrap=True, overflow="ignore")
 
 
 def ratios(outcome: Outcome) -> Iterator[RenderableType]:

@@ -50,7 +50,8 @@ time taken.
 
     prefix-attn bench {suite} --against peft
 
-Exit code: 0; 1 if a result of prefix_attn was wrong; 2 if nothing could run.
+Exit code: 0; 1 if a result of prefix_attn was wrong; 2 if nothing could run; 130 after Ctrl-C, which keeps what was
+measured.
 """
 
 
@@ -146,5 +147,7 @@ def run(
     show = tables.ratios if against is not None else tables.everything
     for part in show(outcome):
         console.out.print(part)
+    if outcome.interrupted:
+        raise typer.Exit(130)
     if outcome.failed:
         raise typer.Exit(1)

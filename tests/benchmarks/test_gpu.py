@@ -368,6 +368,18 @@ def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "decode FAILED: the device was lost after AcceleratorError" in result.output
 
 
+@pytest.mark.usefixtures("pretended_gpu")
+def test_an_interruption_keeps_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: Bench, point: Point, seconds: float, seed: int) -> list[Any]:
+        raise KeyboardInterrupt
+
+    said: list[Any] = []
+    monkeypatch.setattr(Bench, "rows", interrupted)
+    monkeypatch.setattr(gpu.Outcome, "write_summary", lambda self, environment, notes: said.extend(notes))
+    assert command("--out", str(tmp_path), "--stages", "tests,decode").exit_code != 0
+    assert said == ["tests passed", "decode interrupted"]
+
+
 def test_comparisons() -> None:
     points = {"a": {OURS: 10.0, AGAIN: 11.0, NO_PREFIX: 8.0, "x": 40.0, "y": 20.0}, "b": {OURS: 10.0, "x": 5.0}}
     found = {c.other: c for c in comparisons(points)}

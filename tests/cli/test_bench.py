@@ -84,6 +84,34 @@ def test_a_quick_run_has_a_file_of_its_own(run: Run, tmp_path: Path) -> None:
     assert quick.with_suffix(".md").is_file()
 
 
+def test_an_interrupted_run_keeps_what_it_has(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = benchmarks.Bench.rows
+
+    def interrupted(self: Any, point: Point, seconds: float, seed: int) -> Any:
+        if seed:
+            raise KeyboardInterrupt
+        return measure(self, point, seconds, seed)
+
+    monkeypatch.setattr(benchmarks.Bench, "rows", interrupted)
+    result = run("bench", "decode", "--device", "cpu", "--output", tmp_path)
+    assert result.exit_code == 130
+    assert "interrupted in decode" in result.stdout
+    (file,) = tmp_path.rglob("*.jsonl")
+    assert f"rows: {file}" in result.stdout
+    assert len(stored(tmp_path)) == len(benchmarks.cpu_peers())
+    assert "interrupted in decode" in file.with_suffix(".md").read_text()
+
+
+def test_the_summary_keeps_the_notes_of_all_runs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as hurry:
+        hurry.setattr(benchmarks.Clock, "share", lambda self, suite: 1e-3)
+        assert run("bench", "decode", "--device", "cpu", "--output", tmp_path).exit_code == 0
+    assert run("bench", "prefill", "--device", "cpu", "--output", tmp_path).exit_code == 0
+    page = next(tmp_path.rglob("*.md")).read_text()
+    assert "left out for want of time: decode B=2 T=1 m=16 n=3" in page
+    assert "## prefill" in page
+
+
 def test_against_a_peer_only_ratios_are_printed(run: Run, tmp_path: Path) -> None:
     result = run("bench", "decode", "--against", "in place", "--device", "cpu", "--output", tmp_path)
     assert result.exit_code == 0
