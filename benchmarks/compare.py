@@ -131,7 +131,8 @@ class _Comparison:
                 wrong = "elements are NaN, infinite or were never written"
             if wrong is not None:
                 return replace(row, error=error, status=f"wrong when repeated: {wrong}", failed=True)
-            inputs = row.bytes - out.numel() * out.element_size()  # what is read; the result is allocated
+            read = self.cost.bytes if peer.makes_replica else row.bytes  # the replica, like the result, is allocated
+            inputs = read - out.numel() * out.element_size()
             peak = inputs + allocated_at_once(calls[0], device)
             host = host_us(calls, device) if device.type == "cuda" else None  # a CPU is its own host
         self.runners[peer.name] = runner

@@ -19,6 +19,7 @@ class Peer(ABC):
         name, version: as they appear in the results.
         ours: whether it is this project's kernel, which must run and be right.
         replicates: whether it reads one copy of the prefix per row rather than one per task.
+        makes_replica: whether each call makes these copies, from one per task, rather than finding them.
         with_prefix: whether it attends to the prefix; False for a call that shows what the prefix costs.
         plan_us: host and device time of what the latest `prepare` worked out once for all layers of a batch.
         compile_s: seconds that the latest `prepare` spent on compilation, if it compiles for each shape.
@@ -28,6 +29,7 @@ class Peer(ABC):
     version: str
     ours = False
     replicates = False
+    makes_replica = False
     with_prefix = True
     plan_us: float | None = None
     compile_s: float | None = None

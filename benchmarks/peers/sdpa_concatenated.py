@@ -23,7 +23,7 @@ class SdpaConcatenated(Peer):
 
     name = "sdpa, concatenated"
     version = f"torch {torch.__version__}"
-    replicates = True  # each step makes one
+    replicates = makes_replica = True
 
     def prepare(self, problem: Problem) -> Callable[[], Tensor]:
         tasks = torch.arange(problem.point.tasks, device=problem.q.device)

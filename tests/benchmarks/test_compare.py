@@ -22,6 +22,7 @@ from benchmarks.peers import (
     Peer,
     Point,
     Problem,
+    SdpaConcatenated,
     SdpaReplica,
     cpu_peers,
 )
@@ -270,6 +271,15 @@ def test_roofs_of_a_busy_machine_say_so(bench: Bench) -> None:
     outcome = Outcome(None, roofs=disturbed.roofs)
     for show in (tables.everything, tables.ratios):
         assert any(expected in str(part) for part in show(outcome))
+
+
+def test_a_replica_made_in_the_call_is_counted_once(bench: Bench) -> None:
+    point = replace(DECODE, batch=8, tasks=4, m=64, n=1)  # nearly all is prefix
+    (row,) = replace(bench, peers=[SdpaConcatenated()]).rows(point, seconds=0.05, seed=1)
+    cost = Cost.of(Problem.random(point, CPU, seed=1).call)
+    assert row.peak_bytes is not None
+    made = cost.bytes_replicated * 1.5  # keys and values, and while the latter are joined, those of the prefixes alone
+    assert row.peak_bytes == pytest.approx(cost.bytes + made, rel=0.05)
 
 
 def test_memory_is_what_is_held_at_once() -> None:
