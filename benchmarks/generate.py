@@ -50,7 +50,7 @@ def run_generations(
     for i, point in enumerate(tqdm(points, desc="generate", unit="point", disable=None)):
         left = deadline - time.monotonic()
         if left <= 0:
-            left_out.append(f"left out for want of time: {', '.join(map(str, points[i:]))}")
+            left_out.append(f"generate left out for want of time: {', '.join(map(str, points[i:]))}")
             break
         if made != point.model:
             model = None  # its memory goes before the next is made
@@ -62,7 +62,7 @@ def run_generations(
                 share = left * work(point) / sum(map(work, points[i:]))
                 rows = Comparison(model, point, environment).rows(share)
         except torch.OutOfMemoryError:
-            left_out.append(f"left out for want of memory: {point}")
+            left_out.append(f"generate left out for want of memory: {point}")
             continue
         finally:
             pa.unpatch(model)

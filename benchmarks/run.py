@@ -49,6 +49,11 @@ class Outcome:
     roofs: Roofs | None = None
 
     @property
+    def measured(self) -> bool:
+        """Whether there is a row at all."""
+        return any(self.rows.values()) or bool(self.generated)
+
+    @property
     def failed(self) -> bool:
         """Whether a result of ours was wrong, or a kernel of ours did not run; what others do is their own affair."""
         failed = [row.provider for rows in self.rows.values() for row in rows if row.failed]
@@ -186,12 +191,12 @@ def run_points(
     for i, point in enumerate(tqdm(points, desc=name, unit="point", disable=None)):
         left = deadline - time.monotonic()
         if left <= 0:
-            left_out.append(f"left out for want of time: {', '.join(map(str, points[i:]))}")
+            left_out.append(f"{name} left out for want of time: {', '.join(map(str, points[i:]))}")
             break
         try:
             rows = bench.rows(point, seconds=0.6 * left / (len(points) - i), seed=1000 * i)
         except torch.OutOfMemoryError:
-            left_out.append(f"left out for want of memory: {point}")
+            left_out.append(f"{name} left out for want of memory: {point}")
             continue
         keep(rows)
         for row in rows:

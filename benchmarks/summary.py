@@ -11,8 +11,12 @@ from pathlib import Path
 from .peers import OURS
 from .record import Environment, Row
 from .roofs import busy
+from .timing import MOST_SETS
 
 Times = dict[str, float]
+
+#: What rotates through less may be found in the L2 cache of a large GPU: 126 MB in a B200, 60 in an H200.
+L2_BYTES = 126_000_000
 
 HOST = "host, us a call"
 HOST_TIME = "Times are device times of graph replays; outside a graph a call takes at least the host's time."
@@ -82,6 +86,7 @@ def markdown(rows: Sequence[Row], environment: Environment, notes: Sequence[str]
         f"{' with changes' if e.dirty else ''}; clocks and power {e.clocks}.",
         *(line for note in notes for line in ("", f"{note}.")),
         *_busy(rows),
+        *_cached(rows),
     ]
     for op in sorted({row.op for row in rows}):
         some = [row for row in rows if row.op == op]
@@ -108,6 +113,19 @@ def _busy(rows: Iterable[Row]) -> list[str]:
             if warning is not None:
                 points.setdefault(warning, set()).add(row.point)
     return [line for warning, some in points.items() for line in ("", f"At {len(some)} points, {warning}.")]
+
+
+def _cached(rows: Iterable[Row]) -> list[str]:
+    """A paragraph that names a GPU's points whose input sets all together may fit its L2 cache."""
+    small = [
+        f"{row.point} ({1e-6 * row.sets * row.bytes:.0f} MB)"
+        for row in rows
+        if row.provider == OURS and row.host_us is not None and row.sets and row.sets * row.bytes < L2_BYTES
+    ]
+    if not small:
+        return []
+    what = f"Not past the L2 cache, in which inputs may be found, since there are {MOST_SETS} sets at most"
+    return ["", f"{what}: {'; '.join(small)}."]
 
 
 def write(path: Path, text: str) -> None:

@@ -43,8 +43,9 @@ def ratios(outcome: Outcome) -> Iterator[RenderableType]:
                 yield Text(f"{c.geometric_mean:6.2f}x  {suite}, geometric mean of {c.points} points")
                 yield Text(f"{c.worst:6.2f}x  {suite}, worst, at {c.worst_at}")
     for ours, theirs in _pairs(outcome.generated):
-        ratio = _over(ours.decode_tokens_per_s, theirs.decode_tokens_per_s)
-        yield Text(f"{ratio:>6}x  generate {ours!s}, decode, against {theirs.provider}")
+        if ours.decode_tokens_per_s is not None and theirs.decode_tokens_per_s is not None:
+            ratio = ours.decode_tokens_per_s / theirs.decode_tokens_per_s
+            yield Text(f"{ratio:6.2f}x  generate {ours!s}, decode, against {theirs.provider}")
     yield from _remarks(outcome)
 
 

@@ -130,9 +130,16 @@ def run(
         from prefix_attn.benchmarks.peers import Peft
         from prefix_attn.cli.models import default_device
 
-    device = torch.device(default_device() if device_name == "auto" else device_name)
+    try:
+        device = torch.device(default_device() if device_name == "auto" else device_name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"--device: expected auto, cpu, cuda, cuda:1, ..., got {device_name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise PrefixAttnError(f"--device: cannot use {device_name!r}: PyTorch finds no GPU; see `prefix-attn doctor`")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise PrefixAttnError(f"--device: cannot use {device_name!r}: PyTorch finds {torch.cuda.device_count()} GPU(s)")
     peers = None
     if against is not None:
         peers = benchmarks.only_against(against, device)
@@ -141,6 +148,8 @@ def run(
             raise typer.BadParameter(f"--against: expected (part of) one of {names}, got {against!r}")
         if not any(isinstance(peer, Peft) for peer in peers) and "generate" in suites:
             suites = [suite for suite in suites if suite != "generate"]
+            if not suites:
+                raise typer.BadParameter(f"--against: PEFT is the only peer that generate has, got {against!r}")
             console.warn("generate is left out: PEFT is the only peer it has")
     with console.warnings_as_lines():
         outcome = benchmarks.run(suites, device, quick, budget, None if against is not None else output, peers)
@@ -149,5 +158,7 @@ def run(
         console.out.print(part)
     if outcome.interrupted:
         raise typer.Exit(130)
+    if not outcome.measured:
+        raise typer.Exit(2)
     if outcome.failed:
         raise typer.Exit(1)

@@ -71,7 +71,9 @@ def test_a_busy_machine_gives_no_time() -> None:
 
 
 def test_without_time_points_are_named() -> None:
-    assert run_generations([POINT], CPU, ENVIRONMENT, 0, pytest.fail) == [f"left out for want of time: {POINT}"]
+    assert run_generations([POINT], CPU, ENVIRONMENT, 0, pytest.fail) == [
+        f"generate left out for want of time: {POINT}"
+    ]
 
 
 def test_a_broken_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

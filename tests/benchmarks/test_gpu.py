@@ -305,7 +305,9 @@ def test_points_are_left_out_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
     left_out = run_points(bench, points, 0.3, kept.append, "decode")
     assert measured == points[:3]
     assert kept == [[], []]
-    assert left_out == [f"left out for want of memory: {points[1]}", f"left out for want of time: {points[3]}"]
+    assert left_out == [
+        f"decode left out for want of memory: {points[1]}", f"decode left out for want of time: {points[3]}"
+    ]  # fmt: skip
 
 
 def command(*arguments: str) -> Any:

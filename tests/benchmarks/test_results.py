@@ -127,6 +127,29 @@ def test_host_time_is_shown_where_it_was_measured() -> None:
     assert "host" not in summary.markdown(on_a_cpu, ENVIRONMENT)
 
 
+def test_points_that_an_l2_cache_may_hold_are_named() -> None:
+    small, large = (Point("decode", batch, 1, 20, 64) for batch in (1, 2))
+    rows = [
+        replace(row(OURS, small, 10.0), host_us=1.0, sets=64),
+        replace(row(OURS, large, 10.0), host_us=1.0, sets=64),
+    ]
+    rows[1] = replace(rows[1], bytes=10**7)
+    (line,) = [line for line in summary.markdown(rows, ENVIRONMENT).splitlines() if "Not past the L2 cache" in line]
+    assert line.endswith(f": {small} (64 MB).")
+    assert "L2" not in summary.markdown([replace(each, host_us=None) for each in rows], ENVIRONMENT)
+
+
+def test_ratios_are_printed_where_both_have_a_time() -> None:
+    ours, theirs = (generation(who, 8, 4, speed=100.0) for who in (OURS, "peft, grouped by task"))
+    other = [replace(each, rows=4, decode_tokens_per_s=None, status="no time: busy") for each in (ours, theirs)]
+    lines = [str(line) for line in tables.ratios(Outcome(None, generated=[ours, theirs, *other]))]
+    assert lines == [
+        "  1.00x  generate GPT-2 B=8 T=4 m=100, decode, against peft, grouped by task",
+        "generate, prefix_attn: no time: busy",
+        "generate, peft, grouped by task: no time: busy",
+    ]
+
+
 def test_quick_runs_are_drawn_only_when_they_are_named(file: Path, tmp_path: Path) -> None:
     quick = replace(ENVIRONMENT, date="2026-01-03").path(tmp_path / "results", quick=True)
     assert quick.name == "2026-01-03-abc-quick.jsonl"

@@ -108,7 +108,7 @@ def test_the_summary_keeps_the_notes_of_all_runs(run: Run, tmp_path: Path, monke
         assert run("bench", "decode", "--device", "cpu", "--output", tmp_path).exit_code == 0
     assert run("bench", "prefill", "--device", "cpu", "--output", tmp_path).exit_code == 0
     page = next(tmp_path.rglob("*.md")).read_text()
-    assert "left out for want of time: decode B=2 T=1 m=16 n=3" in page
+    assert "decode left out for want of time: decode B=2 T=1 m=16 n=3" in page
     assert "## prefill" in page
 
 
@@ -126,11 +126,26 @@ def test_against_a_peer_only_ratios_are_printed(run: Run, tmp_path: Path) -> Non
     assert "peft, grouped by task" in unknown.output
 
 
+def test_what_cannot_run_ends_with_2(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for device in ("tpu", "meta", "cuda:x"):
+        result = run("bench", "decode", "--device", device, "--output", tmp_path)
+        assert result.exit_code == 2
+        assert f"expected auto, cpu, cuda, cuda:1, ..., got '{device}'" in result.output
+    only_peft = run("bench", "generate", "--against", "in place", "--device", "cpu")
+    assert only_peft.exit_code == 2
+    assert "PEFT is the only peer that generate has" in only_peft.output
+    monkeypatch.setattr(benchmarks, "find_spec", lambda name: None)
+    without_peft = run("bench", "generate", "--device", "cpu", "--output", tmp_path)
+    assert without_peft.exit_code == 2
+    assert "PEFT is not installed" in without_peft.output
+    assert stored(tmp_path) == []
+
+
 def test_a_budget_stops_and_says_what_it_left_out(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmarks.Clock, "share", lambda self, suite: 1e-3)
     result = run("bench", "decode", "--budget", "1", "--device", "cpu", "--output", tmp_path)
     assert result.exit_code == 0
-    assert "left out for want of time: decode B=2 T=1 m=16 n=3" in result.stdout
+    assert "decode left out for want of time: decode B=2 T=1 m=16 n=3" in result.stdout
 
 
 def test_time_is_shared_by_what_suites_usually_take() -> None:
