@@ -10,7 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -283,12 +283,12 @@ def read_either(path: Path) -> list[Row] | list[GenerationRow]:
 def _rows(path: Path, lines: Iterable[tuple[int, dict[str, Any]]], kind: type[AnyRow]) -> list[AnyRow]:
     latest: dict[object, dict[str, AnyRow]] = {}
     ours, theirs = {f.name for f in fields(kind)}, {f.name for f in fields(Environment)}
+    needed = [f.name for f in fields(kind) if f.default is MISSING]
     for number, flat in lines:
         environment = Environment(**{name: flat[name] for name in theirs}) if theirs <= flat.keys() else None
-        try:
-            row = kind(**{name: flat[name] for name in flat.keys() & ours}, environment=environment)
-        except TypeError as e:  # it says which fields are missing
-            raise PrefixAttnError(f"{path}, line {number}: {EXPECTED} ({e})") from e
+        if missing := [name for name in needed if name not in flat]:
+            raise PrefixAttnError(f"{path}, line {number}: {EXPECTED}, got no {', '.join(missing)}")
+        row = kind(**{name: flat[name] for name in flat.keys() & ours}, environment=environment)
         rows = latest.setdefault(row.point, {})
         if any(before.environment != environment for before in rows.values()):
             rows.clear()  # ratios are of one run

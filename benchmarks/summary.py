@@ -104,7 +104,7 @@ def markdown(rows: Sequence[Row], environment: Environment, notes: Sequence[str]
     return "\n".join(lines) + "\n"
 
 
-def _busy(rows: Iterable[Row]) -> list[str]:
+def _busy(rows: Sequence[Row]) -> list[str]:
     """A paragraph for each pair of roofs that shows a busy machine: floors of its points are too high."""
     points: dict[str, set[object]] = {}
     for row in rows:
@@ -112,7 +112,9 @@ def _busy(rows: Iterable[Row]) -> list[str]:
             warning = busy(row.roof_bytes_per_s, row.roof_cache_bytes_per_s)
             if warning is not None:
                 points.setdefault(warning, set()).add(row.point)
-    return [line for warning, some in points.items() for line in ("", f"At {len(some)} points, {warning}.")]
+    measured = len({row.point for row in rows})
+    lines = [f"Roofs of {len(some)} of {measured} points: {warning}." for warning, some in points.items()]
+    return [part for line in lines for part in ("", line)]
 
 
 def _cached(rows: Iterable[Row]) -> list[str]:
