@@ -11,10 +11,10 @@ from typing import Any
 #: ``(grid, number of the compiled kernel, arguments)``, as Triton hands them to a GPU's driver.
 OnLaunch = Callable[[tuple[int, int, int], int, tuple[Any, ...]], None]
 
-MULTIPROCESSORS, SHARED_MEMORY = 132, 232_448
+SHARED_MEMORY = 232_448
 
 
-def pretend(on_launch: OnLaunch | None = None) -> None:
+def pretend(on_launch: OnLaunch | None = None, multiprocessors: int = 132) -> None:
     """Make Triton and `prefix_attn.kernels` take tensors on the CPU for ones on an H200, from now on."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
@@ -56,6 +56,6 @@ def pretend(on_launch: OnLaunch | None = None) -> None:
     driver.set_active(Pretended())
     modules: tuple[Any, ...] = (config, chunks, decode)
     for module in modules:
-        module.multiprocessors = lambda device: MULTIPROCESSORS
+        module.multiprocessors = lambda device: multiprocessors
     modules[0].target_of = lambda device: "sm_90"
     device.interpreting = lambda: True

@@ -81,18 +81,14 @@ def nobody_watches(call: AttentionCall) -> bool:
     It does more for a compiler, a tracer, a profiler, a transform of functions, a mode, tensors without memory, their
     subclasses, and views that stand for the negative of what memory holds.
     """
-    prefix, sinks, bias = call.prefix, call.sinks, call.relative_bias
-    floats = (call.q, call.k, call.v, prefix.k, prefix.v)
+    prefix = call.prefix
+    floats = (call.q, call.k, call.v, prefix.k, prefix.v, call.sinks, call.relative_bias)
+    integers = (prefix.starts, prefix.lens, call.task_ids, call.kv_start, call.kv_len)
     return (
         not torch.compiler.is_compiling()
         and not call.q.is_meta
-        and _PLAIN.issuperset(map(type, floats))
-        and _PLAIN.issuperset(
-            map(type, (sinks, bias, prefix.starts, prefix.lens, call.task_ids, call.kv_start, call.kv_len))
-        )
-        and not any(map(Tensor.is_neg, floats))
-        and (sinks is None or not sinks.is_neg())
-        and (bias is None or not bias.is_neg())
+        and _PLAIN.issuperset(map(type, floats + integers))
+        and not any(x.is_neg() for x in floats if x is not None)
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._is_tracing()
