@@ -182,11 +182,11 @@ def decode_attention(
     operands = operands.scaled
     launch = _launch(operands.layout(out), batch_invariant, config, chunks)
     partials = Partials.empty(launch.launched, operands.q, operands.kv_heads) if launch.chunks > 1 else None
-    launch.run(
-        decode_kernel, **operands.tensors(), sinks_ptr=operands.sinks, bias_ptr=operands.relative_bias, out_ptr=out,
-        lse_ptr=lse, partial_ptr=None if partials is None else partials.out,
-        partial_lse_ptr=None if partials is None else partials.lse,
-    )  # fmt: skip
+    launch.run(decode_kernel, {
+        **operands.tensors(), "sinks_ptr": operands.sinks, "bias_ptr": operands.relative_bias, "out_ptr": out,
+        "lse_ptr": lse, "partial_ptr": None if partials is None else partials.out,
+        "partial_lse_ptr": None if partials is None else partials.lse,
+    })  # fmt: skip
     if partials is not None:
         merge_chunks(partials, out, lse, operands.sinks, launch.chunks)
 

@@ -18,14 +18,15 @@ TRITON_MISSING = "Triton is not installed; install prefix-attn[triton]" if find_
 
 def refusal_on(device: torch.device) -> str | None:
     """Why no kernel can run on a device here, or None."""
-    if device.type == "cpu" and not interpreting():
+    kind = device.type  # asked for once: it is a string that PyTorch makes each time
+    if kind == "cpu" and not interpreting():
         return (
             "the tensors are on the CPU, where Triton only interprets, slowly; set TRITON_INTERPRET=1 before "
             "Triton is imported to allow that"
         )
-    if device.type not in ("cuda", "cpu"):
-        return f"the kernels run on NVIDIA and AMD GPUs, not on {device.type!r}"
-    if device.type == "cuda" and torch.version.hip is None and capability(device) < MIN_CAPABILITY:
+    if kind not in ("cuda", "cpu"):
+        return f"the kernels run on NVIDIA and AMD GPUs, not on {kind!r}"
+    if kind == "cuda" and torch.version.hip is None and capability(device) < MIN_CAPABILITY:
         return f"Triton needs an NVIDIA GPU of compute capability {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]} or later"
     return TRITON_MISSING
 

@@ -37,7 +37,7 @@ class Launcher:
         self._kernel: Any = None
         self._direct: dict[tuple[torch.dtype | None, ...], Callable[[list[int | None]], None]] = {}
 
-    def __call__(self, kernel: Any, **tensors: Tensor | None) -> None:
+    def __call__(self, kernel: Any, tensors: dict[str, Tensor | None]) -> None:
         """Launch ``kernel`` on the current device and stream; ``tensors`` by name, in the order of its parameters."""
         key = tuple([None if x is None else x.dtype for x in tensors.values()])
         addresses = [None if x is None else x.data_ptr() for x in tensors.values()]

@@ -312,10 +312,10 @@ def grouped_attention(
     operands = operands.scaled
     launch = _launch(operands.layout(), *members.shape, max_len, config, chunks)
     partials = Partials.empty(launch.chunks, operands.q, operands.kv_heads)
-    launch.run(
-        grouped_kernel, **operands.tensors(), bias_ptr=operands.relative_bias, planned_ptr=planned, tasks_ptr=tasks,
-        members_ptr=members, partial_ptr=partials.out, partial_lse_ptr=partials.lse,
-    )  # fmt: skip
+    launch.run(grouped_kernel, {
+        **operands.tensors(), "bias_ptr": operands.relative_bias, "planned_ptr": planned, "tasks_ptr": tasks,
+        "members_ptr": members, "partial_ptr": partials.out, "partial_lse_ptr": partials.lse,
+    })  # fmt: skip
     merge_chunks(partials, out, lse, operands.sinks, launch.chunks)
 
 

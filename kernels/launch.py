@@ -135,15 +135,19 @@ class Operands(NamedTuple):
         """With the sign of a negative scale in q, where the forward kernels need it; see `score_scales`."""
         return self if self.scale >= 0 or self.softcap is not None else self._replace(q=-self.q, scale=-self.scale)
 
-    def layout(self, *out: Tensor) -> Layout:
+    def layout(self, out: Tensor | None = None) -> Layout:
         """The layout of this call; with ``out``, if the kernel writes it by its strides."""
-        strided = (self.q, self.k, self.v, self.prefix_k, self.prefix_v, *out)
-        per_row, table = (self.task_ids, self.kv_start, self.kv_len), self.relative_bias
+        # Every layer of a step comes here: no loops, and each tensor is asked for its strides once, all together.
+        q, k, v, prefix_k, prefix_v, _, lens, ids, kv_start, kv_len, _, causal, scale, window, softcap, table = self
+        strides: tuple[tuple[int, ...], ...]
+        strides = q.stride(), k.stride(), v.stride(), prefix_k.stride(), prefix_v.stride()
+        (of_ids,), of_rows = ids.stride(), (0,)
+        (of_start,) = of_rows if kv_start is None else kv_start.stride()
+        (of_len,) = of_rows if kv_len is None else kv_len.stride()
         return Layout(
-            self.q.shape, self.k.shape, self.prefix_k.shape[1], self.lens.shape[0],
-            tuple([x.stride() for x in strided]), tuple([0 if x is None else x.stride(0) for x in per_row]),
-            None if table is None else (*table.stride(), table.shape[1]),
-            self.causal, self.scale, self.window, self.softcap, self.q.dtype, self.q.device,
+            q.shape, k.shape, prefix_k.shape[1], lens.shape[0], strides if out is None else (*strides, out.stride()),
+            (of_ids, of_start, of_len), None if table is None else (*table.stride(), table.shape[1]),
+            causal, scale, window, softcap, q.dtype, q.device,
         )  # fmt: skip
 
     def tensors(self) -> dict[str, Tensor | None]:

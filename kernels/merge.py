@@ -81,9 +81,10 @@ def merge_chunks(partials: Partials, out: Tensor, lse: Tensor | None, sinks: Ten
     The order of summation follows from ``most_chunks``, not from how many of them there are.
     """
     chunks, _, _, group, _ = partials.lse.shape
-    _launch(out.shape, out.stride(), out.device, chunks, group, most_chunks)(
-        merge_kernel, partial_ptr=partials.out, partial_lse_ptr=partials.lse, out_ptr=out, lse_ptr=lse, sinks_ptr=sinks
-    )
+    _launch(out.shape, out.stride(), out.device, chunks, group, most_chunks)(merge_kernel, {
+        "partial_ptr": partials.out, "partial_lse_ptr": partials.lse, "out_ptr": out, "lse_ptr": lse,
+        "sinks_ptr": sinks,
+    })  # fmt: skip
 
 
 @lru_cache(maxsize=LAYOUTS)

@@ -115,10 +115,10 @@ def prefill_kernel(
 def prefill_attention(operands: Operands, out: Tensor, lse: Tensor | None, config: TileConfig | None = None) -> None:
     """Write out, and lse (float32 ``[batch, q_heads, q_len]``, contiguous) if given."""
     operands = operands.scaled
-    _launch(operands.layout(out), config)(
-        prefill_kernel, **operands.tensors(), sinks_ptr=operands.sinks, bias_ptr=operands.relative_bias, out_ptr=out,
-        lse_ptr=lse,
-    )  # fmt: skip
+    _launch(operands.layout(out), config)(prefill_kernel, {
+        **operands.tensors(), "sinks_ptr": operands.sinks, "bias_ptr": operands.relative_bias, "out_ptr": out,
+        "lse_ptr": lse,
+    })  # fmt: skip
 
 
 @lru_cache(maxsize=LAYOUTS)

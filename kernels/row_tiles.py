@@ -121,13 +121,13 @@ def row_tiles(task_ids: Tensor, lens: Tensor, rows: int, tile_rows: int, tiles: 
     planned, ranks, sizes = (task_ids.new_empty(task_ids.shape, dtype=torch.int32) for _ in range(3))
     tasks = planned.new_empty(tiles)
     members = planned.new_empty((tiles, tile_rows))
-    launch.rank(
-        rank_kernel, task_ids_ptr=task_ids, lens_ptr=lens.contiguous(), planned_ptr=planned, ranks_ptr=ranks,
-        sizes_ptr=sizes,
-    )  # fmt: skip
-    launch.members(
-        members_kernel, planned_ptr=planned, ranks_ptr=ranks, sizes_ptr=sizes, tasks_ptr=tasks, members_ptr=members
-    )
+    launch.rank(rank_kernel, {
+        "task_ids_ptr": task_ids, "lens_ptr": lens.contiguous(), "planned_ptr": planned, "ranks_ptr": ranks,
+        "sizes_ptr": sizes,
+    })  # fmt: skip
+    launch.members(members_kernel, {
+        "planned_ptr": planned, "ranks_ptr": ranks, "sizes_ptr": sizes, "tasks_ptr": tasks, "members_ptr": members,
+    })  # fmt: skip
     return planned, tasks, members
 
 

@@ -197,7 +197,7 @@ class AttentionCall:
     @property
     def group(self) -> int:
         """Query heads that share one key/value head."""
-        return self.q_heads // self.kv_heads
+        return self.q.shape[1] // self.k.shape[1]
 
     @property
     def lse_dtype(self) -> torch.dtype:
