@@ -30,9 +30,10 @@ MAY_IMPORT = {
     "attention": LEAVES | {"ops", "dispatch", "cost"},
     "bank": LEAVES | {"attention"},
     "hf": LEAVES | {"attention", "bank"},
+    "training": LEAVES | {"bank", "hf"},
     "benchmarks": LEAVES
     | {"tolerance", "kernels", "ops", "regime", "backends", "dispatch", "cost", "attention", "bank", "hf"},
-    "cli": LEAVES | {"attention", "bank", "hf", "dispatch", "cost", "benchmarks"},
+    "cli": LEAVES | {"attention", "bank", "hf", "training", "dispatch", "cost", "benchmarks"},
 }
 
 #: Folders of the repository that the package reaches by a link.

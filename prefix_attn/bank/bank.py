@@ -81,7 +81,7 @@ class PrefixBank:
             raise ShapeError(f"reserve: expected (tasks, tokens), neither negative, got {reserve}")
         return cls(Base.of(model), reserve=None if reserve is None else Reserve(*reserve))
 
-    def add(self, name: str, key_values: KeyValues) -> int:
+    def add(self, name: str, key_values: KeyValues, source: str = "tensors") -> int:
         """Add a task.
 
         Args:
@@ -91,6 +91,7 @@ class PrefixBank:
                 keys (`geometry` tells). For an encoder-decoder model a dict of such lists, keyed "decoder",
                 "encoder" and "cross" (the decoder's attention to the encoder's output): m may differ between them, and
                 one that is left out gets no prefix. A list alone is the decoder's.
+            source: a word on where the values come from, kept in the file of the prefix.
 
         Returns:
             The task's id.
@@ -101,7 +102,7 @@ class PrefixBank:
             ContextOverflow: the decoder's m leaves no position for a request.
             ShapeError: it does not fit what the bank reserved.
         """
-        return self._insert(name, key_values, Provenance("tensors"), "key_values")
+        return self._insert(name, key_values, Provenance(source), "key_values")
 
     def load(self, name: str, path: str | os.PathLike[str], check_base: bool = True) -> int:
         """Add a task from a local folder of a PEFT prefix-tuning adapter, or from a ``.safetensors`` file of ours.

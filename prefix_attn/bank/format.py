@@ -42,7 +42,10 @@ CONVERT = "convert it with PEFT's save_pretrained(..., safe_serialization=True)"
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a prefix came from: "tensors", "text" or "peft:<folder>", and the version of PEFT that wrote it."""
+    """Where a prefix came from, and the version of PEFT that wrote it.
+
+    source: "tensors", "trained", "text", "peft:<folder>", or what the caller of `PrefixBank.add` said.
+    """
 
     source: str
     peft_version: str = ""

@@ -11,6 +11,7 @@ from prefix_attn.cli import bank, bench, console
 from prefix_attn.cli.demo import demo
 from prefix_attn.cli.doctor import doctor
 from prefix_attn.cli.generate import generate
+from prefix_attn.cli.train import train
 from prefix_attn.errors import PrefixAttnError
 
 
@@ -67,6 +68,7 @@ def main(
 
 app.command()(demo)
 app.command()(generate)
+app.command()(train)
 app.command()(doctor)
 app.add_typer(bank.app, name="bank")
 app.add_typer(bench.app, name="bench")

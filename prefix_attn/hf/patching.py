@@ -123,6 +123,24 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def bank_of(model: Any) -> PrefixBank | None:
+    """The bank that a model, PEFT's wrapper taken off, is patched with; None for one that is not."""
+    state: _State | None = model.__dict__.get(_ATTRIBUTE)
+    return None if state is None else state.bank
+
+
+def layers_read_the_bank(model: Any) -> bool:
+    """Whether every attention layer of a patched model reads the bank's own tensors, so that gradients reach them.
+
+    Not so where a prefix is copied into a cache, or where layers make their keys of what the bank holds.
+    """
+    state: _State = model.__dict__[_ATTRIBUTE]
+    if not isinstance(state, DecoderPatch):
+        return isinstance(state, Seq2SeqPatch)
+    assert state.hook.sources is not None, "the patch has been checked"
+    return not any(source.made for found in state.hook.sources.sources.values() for source in found)
+
+
 def _refuse(model: Any) -> None:
     """Raise `UnsupportedModel`, naming the family and the reason, for a model the patch cannot be exact for."""
     if not isinstance(model, PreTrainedModel):

@@ -12,8 +12,8 @@ import prefix_attn as pa
 from tests.hf.families import geometry, random_prefix, tiny_model
 
 
-def save_adapter(model: Any, path: Path, m: int, seed: int) -> None:
-    """Write a PEFT prefix-tuning adapter of m tokens for ``model`` as PEFT itself saves it."""
+def prefix_tuned(model: Any, m: int, seed: int) -> Any:
+    """PEFT's model around ``model``, with a random prefix of m tokens to be trained."""
     layers, kv_heads, head_dim = geometry(model)
     config = PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=m, num_layers=layers, token_dim=kv_heads * head_dim,
@@ -23,7 +23,12 @@ def save_adapter(model: Any, path: Path, m: int, seed: int) -> None:
     prefix = torch.stack([torch.stack(kv) for kv in random_prefix(model, m, seed)])  # [layers, 2, heads, m, D]
     with torch.no_grad():
         peft_model.prompt_encoder["default"].embedding.weight.copy_(prefix.permute(3, 0, 1, 2, 4).reshape(m, -1))
-    peft_model.save_pretrained(path)
+    return peft_model
+
+
+def save_adapter(model: Any, path: Path, m: int, seed: int) -> None:
+    """Write a PEFT prefix-tuning adapter of m tokens for ``model`` as PEFT itself saves it."""
+    prefix_tuned(model, m, seed).save_pretrained(path)
 
 
 class PeftOracle:

@@ -1,0 +1,148 @@
+"""``prefix-attn train``: prefixes for the tasks of a file of examples, in a bank that the other commands take."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from prefix_attn.cli import console
+from prefix_attn.cli.options import DeviceOption, Dtype, DtypeOption, ModelOption
+from prefix_attn.errors import PrefixAttnError
+
+if TYPE_CHECKING:
+    from prefix_attn.bank import PrefixBank
+    from prefix_attn.training import Example, Trained
+
+LOSSES, FIGURE = "losses.jsonl", "losses.png"
+FIELDS = ("task", "prompt", "answer")
+INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
+
+
+def train(
+    model: ModelOption,
+    data: Annotated[Path, typer.Option(help="Examples, one JSON object a line.", dir_okay=False, exists=True)],
+    bank: Annotated[Path, typer.Option(help="The folder for the prefixes; a bank that is there gets more tasks.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each prefix.")] = 16,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the examples.")] = 10,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that run together, of all tasks.")] = 32,
+    projection: Annotated[int, typer.Option(min=0, help="Hidden width of the MLP that makes a prefix; 0: none.")] = 128,
+    rate: Annotated[float | None, typer.Option(help="Highest learning rate; 1e-3, or 1e-2 without an MLP.")] = None,
+    held_out: Annotated[float, typer.Option(min=0, max=0.9, help="Share of the examples that choose the epoch.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Of the order of the examples, and of the MLPs.")] = 0,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train a prefix for every task in a file of examples, all of them together, on one frozen model.
+
+    An example is a JSON object with `task`, `prompt` and `answer`. Prompts are used as they are: apply a chat template
+    before. Other keys are ignored.
+
+        {"task": "sum", "prompt": "Summarise: ...", "answer": "..."}
+
+    A prefix starts as the model's own keys and values of the task's first examples. Of each task some examples are held
+    out; the epoch with the lowest loss on them is kept. After each epoch the bank is written, so that Ctrl-C loses one
+    at most.
+
+        prefix-attn train --model MODEL --data examples.jsonl --bank prefixes
+        prefix-attn generate --model MODEL --bank prefixes --input requests.jsonl --output answers.jsonl
+
+    Writes the bank and, beside its prefixes, every epoch's losses (`losses.jsonl`) and a figure of them (`losses.png`,
+    with matplotlib) of the latest run.
+
+    Exit code: 0, or 2 if the command could not run.
+    """
+    examples = read_examples(data)
+    from prefix_attn.bank.format import INDEX, read_index
+
+    known = set(read_index(bank)) if (bank / INDEX).is_file() else set()
+    if taken := sorted(known & {example.task for example in examples}):
+        raise PrefixAttnError(f"{bank}: has {', '.join(taken)} already; remove them (prefix-attn bank remove), or give "
+                              "another --bank")  # fmt: skip
+    bank.mkdir(parents=True, exist_ok=True)  # before the work, so that a folder that cannot be written is known at once
+    from prefix_attn.cli.models import load_bank, load_model, load_tokenizer
+    from prefix_attn.training import train as train_prefixes
+
+    tokenizer, loaded = load_tokenizer(model), load_model(model, dtype, device)
+    stored = load_bank(loaded, [], bank if known else None)
+
+    def save(trained: Trained) -> None:
+        save_bank(trained, stored, bank)
+        (bank / LOSSES).write_text("".join(json.dumps(vars(loss)) + "\n" for loss in trained.losses))
+
+    try:
+        trained = train_prefixes(
+            loaded, tokenizer, examples, tokens=tokens, projection=projection or None, epochs=epochs,
+            batch_size=batch_size, rate=rate, held_out=held_out, seed=seed, after_epoch=save,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        console.warn(f"interrupted: {bank} holds the prefixes of the epochs that were finished, if any")
+        raise typer.Exit(INTERRUPTED) from None
+    draw_losses(trained, bank)
+    console.out.print(table(trained, examples))
+    console.out.print(Text(f"{len(stored)} prefixes in {bank}. Answer requests with `prefix-attn generate --model "
+                           f"{model} --bank {bank}`."), soft_wrap=True)  # fmt: skip
+
+
+def read_examples(path: Path) -> list[Example]:
+    """The examples of a file; empty lines are none.
+
+    Raises:
+        PrefixAttnError: a line is no example; names it. Nothing is left out.
+    """
+    from prefix_attn.training import Example
+
+    examples = []
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise PrefixAttnError(f"{path}, line {number}: expected a JSON object ({error})") from error
+        fields: list[Any] = [content.get(field) for field in FIELDS] if isinstance(content, dict) else [None]
+        if not all(isinstance(field, str) and field for field in fields):
+            raise PrefixAttnError(f"{path}, line {number}: expected a JSON object with {', '.join(FIELDS)}, each a "
+                                  f"string that is not empty, got {line.decode(errors='replace')[:80]}")  # fmt: skip
+        examples.append(Example(*fields))
+    if not examples:
+        raise PrefixAttnError(f"{path}: expected at least one example, got none")
+    return examples
+
+
+def save_bank(trained: Trained, bank: PrefixBank, folder: Path) -> None:
+    """Write a bank with the prefixes as they are best by now, in place of those of an earlier epoch."""
+    for name in trained.key_values:
+        if name in bank:
+            bank.remove(name)
+    trained.add_to(bank)
+    bank.save_pretrained(folder)
+
+
+def draw_losses(trained: Trained, folder: Path) -> None:
+    """A figure of the losses, if matplotlib is there."""
+    if find_spec("matplotlib") is None:
+        console.warn("no figure of the losses: install matplotlib")
+        return
+    from prefix_attn.training.plot import plot_losses
+
+    plot_losses(trained.losses, folder / FIGURE)
+
+
+def table(trained: Trained, examples: list[Example]) -> Table:
+    """The losses before and after, by task."""
+    counts = Counter(example.task for example in examples)
+    shown = Table("task", title="Loss on held-out examples, nats a token", title_justify="left")
+    for heading in ("examples", "at the start", "at best", "epoch"):
+        shown.add_column(heading, justify="right")
+    for task, epoch in trained.best.items():
+        losses = [trained.of(task, e).held_out for e in (0, epoch)]
+        cells = ["" if loss is None else f"{loss:.3f}" for loss in losses]
+        shown.add_row(Text(task), f"{counts[task]:,}", *cells, str(epoch))
+    return shown

@@ -1,0 +1,318 @@
+"""Train the prefixes of many tasks at once: their examples are mixed in every batch of one frozen model.
+
+    loss = sum over the tasks of a batch of the mean over the task's rows of the mean over a row's answer of -log p
+
+A row reads its own task's prefix alone, so each task learns as if it were trained by itself with the rows it has in a
+batch: its gradient is clipped by itself, and a batch without its rows does not move it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+
+from prefix_attn.bank import Base, PrefixBank
+from prefix_attn.bank.forward import cached_kv, evaluating, unwrap
+from prefix_attn.bank.geometry import LayerKV
+from prefix_attn.errors import ContextOverflow, IncompatiblePrefix, PrefixAttnError
+from prefix_attn.training.prefixes import PROJECTION, TrainablePrefixes
+
+#: Learning rates of an MLP that makes keys and values, and of these themselves.
+PROJECTED_RATE, RATE = 1e-3, 1e-2
+
+LARGEST_NORM = 1.0  # of a task's gradient
+NOT_SCORED = -100  # PyTorch's label of what is no answer
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a task's prefix shall make of a prompt."""
+
+    task: str
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Mean negative log-likelihood of a task's answers, in nats a token, after an epoch (0: before the first)."""
+
+    epoch: int
+    task: str
+    training: float | None  # over the epoch, while the prefix was changing; None before the first
+    held_out: float | None  # None for a task of which nothing is held out
+
+
+@dataclass
+class Trained:
+    """Prefixes as they were best, and how they came about.
+
+    Attributes:
+        key_values: by task, for `PrefixBank.add`: as after the epoch with the lowest loss on held-out examples; of a
+            task without such, as after the last one.
+        best: by task, that epoch.
+        losses: one for each task and epoch.
+    """
+
+    key_values: dict[str, list[LayerKV]] = field(default_factory=dict)
+    best: dict[str, int] = field(default_factory=dict)
+    losses: list[Loss] = field(default_factory=list)
+
+    def add_to(self, bank: PrefixBank) -> None:
+        """Add every task to a bank of the same model."""
+        for name, key_values in self.key_values.items():
+            bank.add(name, key_values, source="trained")
+
+    def of(self, task: str, epoch: int) -> Loss:
+        """A task's loss after an epoch."""
+        return next(loss for loss in self.losses if (loss.task, loss.epoch) == (task, epoch))
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    tokens: int = 16,
+    projection: int | None = PROJECTION,
+    epochs: int = 10,
+    batch_size: int = 32,
+    rate: float | None = None,
+    held_out: float = 0.1,
+    seed: int = 0,
+    start: Mapping[str, Sequence[LayerKV]] | None = None,
+    progress: bool = True,
+    after_epoch: Callable[[Trained], None] | None = None,
+) -> Trained:
+    """Train a prefix for every task of ``examples`` on one frozen model, by AdamW with a one-cycle rate.
+
+    A prefix starts as the model's own keys and values of the task's first training examples, which trains far better
+    than random numbers.
+
+    Args:
+        model: a decoder-only transformers model, plain, patched or PEFT-wrapped; run without dropout, and not changed.
+        tokenizer: the model's. A row is the prompt, as the tokenizer opens a sequence, the answer and the end token.
+        examples: in any order; those of all tasks are shuffled together.
+        tokens: of each prefix.
+        projection: hidden width of an MLP that makes the prefix; None trains keys and values themselves, which takes
+            more epochs.
+        epochs: passes over the examples.
+        batch_size: rows, of all tasks together.
+        rate: the highest learning rate; by default `PROJECTED_RATE`, without a projection `RATE`.
+        held_out: share of each task's examples that choose the best epoch, and train nothing.
+        seed: of the order of examples, and of the MLPs.
+        start: other starts, by task, as in `TrainablePrefixes`: a prefix to be trained further, say.
+        progress: show a bar on stderr.
+        after_epoch: called with what there is so far, after each epoch; to save it, for instance.
+
+    Returns:
+        Key values for a bank: ``train(...).add_to(bank)``.
+
+    Raises:
+        UnsupportedModel, IncompatiblePrefix: as in `TrainablePrefixes`; or an argument is out of range, or there are no
+            examples.
+        ContextOverflow: an example and its prefix are longer than the model's context.
+        PrefixAttnError: the loss is no number any more.
+    """
+    _check_numbers(tokens, epochs, batch_size, held_out, examples)
+    rng, inner, base = random.Random(seed), unwrap(model), Base.of(model)
+    device = inner.get_input_embeddings().weight.device
+    rows = [_Row.of(i, example, tokenizer, base, tokens) for i, example in enumerate(examples)]
+    training, scored = _split(rows, held_out, rng)
+    starts = {
+        task: list((start or {}).get(task) or _text_start(model, of_task, tokens))
+        for task, of_task in _by_task(training).items()
+    }
+    rate = rate or (RATE if projection is None else PROJECTED_RATE)
+    with _frozen(inner), evaluating(inner):
+        prefixes = TrainablePrefixes(model, starts, projection, seed)
+        optimizer = torch.optim.AdamW(prefixes.parameters(), lr=rate, weight_decay=0.0)
+        steps = epochs * -(-len(training) // batch_size)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=max(steps, 2))
+        result = Trained()
+        bar = tqdm(total=steps, desc="training", unit="batch", mininterval=0.5, disable=not progress)
+        with prefixes.attached(model), bar:
+            _note(result, 0, prefixes, {}, _evaluate(inner, scored, batch_size, device))
+            for epoch in range(1, epochs + 1):
+                rng.shuffle(training)
+                sums = _Means()
+                for batch in _batches(training, batch_size):
+                    of_tasks = _losses(inner, batch, device)
+                    total = torch.stack(list(of_tasks.values())).sum()
+                    if not torch.isfinite(total):
+                        raise PrefixAttnError(
+                            f"the loss became {total.item()} in epoch {epoch}; lower the rate ({rate:g})"
+                        )
+                    optimizer.zero_grad()
+                    torch.autograd.backward(total)
+                    _keep_apart(prefixes, of_tasks)
+                    optimizer.step()
+                    schedule.step()
+                    sums.add(batch, of_tasks)
+                    bar.update()
+                    bar.set_postfix(epoch=epoch, loss=f"{total.item() / len(of_tasks):.3f}", refresh=False)
+                _note(result, epoch, prefixes, sums.means(), _evaluate(inner, scored, batch_size, device))
+                if after_epoch is not None:
+                    after_epoch(result)
+    return result
+
+
+def _check_numbers(tokens: int, epochs: int, batch_size: int, held_out: float, examples: Sequence[Example]) -> None:
+    if not examples:
+        raise IncompatiblePrefix("examples: expected at least one, got none")
+    if min(tokens, epochs, batch_size) < 1:
+        raise IncompatiblePrefix(
+            f"tokens, epochs, batch_size: expected at least 1 each, got {tokens}, {epochs}, {batch_size}"
+        )
+    if not 0 <= held_out < 1:
+        raise IncompatiblePrefix(f"held_out: expected a share from 0 to below 1, got {held_out}")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """An example as token ids ``[len]``, and labels of which only the answer's are scored."""
+
+    task: str
+    ids: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, index: int, example: Example, tokenizer: Any, base: Base, prefix: int) -> _Row:
+        prompt = list(tokenizer(example.prompt, verbose=False)["input_ids"])
+        answer = list(tokenizer(example.answer, add_special_tokens=False, verbose=False)["input_ids"])
+        if tokenizer.eos_token_id is not None:
+            answer.append(tokenizer.eos_token_id)
+        if not prompt or not answer:
+            raise IncompatiblePrefix(
+                f"examples[{index}]: expected a prompt and an answer of at least one token each, got {example}"
+            )
+        if base.context_limit is not None and prefix + len(prompt) + len(answer) > base.context_limit:
+            raise ContextOverflow(
+                f"examples[{index}]: a prefix of {prefix} tokens, a prompt of {len(prompt)} and an answer of "
+                f"{len(answer)} exceed the model's {base.context_limit} positions; shorten it or leave it out"
+            )
+        labels = [NOT_SCORED] * len(prompt) + answer
+        return cls(example.task, torch.tensor(prompt + answer), torch.tensor(labels))
+
+
+def _by_task(rows: Sequence[_Row]) -> dict[str, list[_Row]]:
+    tasks: dict[str, list[_Row]] = {}
+    for row in rows:
+        tasks.setdefault(row.task, []).append(row)
+    return tasks
+
+
+def _split(rows: Sequence[_Row], held_out: float, rng: random.Random) -> tuple[list[_Row], list[_Row]]:
+    """Rows to train on, and rows that are held out: of each task its share, and never all."""
+    training, scored = [], []
+    for of_task in _by_task(rows).values():
+        rng.shuffle(of_task)
+        count = min(len(of_task) - 1, max(1, round(held_out * len(of_task)))) if held_out else 0
+        scored += of_task[:count]
+        training += of_task[count:]
+    return training, scored
+
+
+def _text_start(model: Any, rows: Sequence[_Row], tokens: int) -> list[LayerKV]:
+    """The model's keys and values of the first examples, so many tokens of them; too few repeat."""
+    text = torch.cat([row.ids for row in rows[:tokens]])
+    return cached_kv(unwrap(model), text.repeat(-(-tokens // len(text)))[None, :tokens])
+
+
+def _batches(rows: Sequence[_Row], size: int) -> Iterator[Sequence[_Row]]:
+    return (rows[i : i + size] for i in range(0, len(rows), size))
+
+
+def _row_losses(model: Any, rows: Sequence[_Row], device: torch.device) -> Tensor:
+    """Mean negative log-likelihood of each row's answer, ``[rows]``.
+
+    Rows are padded on the right, where a causal model does not look.
+    """
+    ids = pad_sequence([row.ids for row in rows], batch_first=True).to(device)
+    labels = pad_sequence([row.labels for row in rows], batch_first=True, padding_value=NOT_SCORED).to(device)
+    lengths = torch.tensor([len(row.ids) for row in rows], device=device)
+    mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
+    tasks = [row.task for row in rows]
+    logits = model(input_ids=ids, attention_mask=mask, task_ids=tasks, use_cache=False).logits[:, :-1].float()
+    labels = labels[:, 1:].to(logits.device)
+    losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=NOT_SCORED)
+    return losses.sum(1) / (labels != NOT_SCORED).sum(1)
+
+
+def _losses(model: Any, rows: Sequence[_Row], device: torch.device) -> dict[str, Tensor]:
+    """The mean over each task's rows."""
+    of_rows, places = _row_losses(model, rows, device), dict[str, list[int]]()
+    for i, row in enumerate(rows):
+        places.setdefault(row.task, []).append(i)
+    return {task: of_rows[i].mean() for task, i in places.items()}
+
+
+@torch.no_grad()
+def _evaluate(model: Any, rows: Sequence[_Row], batch_size: int, device: torch.device) -> dict[str, float]:
+    """Loss of every task that has rows."""
+    sums = _Means()
+    for batch in _batches(rows, batch_size):
+        sums.add(batch, _losses(model, batch, device))
+    return sums.means()
+
+
+class _Means:
+    """Means over the rows of many batches, by task."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, int]] = {}
+
+    def add(self, rows: Sequence[_Row], means: Mapping[str, Tensor]) -> None:
+        """One batch: its rows, and the mean of each task among them."""
+        counts = {task: len(of_task) for task, of_task in _by_task(rows).items()}
+        for task, mean in means.items():
+            total, seen = self._sums.get(task, (0.0, 0))
+            self._sums[task] = total + mean.item() * counts[task], seen + counts[task]
+
+    def means(self) -> dict[str, float]:
+        return {task: total / seen for task, (total, seen) in self._sums.items()}
+
+
+def _keep_apart(prefixes: TrainablePrefixes, present: Mapping[str, Tensor]) -> None:
+    """Clip each task's gradient by itself; a task without rows in the batch has none."""
+    for name in prefixes.names:
+        parameters = prefixes.parameters_of(name)
+        if name in present:
+            nn.utils.clip_grad_norm_(parameters, LARGEST_NORM)
+        else:
+            for parameter in parameters:
+                parameter.grad = None
+
+
+def _note(
+    result: Trained, epoch: int, prefixes: TrainablePrefixes, training: Mapping[str, float],
+    held_out: Mapping[str, float],
+) -> None:  # fmt: skip
+    """Write down the losses of an epoch, and keep the prefixes that are the best so far."""
+    for name in prefixes.names:
+        loss = held_out.get(name)
+        result.losses.append(Loss(epoch, name, training.get(name), loss))
+        best = result.of(name, result.best[name]).held_out if name in result.best else None
+        if loss is None or best is None or loss < best:
+            result.best[name], result.key_values[name] = epoch, prefixes.key_values(name)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No weight of the model requires a gradient for a while."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad = True

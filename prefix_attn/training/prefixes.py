@@ -1,0 +1,200 @@
+"""Prefixes as parameters of a frozen model that is patched, so that one batch trains many tasks.
+
+    prefix_t = p_t                                               p_t begins as start_t
+    prefix_t = start_t + W2 tanh(W1 e_t + b1) + b2               with a projection; W2 and b2 begin as 0
+
+A token of a prefix is a row: its keys and values in all layers, side by side as PEFT lays them out. Whatever the start,
+the first pass is that of the start itself. Each task has a projection of its own, which is gone when training is over.
+
+Source: prefix tuning and its reparameterisation, arXiv:2101.00190.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from zlib import crc32
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from prefix_attn.bank import Base, PrefixBank
+from prefix_attn.bank.forward import unwrap
+from prefix_attn.bank.geometry import DECODER, LayerKV
+from prefix_attn.errors import IncompatiblePrefix, UnsupportedModel
+from prefix_attn.hf import patch, unpatch
+from prefix_attn.hf.patching import bank_of, layers_read_the_bank
+from prefix_attn.hf.sources import widened
+from prefix_attn.types import PrefixKV, align
+
+#: Hidden width of a prefix's MLP.
+PROJECTION = 128
+
+
+class TrainablePrefixes(nn.Module):
+    """The prefixes of several tasks, float32 parameters; its modules and parameters are grouped by task.
+
+    Args:
+        model: a decoder-only transformers model, or a PEFT model around one. Whether its own weights learn too is up to
+            their ``requires_grad``.
+        start: by task, what its prefix is at first: per layer (k, v), each ``[kv_heads, m, head_dim]``, as
+            `PrefixBank.key_values` gives it; m at least 1.
+        projection: hidden width of the MLP; None trains keys and values themselves.
+        seed: of the MLPs; with the name of a task it decides what the task's begins as, whatever others there are.
+
+    Raises:
+        IncompatiblePrefix: there is no task, or a start does not fit the model.
+        UnsupportedModel: a model with an encoder, or one of which this process holds a part.
+    """
+
+    def __init__(
+        self, model: Any, start: Mapping[str, Sequence[LayerKV]], projection: int | None = PROJECTION, seed: int = 0
+    ) -> None:
+        super().__init__()
+        base = Base.of(model)
+        if len(base.geometries) > 1:
+            raise UnsupportedModel(
+                f"{base.model_type}: prefixes of encoder-decoder models are not trained here; train them with PEFT, "
+                "and take them with bank.load"
+            )
+        base.shard.check_whole("training")
+        if not start:
+            raise IncompatiblePrefix("start: expected at least one task, got none")
+        self.bank = _LiveBank(base)
+        self.names = list(start)
+        for name, key_values in start.items():
+            self.bank.add(name, key_values)
+            if not self.bank.prefix_len(name):
+                raise IncompatiblePrefix(f"start[{name!r}]: expected a prefix of at least one token, got none to train")
+        self._geometry = base.geometry
+        self.tasks = nn.ModuleList()
+        for name in self.names:
+            rows = _rows(self.bank.key_values(name))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(crc32(f"{seed}/{name}".encode()))
+                task = _Direct(rows) if projection is None else _Projected(rows, projection)
+            self.tasks.append(task.to(base.device))
+        self._made_of: tuple[Any, ...] | None = None
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """Those that make a task's prefix, and no other's."""
+        return list(self.tasks[self.names.index(name)].parameters())
+
+    def key_values(self, name: str) -> list[LayerKV]:
+        """A task's prefix as it is now, for `PrefixBank.add`: per layer (k, v), ``[kv_heads, m, head_dim]`` each."""
+        with torch.no_grad():
+            rows = self.tasks[self.names.index(name)]()
+        return [(k.to(self.bank.dtype), v.to(self.bank.dtype)) for k, v in self._layers(rows)]
+
+    @contextmanager
+    def attached(self, model: Any) -> Iterator[None]:
+        """Within, ``model(..., task_ids=...)`` reads these prefixes, and gradients reach their parameters.
+
+        A model that was patched gets its bank back.
+
+        Raises:
+            UnsupportedModel: as `prefix_attn.patch`; or the family's layers read a copy of a prefix, or keys that they
+                make of it.
+            IncompatiblePrefix: not the model that these were made for.
+        """
+        inner = unwrap(model)
+        before = bank_of(inner)
+        patch(model, self.bank)
+        try:
+            if not layers_read_the_bank(inner):
+                raise UnsupportedModel(
+                    f"{type(inner).__name__}: its layers read a copy of a prefix, or keys made of it, which gradients "
+                    "do not pass; train the prefix with PEFT, and take it with bank.load"
+                )
+            renewal = inner.register_forward_pre_hook(lambda *_: self.renew())
+            try:
+                yield
+            finally:
+                renewal.remove()
+                self.bank.live, self._made_of = None, None
+        finally:
+            unpatch(model)
+            if before is not None:
+                patch(model, before)
+
+    def renew(self) -> None:
+        """Compute what the layers read; the hook of an attached model does it before each pass."""
+        made_of = (torch.is_grad_enabled(), *(p._version for p in self.parameters()))
+        if made_of[0] or made_of != self._made_of:  # a graph serves one backward pass
+            self.bank.live, self._made_of = self.forward(), made_of
+
+    def forward(self) -> list[PrefixKV]:
+        """The prefixes of all tasks, for every layer."""
+        rows = torch.cat([pad(x, (0, 0, 0, align(len(x)) - len(x))) for x in (task() for task in self.tasks)])
+        packed = []
+        for i, (k, v) in enumerate(self._layers(rows)):
+            plain = self.bank.stored_layer(i)
+            packed.append(replace(plain, k=_like(plain.k, k), v=_like(plain.v, v)))
+        return packed
+
+    def _layers(self, rows: Tensor) -> list[LayerKV]:
+        """Keys and values ``[kv_heads, tokens, head_dim]`` of every layer, from rows ``[tokens, width]``."""
+        layers, start = [], 0
+        for layer in self._geometry.layers:
+            pair = []
+            for dim in (layer.head_dim, layer.v_head_dim):
+                x = rows[:, start : start + layer.kv_heads * dim]
+                pair.append(x.view(len(rows), layer.kv_heads, dim).transpose(0, 1))
+                start += layer.kv_heads * dim
+            layers.append((pair[0], pair[1]))
+        return layers
+
+
+class _LiveBank(PrefixBank):
+    """A bank whose layers are what was computed last; ids, lengths and plans are those of the starts it stores."""
+
+    live: list[PrefixKV] | None = None
+
+    def layer(self, i: int, part: str = DECODER) -> PrefixKV:
+        return self.stored_layer(i) if self.live is None else self.live[i]
+
+    def stored_layer(self, i: int) -> PrefixKV:
+        return super().layer(i)
+
+
+class _Direct(nn.Module):
+    """Rows that are parameters themselves."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(start)
+
+    def forward(self) -> Tensor:
+        return self.rows
+
+
+class _Projected(nn.Module):
+    """Rows that an MLP adds to their start."""
+
+    def __init__(self, start: Tensor, projection: int) -> None:
+        super().__init__()
+        tokens, width = start.shape
+        self.register_buffer("start", start)
+        self.embedding = nn.Parameter(torch.randn(tokens, projection, device=start.device))
+        self.mlp = nn.Sequential(
+            nn.Linear(projection, projection), nn.Tanh(), nn.Linear(projection, width)
+        ).to(start.device)  # fmt: skip
+        for parameter in self.mlp[2].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self) -> Tensor:
+        added: Tensor = self.start + self.mlp(self.embedding)
+        return added
+
+
+def _like(stored: Tensor, x: Tensor) -> Tensor:
+    """``x`` in the width, dtype and place of what a bank stores."""
+    return widened(x, stored.shape[2]).to(stored)
+
+
+def _rows(key_values: Sequence[LayerKV]) -> Tensor:
+    """``[m, width]``, float32: the keys and values of all layers side by side."""
+    return torch.cat([x.transpose(0, 1).flatten(1).float().cpu() for pair in key_values for x in pair], dim=1)

@@ -1,0 +1,148 @@
+"""`train`: many tasks in one batch, each as if alone; on the shipped example, where learning shows in seconds."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import prefix_attn as pa
+from prefix_attn.hf.patching import bank_of
+from prefix_attn.string_tasks.tasks import TASKS, draw_input, prompt_without_instruction
+from prefix_attn.training import Example, TrainablePrefixes, Trained, loop, train
+from tests.hf.test_text import EXAMPLE
+
+
+@pytest.fixture(scope="module")
+def base() -> tuple[Any, Any]:
+    folder = EXAMPLE / "model"
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def examples(count: int, *names: str) -> list[Example]:
+    """Training lines of tasks, without the instruction."""
+    lines = []
+    for task in TASKS:
+        rng = random.Random(task.name)
+        for _ in range(count if task.name in names else 0):
+            text = draw_input(task, rng, held_out=False)
+            lines.append(Example(task.name, prompt_without_instruction(text), task.solve(text)))
+    return lines
+
+
+def quick(base: tuple[Any, Any], lines: list[Example], **options: Any) -> Trained:
+    return train(*base, lines, **{"tokens": 8, "epochs": 1, "progress": False} | options)
+
+
+def same(a: Trained, b: Trained, task: str) -> bool:
+    pairs = zip(a.key_values[task], b.key_values[task], strict=True)
+    return all(torch.equal(x, y) for ours, theirs in pairs for x, y in zip(ours, theirs, strict=True))
+
+
+def test_two_tasks_learn_together(base: tuple[Any, Any]) -> None:
+    model, tokenizer = base
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    model.train()
+    trained = quick(base, examples(400, "vowels", "rot13"), epochs=6, batch_size=16)
+    assert model.training
+    assert all(p.requires_grad and torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert bank_of(model) is None
+    model.eval()
+    for task in ("vowels", "rot13"):
+        start, best = trained.of(task, 0).held_out, trained.of(task, trained.best[task]).held_out
+        assert start is not None
+        assert best is not None
+        assert best < 0.1 < 5 < start
+        assert best == min(x.held_out for x in trained.losses if x.task == task and x.held_out is not None)
+    bank = pa.PrefixBank.for_model(model)
+    trained.add_to(bank)
+    pa.patch(model, bank)
+    inputs = tokenizer(["hotel>", "hotel>"], return_tensors="pt", return_token_type_ids=False)
+    tokens = model.generate(**inputs, task_ids=["vowels", "rot13"], max_new_tokens=8, do_sample=False)
+    assert tokenizer.batch_decode(tokens, skip_special_tokens=True) == ["hotel>2", "hotel>ubgry"]
+    pa.unpatch(model)
+
+
+def steady(optimizer: Any, **_: Any) -> Any:
+    """A rate that does not depend on the number of steps."""
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+@pytest.mark.parametrize("projection", [None, 16])
+def test_a_task_learns_as_if_it_were_alone(
+    base: tuple[Any, Any], projection: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same batches of one task, with and without rows of another beside them."""
+    alone, mixed = examples(32, "sort"), examples(32, "sort", "upper")
+
+    def eight_of_each(rows: list[Any], size: int) -> list[list[Any]]:
+        tasks = [[row for row in rows if row.task == task] for task in ("sort", "upper")]
+        return [[row for of_task in tasks for row in of_task[i : i + 8]] for i in range(0, 32 if rows else 0, 8)]
+
+    monkeypatch.setattr(random.Random, "shuffle", lambda self, x: None)
+    monkeypatch.setattr(loop, "_batches", eight_of_each)
+    options = {"projection": projection, "held_out": 0, "epochs": 2, "batch_size": 8}
+    monkeypatch.setattr(torch.optim.lr_scheduler, "OneCycleLR", steady)
+    one, two = quick(base, alone, **options), quick(base, mixed, **options)
+    assert one.best == {"sort": 2}
+    for ours, theirs in zip(one.key_values["sort"], two.key_values["sort"], strict=True):
+        for x, y in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
+
+
+def test_the_same_seed_gives_the_same_prefixes(base: tuple[Any, Any]) -> None:
+    lines = examples(40, "sort", "upper")
+    state = torch.get_rng_state()
+    first, again, other = (quick(base, lines, seed=seed) for seed in (1, 1, 2))
+    assert same(first, again, "sort")
+    assert not same(first, other, "sort")
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers are not touched"
+
+
+def test_a_start_is_trained_further(base: tuple[Any, Any]) -> None:
+    lines = examples(100, "vowels")
+    once = quick(base, lines, epochs=4, held_out=0.2)
+    twice = quick(base, lines, epochs=1, held_out=0.2, start=once.key_values, rate=1e-9)
+    assert twice.of("vowels", 0).held_out == pytest.approx(once.of("vowels", once.best["vowels"]).held_out, rel=1e-3)
+
+
+def test_what_happens_after_each_epoch(base: tuple[Any, Any]) -> None:
+    """Nothing is held out: the latest prefix counts, and there is a loss of training alone."""
+    seen = []
+    trained = quick(
+        base, examples(20, "sort"), epochs=3, held_out=0, after_epoch=lambda so_far: seen.append(dict(so_far.best))
+    )
+    assert seen == [{"sort": 1}, {"sort": 2}, {"sort": 3}]
+    assert [(x.epoch, x.held_out, x.training is None) for x in trained.losses] == [
+        (0, None, True), (1, None, False), (2, None, False), (3, None, False),
+    ]  # fmt: skip
+
+
+def test_a_batch_without_a_task_does_not_move_it(base: tuple[Any, Any]) -> None:
+    model, _ = base
+    start = {name: [(torch.randn(2, 3, 32), torch.randn(2, 3, 32)) for _ in range(4)] for name in "ab"}
+    prefixes = TrainablePrefixes(model, start)
+    for parameter in prefixes.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    loop._keep_apart(prefixes, {"a": torch.zeros(())})
+    norms = [sum(p.grad.square().sum() for p in prefixes.parameters_of("a")).sqrt()]
+    assert norms[0] == pytest.approx(loop.LARGEST_NORM, rel=1e-4)
+    assert all(p.grad is None for p in prefixes.parameters_of("b"))
+
+
+def test_refusals(base: tuple[Any, Any]) -> None:
+    lines = examples(4, "sort")
+    with pytest.raises(pa.IncompatiblePrefix, match="at least one, got none"):
+        quick(base, [])
+    with pytest.raises(pa.IncompatiblePrefix, match="at least 1 each, got 8, 0, 32"):
+        quick(base, lines, epochs=0)
+    with pytest.raises(pa.IncompatiblePrefix, match="a share from 0 to below 1, got 1"):
+        quick(base, lines, held_out=1)
+    with pytest.raises(pa.ContextOverflow, match=r"examples\[4\]: .* exceed the model's 64 positions"):
+        quick(base, [*lines, Example("sort", "a" * 50 + ">", "a" * 20)])
+    with pytest.raises(pa.PrefixAttnError, match=r"the loss became nan in epoch 1; lower the rate"):
+        quick(base, examples(200, "sort"), rate=1e30, projection=None)
+    assert bank_of(base[0]) is None
