@@ -123,9 +123,10 @@ def train(
         PrefixAttnError: the loss is no number any more.
     """
     _check_numbers(tokens, epochs, batch_size, held_out, examples)
-    rng, inner, base = random.Random(seed), unwrap(model), Base.of(model)
+    rng, inner, limit = random.Random(seed), unwrap(model), Base.of(model).context_limit
     device = inner.get_input_embeddings().weight.device
-    rows = [_Row.of(i, example, tokenizer, base, tokens) for i, example in enumerate(examples)]
+    room = None if limit is None else limit - tokens
+    rows = [Row.of(i, example, tokenizer, room) for i, example in enumerate(examples)]
     training, scored = _split(rows, held_out, rng)
     starts = {
         task: list((start or {}).get(task) or _text_start(model, of_task, tokens))
@@ -177,7 +178,7 @@ def _check_numbers(tokens: int, epochs: int, batch_size: int, held_out: float, e
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """An example as token ids ``[len]``, and labels of which only the answer's are scored."""
 
     task: str
@@ -185,7 +186,8 @@ class _Row:
     labels: Tensor
 
     @classmethod
-    def of(cls, index: int, example: Example, tokenizer: Any, base: Base, prefix: int) -> _Row:
+    def of(cls, index: int, example: Example, tokenizer: Any, room: int | None) -> Row:
+        """Tokens of an example, the ``index``-th; of as many as ``room`` at most."""
         prompt = list(tokenizer(example.prompt, verbose=False)["input_ids"])
         answer = list(tokenizer(example.answer, add_special_tokens=False, verbose=False)["input_ids"])
         if tokenizer.eos_token_id is not None:
@@ -194,23 +196,23 @@ class _Row:
             raise IncompatiblePrefix(
                 f"examples[{index}]: expected a prompt and an answer of at least one token each, got {example}"
             )
-        if base.context_limit is not None and prefix + len(prompt) + len(answer) > base.context_limit:
+        if room is not None and len(prompt) + len(answer) > room:
             raise ContextOverflow(
-                f"examples[{index}]: a prefix of {prefix} tokens, a prompt of {len(prompt)} and an answer of "
-                f"{len(answer)} exceed the model's {base.context_limit} positions; shorten it or leave it out"
+                f"examples[{index}]: a prompt of {len(prompt)} tokens and an answer of {len(answer)} exceed the {room} "
+                "positions that the model has beside a prefix; shorten it or leave it out"
             )
         labels = [NOT_SCORED] * len(prompt) + answer
         return cls(example.task, torch.tensor(prompt + answer), torch.tensor(labels))
 
 
-def _by_task(rows: Sequence[_Row]) -> dict[str, list[_Row]]:
-    tasks: dict[str, list[_Row]] = {}
+def _by_task(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    tasks: dict[str, list[Row]] = {}
     for row in rows:
         tasks.setdefault(row.task, []).append(row)
     return tasks
 
 
-def _split(rows: Sequence[_Row], held_out: float, rng: random.Random) -> tuple[list[_Row], list[_Row]]:
+def _split(rows: Sequence[Row], held_out: float, rng: random.Random) -> tuple[list[Row], list[Row]]:
     """Rows to train on, and rows that are held out: of each task its share, and never all."""
     training, scored = [], []
     for of_task in _by_task(rows).values():
@@ -221,18 +223,18 @@ def _split(rows: Sequence[_Row], held_out: float, rng: random.Random) -> tuple[l
     return training, scored
 
 
-def _text_start(model: Any, rows: Sequence[_Row], tokens: int) -> list[LayerKV]:
+def _text_start(model: Any, rows: Sequence[Row], tokens: int) -> list[LayerKV]:
     """The model's keys and values of the first examples, so many tokens of them; too few repeat."""
     text = torch.cat([row.ids for row in rows[:tokens]])
     return cached_kv(unwrap(model), text.repeat(-(-tokens // len(text)))[None, :tokens])
 
 
-def _batches(rows: Sequence[_Row], size: int) -> Iterator[Sequence[_Row]]:
+def _batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
     return (rows[i : i + size] for i in range(0, len(rows), size))
 
 
-def _row_losses(model: Any, rows: Sequence[_Row], device: torch.device) -> Tensor:
-    """Mean negative log-likelihood of each row's answer, ``[rows]``.
+def row_losses(model: Any, rows: Sequence[Row], device: torch.device, **options: Any) -> Tensor:
+    """Mean negative log-likelihood of each row's answer, ``[rows]``, of a model that is called with ``options``.
 
     Rows are padded on the right, where a causal model does not look.
     """
@@ -240,23 +242,22 @@ def _row_losses(model: Any, rows: Sequence[_Row], device: torch.device) -> Tenso
     labels = pad_sequence([row.labels for row in rows], batch_first=True, padding_value=NOT_SCORED).to(device)
     lengths = torch.tensor([len(row.ids) for row in rows], device=device)
     mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
-    tasks = [row.task for row in rows]
-    logits = model(input_ids=ids, attention_mask=mask, task_ids=tasks, use_cache=False).logits[:, :-1].float()
+    logits = model(input_ids=ids, attention_mask=mask, **options).logits[:, :-1].float()
     labels = labels[:, 1:].to(logits.device)
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=NOT_SCORED)
     return losses.sum(1) / (labels != NOT_SCORED).sum(1)
 
 
-def _losses(model: Any, rows: Sequence[_Row], device: torch.device) -> dict[str, Tensor]:
+def _losses(model: Any, rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
     """The mean over each task's rows."""
-    of_rows, places = _row_losses(model, rows, device), dict[str, list[int]]()
-    for i, row in enumerate(rows):
-        places.setdefault(row.task, []).append(i)
+    tasks = [row.task for row in rows]
+    of_rows = row_losses(model, rows, device, task_ids=tasks, use_cache=False)
+    places = {task: [i for i, other in enumerate(tasks) if other == task] for task in dict.fromkeys(tasks)}
     return {task: of_rows[i].mean() for task, i in places.items()}
 
 
 @torch.no_grad()
-def _evaluate(model: Any, rows: Sequence[_Row], batch_size: int, device: torch.device) -> dict[str, float]:
+def _evaluate(model: Any, rows: Sequence[Row], batch_size: int, device: torch.device) -> dict[str, float]:
     """Loss of every task that has rows."""
     sums = _Means()
     for batch in _batches(rows, batch_size):
@@ -270,7 +271,7 @@ class _Means:
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, int]] = {}
 
-    def add(self, rows: Sequence[_Row], means: Mapping[str, Tensor]) -> None:
+    def add(self, rows: Sequence[Row], means: Mapping[str, Tensor]) -> None:
         """One batch: its rows, and the mean of each task among them."""
         counts = {task: len(of_task) for task, of_task in _by_task(rows).items()}
         for task, mean in means.items():

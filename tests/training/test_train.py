@@ -141,7 +141,7 @@ def test_refusals(base: tuple[Any, Any]) -> None:
         quick(base, lines, epochs=0)
     with pytest.raises(pa.IncompatiblePrefix, match="a share from 0 to below 1, got 1"):
         quick(base, lines, held_out=1)
-    with pytest.raises(pa.ContextOverflow, match=r"examples\[4\]: .* exceed the model's 64 positions"):
+    with pytest.raises(pa.ContextOverflow, match=r"examples\[4\]: .* exceed the 56 positions that the"):
         quick(base, [*lines, Example("sort", "a" * 50 + ">", "a" * 20)])
     with pytest.raises(pa.PrefixAttnError, match=r"the loss became nan in epoch 1; lower the rate"):
         quick(base, examples(200, "sort"), rate=1e30, projection=None)
