@@ -1,6 +1,6 @@
 """Six prefixes for the shipped model, trained together by `prefix_attn.training`, and one after the other by PEFT.
 
-    python -m benchmarks.training        # about six minutes; appends to benchmarks/results/<device>/training.jsonl
+    python -m benchmarks.training        # four minutes; appends to benchmarks/results/<device>/training.jsonl
 
 Every way sees the same examples, as often, in batches of as many rows a task, by AdamW with a one-cycle rate; and is
 scored by what its prefixes answer to the 100 held-out prompts of each task, greedily.
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import torch
@@ -164,11 +165,12 @@ def measure(device: torch.device, examples: int, epochs: int, environment: recor
 
 
 def table(rows: list[TrainingRow]) -> Table:
-    shown = Table("", "seconds", *rows[0].accuracy, "mean", title="Held-out prompts answered, percent")
-    for row in rows:
-        percents = list(row.accuracy.values())
-        cells = [f"{percent:.0f}" for percent in [*percents, sum(percents) / len(percents)]]
-        shown.add_row(row.provider.replace(" ", "\N{NO-BREAK SPACE}"), f"{row.seconds:.0f}", *cells)
+    shown = Table("", *(row.provider for row in rows), title="Held-out prompts answered, percent")
+    for task in rows[0].accuracy:
+        shown.add_row(task, *(f"{row.accuracy[task]:.0f}" for row in rows))
+    shown.add_section()
+    shown.add_row("mean", *(f"{fmean(row.accuracy.values()):.0f}" for row in rows))
+    shown.add_row("seconds", *(f"{row.seconds:.0f}" for row in rows))
     return shown
 
 

@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "hf": LEAVES | {"attention", "bank"},
     "training": LEAVES | {"bank", "hf"},
     "benchmarks": LEAVES
-    | {"tolerance", "kernels", "ops", "regime", "backends", "dispatch", "cost", "attention", "bank", "hf"},
+    | {"tolerance", "kernels", "ops", "regime", "backends", "dispatch", "cost", "attention", "bank", "hf", "training"}
+    | {"string_tasks"},
     "cli": LEAVES | {"attention", "bank", "hf", "training", "dispatch", "cost", "benchmarks"},
 }
 
