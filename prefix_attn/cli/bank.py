@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Keep a folder of prefixes for one model: list, add, remove, check.",
+    help="Keep a folder of prefixes for one model: list, add, add-text, remove, check.",
 )
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The bank's folder.")]
@@ -60,6 +60,36 @@ def add(
 
     existing = folder if (folder / INDEX).exists() else None
     load_bank(load_model(model), [named_path(adapter)], existing).save_pretrained(folder)
+    print_table(folder)
+
+
+@app.command()
+def add_text(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(help="The task to add.")],
+    file: Annotated[typer.FileText, typer.Argument(metavar="FILE", help="The text, in UTF-8; - is stdin.")],
+    model: ModelOption,
+) -> None:
+    """Add a task whose prefix is a text, such as a system prompt; makes the bank if there is none.
+
+    For instance:
+
+        prefix-attn bank add-text prefixes support system_prompt.txt --model MODEL
+
+    The text is used as it is, its last line break included: apply a chat template before. It opens the sequence (with a
+    BOS token, where the tokenizer has one), and `prefix-attn generate` leaves that to it.
+    """
+    from prefix_attn.bank.format import INDEX
+    from prefix_attn.cli.models import load_bank, load_model, load_tokenizer
+
+    try:
+        text = file.read()
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"expected a text in UTF-8: {error}") from error
+    tokenizer, loaded = load_tokenizer(model), load_model(model)
+    bank = load_bank(loaded, [], folder if (folder / INDEX).exists() else None)
+    bank.add_text(name, tokenizer, text, loaded)
+    bank.save_pretrained(folder)
     print_table(folder)
 
 

@@ -90,3 +90,27 @@ def test_a_damaged_bank_is_refused(bank: Path, run: Run, content: bytes | None) 
     result = run("bank", "list", bank)
     assert result.exit_code == 2
     assert result.stderr.startswith("error: up.safetensors: expected a prefix file of this package")
+
+
+def test_a_text_becomes_a_task(bank: Path, run: Run, example: Example, folder: Folder, tmp_path: Path) -> None:
+    """The instruction that the base model was trained with, as a prefix."""
+    text = tmp_path / "text"
+    text.write_text("reverse|", encoding="utf-8")
+    result = run("bank", "add-text", bank, "told", text, "--model", example.model)
+    assert result.exit_code == 0, result.stderr
+    row = next(line for line in result.stdout.splitlines() if "told" in line).replace("│", " ").split()
+    assert row == ["told", "9", "18,432", "text", "model"], "its characters and the token that opens a sequence"
+    folder.adapters = ["--bank", str(bank)]
+    folder.ask([{"task": "told", "prompt": "hot tea>"}, {"task": "up", "prompt": "hot tea>"}])
+    assert folder.generate().exit_code == 0
+    assert [answer["text"] for answer in folder.answers()] == ["aet toh", "HOT TEA"]
+
+
+def test_a_text_that_is_none(run: Run, example: Example, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    for content, reason in ((b"", "expected a non-empty string"), (b"\xff", "expected a text in UTF-8")):
+        text.write_bytes(content)
+        result = run("bank", "add-text", tmp_path / "bank", "told", text, "--model", example.model)
+        assert result.exit_code == 2
+        assert reason in result.stderr
+        assert not (tmp_path / "bank").exists()
