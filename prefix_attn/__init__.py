@@ -10,6 +10,7 @@ from prefix_attn.errors import (
     IncompatiblePrefix,
     PaddingInWindow,
     PrefixAttnError,
+    RepeatedBOS,
     ShapeError,
     SlowModel,
     UnknownTask,
@@ -17,6 +18,7 @@ from prefix_attn.errors import (
 )
 
 if TYPE_CHECKING:
+    from prefix_attn import training as training
     from prefix_attn.attention import explain as explain
     from prefix_attn.attention import prefix_attention as prefix_attention
     from prefix_attn.bank import PrefixBank as PrefixBank
@@ -36,6 +38,7 @@ __all__ = [
     "PrefixAttnError",
     "PrefixBank",
     "PrefixKV",
+    "RepeatedBOS",
     "ShapeError",
     "SlowModel",
     "TextGenerationPipeline",
@@ -44,6 +47,7 @@ __all__ = [
     "explain",
     "patch",
     "prefix_attention",
+    "training",
     "unpatch",
 ]
 
@@ -55,6 +59,7 @@ _LAZY = {
     "explain": "prefix_attn.attention",
     "patch": "prefix_attn.hf",
     "prefix_attention": "prefix_attn.attention",
+    "training": "prefix_attn.training",
     "unpatch": "prefix_attn.hf",
 }
 
@@ -62,7 +67,8 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'prefix_attn' has no attribute {name!r}")
-    globals()[name] = value = getattr(import_module(_LAZY[name]), name)  # asked once
+    module = import_module(_LAZY[name])
+    globals()[name] = value = module if name == "training" else getattr(module, name)  # asked once
     return value
 
 

@@ -100,6 +100,8 @@ def check_values(call: AttentionCall, rows: bool = True) -> None:
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix: PrefixKV) -> None:
+    if not isinstance(prefix, PrefixKV):
+        raise DTypeError(f"prefix: expected a PrefixKV (PrefixKV.pack, or bank.layer), got {type(prefix).__name__}")
     # A decode step comes here once a layer: each property of a tensor is read once.
     q_shape, k_shape, prefix_shape = q.shape, k.shape, prefix.k.shape
     if len(q_shape) != 4 or len(k_shape) != 4:
@@ -114,7 +116,10 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix: PrefixKV) -> None:
     if batch != k_shape[0] or head_dim != k_shape[3]:
         raise ShapeError(f"q, k: expected the same batch and head_dim, got {list(q_shape)} and {list(k_shape)}")
     if kv_heads == 0 or q_heads % kv_heads:
-        raise ShapeError(f"q, k: expected q_heads to be a multiple of kv_heads, got {q_heads} and {kv_heads}")
+        raise ShapeError(
+            f"q, k: expected [batch, heads, len, head_dim], and q_heads a multiple of kv_heads, got {q_heads} and "
+            f"{kv_heads} heads"
+        )
     if prefix_shape[0] != kv_heads or prefix_shape[2] != head_dim:
         raise ShapeError(
             f"prefix, k: expected the same kv_heads and head_dim, got {prefix_shape[0]} and "

@@ -49,5 +49,9 @@ class PaddingInWindow(UserWarning):
     """Padding in front of a row takes room in its sliding windows, so that it sees less of its prefix than alone."""
 
 
+class RepeatedBOS(UserWarning):
+    """A prompt opens the sequence with its BOS token, behind a prefix that is a text and has opened it already."""
+
+
 class UnsupportedModel(PrefixAttnError, NotImplementedError):
     """The patch would not be exact for this model or this call, so it is refused."""

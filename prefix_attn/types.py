@@ -98,6 +98,13 @@ class PrefixKV:
             max_len=max(lens),
         )
 
+    def __repr__(self) -> str:
+        heads, tokens, dim = self.k.shape
+        kind = str(self.k.dtype).removeprefix("torch.")
+        return (
+            f"PrefixKV({self.num_tasks} tasks in {tokens} tokens, {heads} kv heads of {dim}, {kind} on {self.k.device})"
+        )
+
     @property
     def kv_heads(self) -> int:
         return self.k.shape[0]

@@ -242,6 +242,15 @@ class PrefixBank:
         """
         return self._plans[part].of(task_ids, self._parts[part].lens, distinct)
 
+    def source(self, name: str) -> str:
+        """Where a task's prefix came from: "text", "trained", "peft:<folder>", or what `add` was told.
+
+        UnknownTask where there is no such task.
+        """
+        task = self._tasks[self._id(name)]
+        assert task is not None, "a name in the bank has a task"
+        return task.provenance.source
+
     def prefix_len(self, name: str, part: str = DECODER) -> int:
         """Tokens of a task's prefix in a part; UnknownTask where there is no such task."""
         return self._parts[part].lengths[self._id(name)]

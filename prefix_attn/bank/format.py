@@ -106,12 +106,12 @@ def read_prefix(path: Path, base: Base, check_base: bool) -> tuple[dict[str, lis
             or (with ``check_base``) other weights.
     """
     tensors, metadata = read_safetensors(path)
-    _check_metadata(path.name, metadata, base, check_base)
+    _check_metadata(str(path), metadata, base, check_base)
     layers = {part: len(geometry.layers) for part, geometry in base.geometries.items()}
     expected = {f"{prefixed(part)}{name}.{i}" for part, n in layers.items() for i in range(n) for name in "kv"}
     if tensors.keys() != expected:
         raise IncompatiblePrefix(
-            f"{path.name}: expected tensors k.<layer> and v.<layer> for {sum(layers.values())} layers, got "
+            f"{path}: expected tensors k.<layer> and v.<layer> for {sum(layers.values())} layers, got "
             f"{len(tensors)} tensors: {sorted(tensors)[:4]} ..."
         )
     key_values = {
@@ -119,9 +119,9 @@ def read_prefix(path: Path, base: Base, check_base: bool) -> tuple[dict[str, lis
         for part, n in layers.items()
     }
     for part, geometry in base.geometries.items():
-        geometry.check(key_values[part], path.name)
+        geometry.check(key_values[part], str(path))
     if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(tensors):
-        raise IncompatiblePrefix(f"{path.name}: its values are not those that were saved; fetch or save it again")
+        raise IncompatiblePrefix(f"{path}: its values are not those that were saved; fetch or save it again")
     return key_values, Provenance(metadata.get("source", ""), metadata.get("peft_version", ""))
 
 
@@ -145,7 +145,7 @@ def _check_metadata(file: str, metadata: Mapping[str, str], base: Base, check_ba
         if geometry != ours:
             raise IncompatiblePrefix(
                 f"{file}: expected a prefix for {ours}, got one for {geometry}; "
-                f"it was made for {metadata.get('base_model') or 'another model'}"
+                "it was made for " + (repr(metadata["base_model"]) if metadata.get("base_model") else "another model")
             )
     if check_base:
         fingerprint = Fingerprint(metadata.get("base_config", ""), metadata.get("base_weights", ""))
@@ -158,19 +158,19 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     if path.suffix.lower() in PICKLE_SUFFIXES:
-        raise IncompatiblePrefix(f"{path.name}: refusing to read a pickle, which can run code; {CONVERT}")
+        raise IncompatiblePrefix(f"{path}: refusing to read a pickle, which can run code; {CONVERT}")
     try:
         with path.open("rb") as file:
             head = file.read(9)
         # The header's length comes first and may look like a pickle's magic; the header itself opens with a brace.
         if head.startswith(PICKLE_MAGIC) and head[8:] != b"{":
-            raise IncompatiblePrefix(f"{path.name}: refusing to read what is a pickle or a zip file; {CONVERT}")
+            raise IncompatiblePrefix(f"{path}: refusing to read what is a pickle or a zip file; {CONVERT}")
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise IncompatiblePrefix(
-            f"{path.name}: expected a whole safetensors file, but it cannot be read ({reason}); fetch or save it again"
+            f"{path}: expected a whole safetensors file, but it cannot be read ({reason}); fetch or save it again"
         ) from error
 
 
@@ -188,7 +188,7 @@ def read_index(folder: Path) -> dict[str, str]:
     index = read_json(folder / INDEX)
     if index.get("format") != BANK_FORMAT or index.get("format_version") != VERSION:
         raise IncompatiblePrefix(
-            f"{INDEX}: expected format {BANK_FORMAT!r} version {VERSION!r}, got "
+            f"{folder / INDEX}: expected format {BANK_FORMAT!r} version {VERSION!r}, got "
             f"{index.get('format')!r} version {index.get('format_version')!r}"
         )
     files: dict[str, str] = {}
@@ -196,10 +196,14 @@ def read_index(folder: Path) -> dict[str, str]:
         for task in index["tasks"]:
             name, file = check_name(task["name"]), check_file(task["file"])
             if name in files or file in files.values():
-                raise IncompatiblePrefix(f"{INDEX}: lists the task {name!r} or its file twice; the index is damaged")
+                raise IncompatiblePrefix(
+                    f"{folder / INDEX}: lists the task {name!r} or its file twice; the index is damaged"
+                )
             files[name] = file
     except (KeyError, TypeError) as error:
-        raise IncompatiblePrefix(f"{INDEX}: expected tasks with name and file ({error!r}); it is damaged") from error
+        raise IncompatiblePrefix(
+            f"{folder / INDEX}: expected tasks with name and file ({error!r}); it is damaged"
+        ) from error
     return files
 
 
@@ -223,9 +227,9 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise IncompatiblePrefix(f"{path.name}: expected a JSON file, but it cannot be read ({reason})") from error
+        raise IncompatiblePrefix(f"{path}: expected a JSON file, but it cannot be read ({reason})") from error
     if not isinstance(content, dict):
-        raise IncompatiblePrefix(f"{path.name}: expected a JSON object, got {type(content).__name__}")
+        raise IncompatiblePrefix(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
 
 

@@ -44,29 +44,29 @@ def read_adapter(folder: Path, base: Base) -> tuple[list[LayerKV], Provenance]:
         UserWarning: the adapter names another base model (PEFT records no fingerprint, so this is all that is known).
     """
     config = read_json(folder / CONFIG)
-    sizes = _check_config(config, base)
+    sizes = _check_config(config, base, folder / CONFIG)
     weights = folder / WEIGHTS
     if not weights.is_file():
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in PICKLE_SUFFIXES)
         found = f"only the pickle {pickles[0]}, which can run code; {CONVERT}" if pickles else "no such file"
-        raise IncompatiblePrefix(f"{folder.name}: expected {WEIGHTS}, got {found}")
+        raise IncompatiblePrefix(f"{folder}: expected {WEIGHTS}, got {found}")
     tensors, _ = read_safetensors(weights)
     if tensors.keys() != {KEY}:
         raise IncompatiblePrefix(
-            f"{WEIGHTS}: expected the tensor {KEY} alone, got {sorted(tensors)[:4]}; a bank "
+            f"{weights}: expected the tensor {KEY} alone, got {sorted(tensors)[:4]}; a bank "
             "cannot keep weights that an adapter changes besides its prefix (modules_to_save)"
         )
-    key_values = _split(tensors[KEY], sizes, base)
-    _warn_other_base(config.get("base_model_name_or_path"), base.name, folder.name)
+    key_values = _split(tensors[KEY], sizes, base, folder)
+    _warn_other_base(config.get("base_model_name_or_path"), base.name, folder)
     return key_values, Provenance(f"peft:{folder.resolve().name}", str(config.get("peft_version") or ""))
 
 
-def _check_config(config: dict[str, Any], base: Base) -> tuple[int, int, int, int]:
+def _check_config(config: dict[str, Any], base: Base, path: Path) -> tuple[int, int, int, int]:
     """m, layers, kv_heads, head_dim of the adapter."""
     kind = config.get("peft_type")
     if kind != "PREFIX_TUNING":
         raise IncompatiblePrefix(
-            f"{CONFIG}: expected peft_type PREFIX_TUNING, got {kind}; only prefix tuning makes "
+            f"{path}: expected peft_type PREFIX_TUNING, got {kind}; only prefix tuning makes "
             "keys and values for every layer"
         )
     submodules = config.get("num_transformer_submodules") or (2 if config.get("task_type") == "SEQ_2_SEQ_LM" else 1)
@@ -74,31 +74,31 @@ def _check_config(config: dict[str, Any], base: Base) -> tuple[int, int, int, in
     if (submodules == 2) != expected:
         kinds = ("a decoder-only", "an encoder-decoder")
         raise IncompatiblePrefix(
-            f"{CONFIG}: expected an adapter of {kinds[expected]} model, got one of {kinds[not expected]} model "
+            f"{path}: expected an adapter of {kinds[expected]} model, got one of {kinds[not expected]} model "
             f"(num_transformer_submodules {submodules})"
         )
     names = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
     sizes = [config.get(name) for name in names]
     for name, size in zip(names, sizes, strict=True):
         if type(size) is not int or size < 1:
-            raise IncompatiblePrefix(f"{CONFIG}: expected {name} to be a positive integer, got {size!r}")
+            raise IncompatiblePrefix(f"{path}: expected {name} to be a positive integer, got {size!r}")
     tokens, layers, heads, width = (int(size) for size in sizes if size is not None)
     ours = len(base.geometry.layers)  # PEFT counts the encoder's layers; a shorter decoder leaves the last ones unused
     if width % heads or not (ours <= layers if expected else ours == layers):
         raise IncompatiblePrefix(
-            f"{CONFIG}: expected an adapter for {base.geometry}, got {layers} layers of {heads} "
+            f"{path}: expected an adapter for {base.geometry}, got {layers} layers of {heads} "
             f"heads of {width / heads:g}; it was trained on another model"
         )
     return tokens, layers, heads, width // heads
 
 
-def _split(prompt: Tensor, sizes: tuple[int, int, int, int], base: Base) -> list[LayerKV]:
+def _split(prompt: Tensor, sizes: tuple[int, int, int, int], base: Base, folder: Path) -> list[LayerKV]:
     """``[m, layers * 2 * heads * head_dim]`` to per-layer k and v as PEFT's get_prompt does."""
     tokens, layers, heads, head_dim = sizes
     expected = [tokens, layers * 2 * heads * head_dim]
     if list(prompt.shape) != expected:
         raise IncompatiblePrefix(
-            f"{WEIGHTS}: expected {KEY} of shape [m, layers * 2 * heads * head_dim] = {expected} "
+            f"{folder / WEIGHTS}: expected {KEY} of shape [m, layers * 2 * heads * head_dim] = {expected} "
             f"as {CONFIG} says, got {list(prompt.shape)}; the files do not belong together"
         )
     split = prompt.view(tokens, layers, 2, heads, head_dim).permute(1, 2, 3, 0, 4)  # [layers, 2, heads, m, head_dim]
@@ -110,7 +110,7 @@ def _split(prompt: Tensor, sizes: tuple[int, int, int, int], base: Base) -> list
         sliceable = SLICED in base.model_type and layer.kv_heads <= heads and layer.width <= head_dim
         if layer.kv_heads and not fits and not sliceable:
             raise IncompatiblePrefix(
-                f"{CONFIG}: expected {layer} in layer {i} "
+                f"{folder / CONFIG}: expected {layer} in layer {i} "
                 f"(the model has {base.geometry}), got {heads} heads of {head_dim}"
             )
         k, v = split[i, :, : layer.kv_heads, :, : layer.head_dim]
@@ -118,7 +118,7 @@ def _split(prompt: Tensor, sizes: tuple[int, int, int, int], base: Base) -> list
     return key_values
 
 
-def _warn_other_base(recorded: object, model: str, folder: str) -> None:
+def _warn_other_base(recorded: object, model: str, folder: Path) -> None:
     if not isinstance(recorded, str) or not recorded or not model:
         return
     names = [portable_name(name).rstrip("/").rpartition("/")[2] for name in (recorded, model)]

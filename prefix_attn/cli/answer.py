@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.format import checksum
 from prefix_attn.bank.seq2seq import encoder_positions
-from prefix_attn.cli.requests import Line, Row, cut
+from prefix_attn.cli.requests import ANEW, Line, Row, cut
 from prefix_attn.errors import ContextOverflow, PrefixAttnError, UnknownTask
 
 #: Settings of sampling and beams that a checkpoint may bring along; transformers warns of them where they mean nothing.
@@ -34,14 +36,15 @@ class Answerer:
         model: patched with ``bank``; its generation settings are made greedy.
         tokenizer: the model's; without a padding token, its end token pads.
         bank: as given to the patch.
-        made_from_text: tasks whose prefix opens the sequence itself, so that prompts get no BOS.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, bank: PrefixBank, made_from_text: Collection[str] = ()) -> None:
+    def __init__(self, model: Any, tokenizer: Any, bank: PrefixBank) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.bank = bank
-        self.made_from_text = made_from_text
+        # Those whose prefix opens the sequence itself, so that prompts get no BOS.
+        self.made_from_text = {name for name in bank.names if bank.source(name) == "text"}
+        self._made_by: dict[str | None, str] = {}
         self.encodes: bool = model.config.is_encoder_decoder
         settings = model.generation_config
         end = tokenizer.eos_token_id if settings.eos_token_id is None else settings.eos_token_id
@@ -49,6 +52,24 @@ class Answerer:
         pads = [token for token in (tokenizer.pad_token_id, *self.ends) if token is not None]
         self.pad: int = pads[0] if pads else 0
         settings.update(do_sample=False, num_beams=1, **dict.fromkeys((*NOT_GREEDY, *NOT_PLAIN)))
+
+    def made_by(self, task: str | None) -> str:
+        """What tells whether an answer came from this model and this prefix: 12 digits of a digest of both."""
+        if task not in self._made_by:
+            digest = hashlib.sha256(repr(self.bank.base.fingerprint).encode())
+            for layers in [] if task is None else [self.bank.key_values(task, part) for part in self.bank.parts]:
+                tensors = {f"{name}.{i}": x for i, kv in enumerate(layers) for name, x in zip("kv", kv, strict=True)}
+                digest.update(checksum(tensors).encode())
+            self._made_by[task] = digest.hexdigest()[:12]
+        return self._made_by[task]
+
+    def check_made(self, earlier: Mapping[str | None, str]) -> None:
+        """Raise `PrefixAttnError` if answers of an earlier run came from another model or prefix; tasks are keys."""
+        for task, digest in earlier.items():
+            known = task is None or task in self.bank
+            if known and digest != self.made_by(task):
+                whose = "rows without a task" if task is None else f"task {task!r}"
+                raise PrefixAttnError(f"--output: the existing file answers {whose} by another model or prefix; {ANEW}")
 
     def row(self, index: int, line: Line, new_tokens: int) -> Row:
         """Make a line ready to run.

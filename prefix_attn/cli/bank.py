@@ -11,6 +11,7 @@ from rich.text import Text
 
 from prefix_attn.cli import console
 from prefix_attn.cli.options import ModelOption, named_path
+from prefix_attn.errors import UnknownTask
 
 if TYPE_CHECKING:
     from prefix_attn.bank import PrefixBank
@@ -94,27 +95,25 @@ def add_text(
 
 
 @app.command()
-def remove(
-    folder: Folder,
-    name: Annotated[str, typer.Argument(help="The task to remove.")],
-    model: ModelOption,
-) -> None:
+def remove(folder: Folder, name: Annotated[str, typer.Argument(help="The task to remove.")]) -> None:
     """Remove a task and its file.
 
     For instance:
 
-        prefix-attn bank remove prefixes sum --model MODEL
+        prefix-attn bank remove prefixes sum
 
     The adapter it was made from is not touched.
     """
-    from prefix_attn.bank.format import read_index
+    from prefix_attn.bank.format import read_index, write_index
+    from prefix_attn.cli.models import check_bank
 
-    bank = open_bank(folder, model)
-    before = read_index(folder)
-    bank.remove(name)
-    bank.save_pretrained(folder)
-    for file in set(before.values()) - set(read_index(folder).values()):
-        (folder / file).unlink()
+    check_bank(folder)
+    files = read_index(folder)
+    if name not in files:
+        raise UnknownTask(f"name: expected one of {list(files)}, got {name!r}")
+    file = files.pop(name)
+    write_index(folder, files)
+    (folder / file).unlink(missing_ok=True)
     print_table(folder)
 
 

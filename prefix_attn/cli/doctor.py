@@ -85,8 +85,7 @@ def kernels_remark() -> str:
     if spec is None:
         return "optional, used by transformers"
     if spec.origin is None:
-        folders = ", ".join(spec.submodule_search_locations or [])
-        return f"optional; transformers does not take the folder {folders} for it"
+        return "optional; a folder of this name is here, which transformers does not take for it"
     try:
         genuine = Path(str(distribution("kernels").locate_file("kernels"))).resolve()
     except PackageNotFoundError:

@@ -49,9 +49,9 @@ def generate(
 
         {"task": "sum", "prompt": "Summarise: ...", "max_new_tokens": 64}
 
-    Each answer has `line`, `task`, `prompt`, and `text` and `new_tokens` (its end included) or `error`, in the order
-    of the input. Run an interrupted command again, with the model and adapters of before, to continue it. A bad line
-    does not stop the others.
+    Each answer has `line`, `task`, `prompt`, and either `text`, `new_tokens` (its end included) and `made_by` (a digest
+    of model and prefix), or `error`, in the order of the input. Run an interrupted command again to continue it; with
+    another model or prefix it is refused. A bad line does not stop the others.
 
         prefix-attn generate --model MODEL \\
             --adapter sum=adapters/sum --adapter cls=adapters/cls \\
@@ -73,6 +73,8 @@ def generate(
     tally = Tally(earlier=done.lines, answered=done.lines - done.failed, failed=done.failed)
     with output.open("ab") as file:  # before loading, so that an output that cannot be written is known at once
         answerer = load(model, adapters, bank, dtype, device, verify) if done.lines < len(lines) else None
+        if answerer is not None:
+            answerer.check_made(done.made_by)
         if output.is_file():
             file.truncate(done.size)
         if answerer is not None:
@@ -115,12 +117,12 @@ def load(
 ) -> Answerer:
     """The patched model, ready to answer."""
     from prefix_attn.cli.answer import Answerer
-    from prefix_attn.cli.models import load_bank, load_model, load_tokenizer, made_from_text
+    from prefix_attn.cli.models import load_bank, load_model, load_tokenizer
     from prefix_attn.hf import patch
 
     tokenizer, model = load_tokenizer(model_name), load_model(model_name, dtype, device)
     bank = load_bank(model, adapters, folder)
-    return Answerer(patch(model, bank, verify=verify), tokenizer, bank, made_from_text(adapters, folder))
+    return Answerer(patch(model, bank, verify=verify), tokenizer, bank)
 
 
 @dataclass
@@ -165,7 +167,8 @@ class Job:
             answers = self.answerer.answer(batch)
             self.tally.seconds += perf_counter() - started
             for row, (text, new_tokens) in zip(batch, answers, strict=True):
-                self.writer.add(row.index, self.lines[row.index].output(text=text, new_tokens=new_tokens))
+                self.writer.add(row.index, self.lines[row.index].output(
+                    text=text, new_tokens=new_tokens, made_by=self.answerer.made_by(row.task)))  # fmt: skip
                 self.tally.answered += 1
                 self.tally.tokens += new_tokens
             yield len(batch)

@@ -126,10 +126,3 @@ def read_headers(folder: Path) -> dict[str, Header]:
     """Header of each prefix of a saved bank, by task, in the order of the tasks."""
     check_bank(folder)
     return {name: Header.of(folder / file) for name, file in read_index(folder).items()}
-
-
-def made_from_text(adapters: Iterable[tuple[str, Path]], folder: Path | None = None) -> set[str]:
-    """The tasks whose prefix is a text, which has the sequence's opening tokens (BOS) in it already."""
-    headers = {} if folder is None else read_headers(folder)
-    headers |= {name: Header.of(path) for name, path in adapters if path.is_file()}
-    return {name for name, header in headers.items() if header.source == "text"}

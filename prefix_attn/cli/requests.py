@@ -7,8 +7,8 @@ that an output belongs to an input.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from prefix_attn.errors import PrefixAttnError
@@ -66,11 +66,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Done:
-    """What an earlier run left: complete lines, their bytes, and how many of them are errors."""
+    """What an earlier run left: complete lines, their bytes, how many of them are errors, and what made each task's."""
 
     lines: int = 0
     size: int = 0
     failed: int = 0
+    made_by: Mapping[str | None, str] = field(default_factory=dict)
 
 
 def read_lines(data: bytes) -> list[Line]:
@@ -86,7 +87,7 @@ def parse_line(number: int, raw: bytes) -> Line:
     except UnicodeDecodeError as error:
         return Line(number, error=f"expected text in UTF-8, but byte {error.start + 1} of the line is none")
     except json.JSONDecodeError as error:
-        return Line(number, error=f"expected a JSON object, but at column {error.colno}: {error.msg}")
+        return Line(number, error=f"expected a JSON object, got what is no JSON at column {error.colno}")
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond what Python reads
         return Line(number, error=f"expected a JSON object, but: {error}")
     if not isinstance(content, dict):
@@ -128,16 +129,22 @@ def finished(existing: bytes, lines: Sequence[Line]) -> Done:
         PrefixAttnError: the output was not made from this input.
     """
     *written, torn = existing.split(b"\n")
-    failed = 0
+    failed, made_by = 0, dict[str | None, str]()
     for index, line in enumerate(written):
         start = _start_of_output(lines, index)
         if not (line.startswith(start) and line.endswith(b"}")):
             raise _foreign(index)
         failed += line.startswith(start + b', "error"')
+        try:
+            answer = json.loads(line)
+        except ValueError as error:
+            raise _foreign(index) from error
+        if "made_by" in answer:
+            made_by.setdefault(answer["task"], answer["made_by"])
     start = _start_of_output(lines, len(written)) if torn else b""
     if not (torn.startswith(start) or start.startswith(torn)):
         raise _foreign(len(written))
-    return Done(len(written), len(existing) - len(torn), failed)
+    return Done(len(written), len(existing) - len(torn), failed, made_by)
 
 
 def _start_of_output(lines: Sequence[Line], index: int) -> bytes:

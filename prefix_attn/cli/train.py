@@ -38,6 +38,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the order of the examples, and of the MLPs.")] = 0,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Train tasks anew that the bank has.")] = False,
 ) -> None:
     """Train a prefix for every task in a file of examples, all of them together, on one frozen model.
 
@@ -62,9 +63,9 @@ def train(
     from prefix_attn.bank.format import INDEX, read_index
 
     known = set(read_index(bank)) if (bank / INDEX).is_file() else set()
-    if taken := sorted(known & {example.task for example in examples}):
-        raise PrefixAttnError(f"{bank}: has {', '.join(taken)} already; remove them (prefix-attn bank remove), or give "
-                              "another --bank")  # fmt: skip
+    taken = sorted(known & {example.task for example in examples})
+    if taken and not overwrite:
+        raise PrefixAttnError(f"{bank}: has {', '.join(taken)} already; give --overwrite, or another --bank")
     bank.mkdir(parents=True, exist_ok=True)  # before the work, so that a folder that cannot be written is known at once
     from prefix_attn.cli.models import load_bank, load_model, load_tokenizer
     from prefix_attn.training import train as train_prefixes
@@ -86,8 +87,9 @@ def train(
         raise typer.Exit(INTERRUPTED) from None
     draw_losses(trained, bank)
     console.out.print(table(trained, examples))
-    console.out.print(Text(f"{len(stored)} prefixes in {bank}. Answer requests with `prefix-attn generate --model "
-                           f"{model} --bank {bank}`."), soft_wrap=True)  # fmt: skip
+    count = f"{len(stored)} prefix{'' if len(stored) == 1 else 'es'}"
+    console.out.print(Text(f"{count} in {bank}. Answer requests with\n  prefix-attn generate --model {model} --bank "
+                           f"{bank} --input requests.jsonl --output answers.jsonl"), soft_wrap=True)  # fmt: skip
 
 
 def read_examples(path: Path) -> list[Example]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn.bank import PrefixBank
-from prefix_attn.errors import PaddingInWindow, ShapeError
+from prefix_attn.errors import PaddingInWindow, RepeatedBOS, ShapeError
 from prefix_attn.hf.positions import overflow
 
 #: New tokens of ``generate`` where nobody says how many (transformers' default).
@@ -65,6 +65,27 @@ def warn_of_padding(bank: PrefixBank, task_ids: Tensor, inputs: Tensor, mask: An
                 "that it sees less of its prefix than alone; put prompts of one length into a batch, or call "
                 "model.generate_batch, which needs no padding",
                 PaddingInWindow,
+                stacklevel=4,
+            )
+            return
+
+
+def warn_of_second_opening(bank: PrefixBank, task_ids: Tensor, inputs: Tensor, mask: Any, bos: Any) -> None:
+    """Warn where a prompt begins with the BOS token behind a prefix that is a text.
+
+    Args: those of `check_fits`; bos: the model's token, None where it has none.
+    """
+    texts = {int(bank.task_ids([name])): name for name in bank.names if bank.source(name) == "text"}
+    if not texts or not isinstance(bos, int) or inputs.is_floating_point() or inputs.ndim != 2:
+        return  # known without reading the device
+    first = mask.argmax(dim=1) if _is_padding_mask(mask) else torch.zeros_like(task_ids, dtype=torch.int64)
+    opened = inputs.gather(1, first.to(inputs.device)[:, None])[:, 0] == bos
+    for row, (task, twice) in enumerate(zip(task_ids.tolist(), opened.tolist(), strict=True)):
+        if twice and task in texts:
+            warnings.warn(
+                f"row {row}: its prompt begins with the BOS token, behind the text of {texts[task]!r}, which opens the "
+                "sequence itself; tokenise prompts of such tasks with add_special_tokens=False",
+                RepeatedBOS,
                 stacklevel=4,
             )
             return

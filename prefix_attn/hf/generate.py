@@ -16,7 +16,7 @@ from torch import Tensor
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import ShapeError, UnsupportedModel
 from prefix_attn.hf.assistant import Assistant
-from prefix_attn.hf.context import check_fits, new_tokens, truncated, warn_of_padding
+from prefix_attn.hf.context import check_fits, new_tokens, truncated, warn_of_padding, warn_of_second_opening
 from prefix_attn.hf.masks import scope
 
 
@@ -94,6 +94,8 @@ class Generate(Method):
             options["attention_mask"] = truncated(self.bank, ids, inputs, options, new)
         check_fits(self.bank, ids, inputs, options.get("attention_mask"), new)
         warn_of_padding(self.bank, ids, inputs, options.get("attention_mask"), new)
+        bos = setting("bos_token_id", options, configs)
+        warn_of_second_opening(self.bank, ids, inputs, options.get("attention_mask"), bos)
 
     def _names(self, ids: Tensor) -> list[str | None]:
         names = dict(zip(self.bank.task_ids(self.bank.names).tolist(), self.bank.names, strict=True))

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from prefix_attn.bank import PrefixBank
-from prefix_attn.errors import SlowModel, UnsupportedModel
+from prefix_attn.errors import IncompatiblePrefix, SlowModel, UnsupportedModel
 from prefix_attn.hf.adapters import attach, detach, is_wrapper
 from prefix_attn.hf.attention import NAME, Ambiguous
 from prefix_attn.hf.decoder import DecoderPatch, decoder_of
@@ -62,6 +62,8 @@ def patch(model: PreTrainedModel, bank: PrefixBank, verify: bool = False) -> Pre
             raise
         return model
     _refuse(model)
+    if not isinstance(bank, PrefixBank):
+        raise IncompatiblePrefix(f"bank: expected a PrefixBank (PrefixBank.for_model), got {type(bank).__name__}")
     bank.check_model(model)
     before = getattr(model, _ATTRIBUTE, None)
     unpatch(model)

@@ -110,7 +110,8 @@ def overflow(row: int, m: int, tokens: int, limit: int) -> ContextOverflow:
     """The error for a row that needs more positions than there are."""
     return ContextOverflow(
         f"row {row}: a prefix of {m} tokens and {tokens} of its own need {m + tokens} positions, but the model has "
-        f"{limit}; shorten the prompt, lower max_new_tokens, or use a shorter prefix"
+        f"{limit}; shorten the prompt (generate(truncation=True) drops its oldest tokens), lower max_new_tokens, or "
+        "use a shorter prefix"
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class Trained:
 def train(
     model: Any,
     tokenizer: Any,
-    examples: Sequence[Example],
+    examples: Sequence[Example | Mapping[str, str]],
     *,
     tokens: int = 16,
     projection: int | None = PROJECTION,
@@ -100,7 +100,7 @@ def train(
     Args:
         model: a decoder-only transformers model, plain, patched or PEFT-wrapped; run without dropout, and not changed.
         tokenizer: the model's. A row is the prompt, as the tokenizer opens a sequence, the answer and the end token.
-        examples: in any order; those of all tasks are shuffled together.
+        examples: `Example`, or mappings with its fields, in any order; those of all tasks are shuffled together.
         tokens: of each prefix.
         projection: hidden width of an MLP that makes the prefix; None trains keys and values themselves, which takes
             more epochs.
@@ -122,11 +122,12 @@ def train(
         ContextOverflow: an example and its prefix are longer than the model's context.
         PrefixAttnError: the loss is no number any more.
     """
-    _check_numbers(tokens, epochs, batch_size, held_out, examples)
+    given = [_example(i, example) for i, example in enumerate(examples)]
+    _check_numbers(tokens, epochs, batch_size, held_out, given)
     rng, inner, limit = random.Random(seed), unwrap(model), Base.of(model).context_limit
     device = inner.get_input_embeddings().weight.device
     room = None if limit is None else limit - tokens
-    rows = [Row.of(i, example, tokenizer, room) for i, example in enumerate(examples)]
+    rows = [Row.of(i, example, tokenizer, room) for i, example in enumerate(given)]
     training, scored = _split(rows, held_out, rng)
     starts = {
         task: list((start or {}).get(task) or _text_start(model, of_task, tokens))
@@ -164,6 +165,16 @@ def train(
                 if after_epoch is not None:
                     after_epoch(result)
     return result
+
+
+def _example(index: int, given: Example | Mapping[str, str]) -> Example:
+    if isinstance(given, Example):
+        return given
+    names = [field.name for field in fields(Example)]
+    try:
+        return Example(*(given[name] for name in names))
+    except (KeyError, TypeError) as error:
+        raise IncompatiblePrefix(f"examples[{index}]: expected {', '.join(names)}, got {given!r}") from error
 
 
 def _check_numbers(tokens: int, epochs: int, batch_size: int, held_out: float, examples: Sequence[Example]) -> None:

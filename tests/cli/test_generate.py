@@ -32,7 +32,7 @@ def test_answers_come_in_the_order_of_the_input(folder: Folder, example: Example
     ]
     right = sum(answer["text"] == question.answer for answer, question in zip(answers, questions, strict=True))
     assert right >= 47  # the prefixes reach 97 to 100%
-    assert all(list(answer) == ["line", "task", "prompt", "text", "new_tokens"] for answer in answers)
+    assert all(list(answer) == ["line", "task", "prompt", "text", "new_tokens", "made_by"] for answer in answers)
     assert "lines answered" in result.stdout
     assert "tokens/s" in result.stdout
 
@@ -141,6 +141,35 @@ def test_a_complete_output_is_left_alone(folder: Folder, monkeypatch: pytest.Mon
     interrupt_after(0, monkeypatch)
     assert folder.generate().exit_code == 0
     assert folder.output.read_bytes() == before
+
+
+def test_an_output_of_another_prefix_or_model_is_refused_and_kept(
+    folder: Folder, example: Example, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder.ask([{"task": "upper", "prompt": PROMPT}, {"prompt": PROMPT}] * 40)
+    monkeypatch.setattr(generate, "WINDOW", 2)
+    with monkeypatch.context() as patch:
+        interrupt_after(3, patch)
+        assert folder.generate("--batch-size", "2").exit_code == generate.INTERRUPTED
+    begun = folder.output.read_bytes()
+    assert 0 < len(begun.splitlines()) < 80
+    ours, folder.adapters = folder.adapters, [f"--adapter=upper={example.folder / 'adapters' / 'rot13'}"]
+    result = folder.generate()
+    assert result.exit_code == 2
+    assert "the existing file answers task 'upper' by another model or prefix" in result.stderr
+    folder.adapters, base = ours, folder.model
+    model, tokenizer = (kind.from_pretrained(base) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model.model.embed_tokens.weight.data += 0.1
+    folder.model = str(tmp_path / "model")
+    for x in (model, tokenizer):
+        x.save_pretrained(folder.model)
+    result = folder.generate()
+    assert result.exit_code == 2
+    assert "by another model or prefix" in result.stderr
+    assert folder.output.read_bytes() == begun
+    folder.model = base
+    assert folder.generate().exit_code == 0
+    assert [answer["text"] for answer in folder.answers()[::2]] == ["HOT TEA"] * 40
 
 
 def test_an_output_of_another_input_is_refused_and_kept(folder: Folder) -> None:

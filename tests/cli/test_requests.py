@@ -42,7 +42,7 @@ def test_task_and_length_are_optional(request_: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
-        (b"{", "at column 2: Expecting property name"),
+        (b"{", "got what is no JSON at column 2"),
         (b'"text"', "expected a JSON object, got str"),
         (b'{"prompt": "\xff"}', "byte 13 of the line is none"),
         (b"[" * 100_000, "expected a JSON object, but: maximum recursion"),

@@ -96,7 +96,7 @@ def test_a_bank_of_prefixes_in_all_parts(checkpoint: Folder, tmp_path: Path, run
     of_all, *others = checkpoint.answers()
     assert others == by_adapter[1:]
     assert of_all["text"] not in [answer["text"] for answer in others]
-    assert run("bank", "remove", tmp_path / "bank", "all", "--model", checkpoint.model).exit_code == 0
+    assert run("bank", "remove", tmp_path / "bank", "all").exit_code == 0
 
 
 def test_what_does_not_fit_fails_alone(checkpoint: Folder) -> None:

@@ -67,7 +67,10 @@ def test_a_bank_gets_more_tasks_and_keeps_those_it_has(run: Run, example: Exampl
     ]  # fmt: skip
     again = run("train", "--model", example.model, "--data", data, "--bank", bank, *QUICK)
     assert again.exit_code == 2
-    assert "has sort already; remove them" in again.stderr
+    assert "has sort already; give --overwrite" in again.stderr
+    again = run("train", "--model", example.model, "--data", data, "--bank", bank, *QUICK, "--overwrite")
+    assert again.exit_code == 0, again.stderr
+    assert "2 prefixes in" in again.stdout
 
 
 def test_interrupted(run: Run, example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,3 +74,22 @@ def test_stop_strings(example: Example) -> None:
     )
     texts = example.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert texts == ["olle", "WOR", "cba", "ehllo", "nopqrs"]
+
+
+def test_a_text_as_prefix_opens_the_sequence_once(example: Example) -> None:
+    """With the opening token in front of the prompt again, which tokenizers put there by themselves, it warns."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(EXAMPLE / "model"), example.tokenizer
+    bank = pa.PrefixBank.for_model(model)
+    bank.add_text("told", tokenizer, "sort|", model)
+    bank.load("upper", EXAMPLE / "adapters" / "upper")
+    assert (bank.source("told"), bank.source("upper")) == ("text", "peft:upper")
+    pa.patch(model, bank)
+    asked = {"return_tensors": "pt", "return_token_type_ids": False, "padding": True}
+    inputs = tokenizer(["hello>", "hi>"], add_special_tokens=False, **asked)
+    tokens = model.generate(**inputs, task_ids=["told", "told"], **OPTIONS)
+    said = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    assert [text.partition(">")[2] for text in said] == ["ehllo", "hi"]
+    inputs = tokenizer(["hello>", "hi>"], **asked)
+    with pytest.warns(pa.RepeatedBOS, match="row 1: its prompt begins with the BOS token, behind the text of 'told'"):
+        model.generate(**inputs, task_ids=["upper", "told"], **OPTIONS)
+    model.generate(**inputs, task_ids=["upper", None], **OPTIONS)
