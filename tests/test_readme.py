@@ -12,13 +12,24 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_prints_what_it_says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    code = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[0]
+def test_the_examples_print_what_they_say(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
     exec(compile(code, "README.md", "exec"), {})
     promised = re.findall(r"^print\(.*#\s*(.*)$", code, flags=re.MULTILINE)
-    assert promised
+    assert len(promised) == 3
     assert capsys.readouterr().out.split("\n")[: len(promised)] == promised
+
+
+def test_the_times_of_training_stand_in_the_results() -> None:
+    file = re.findall(r"`(benchmarks/results/[^`]*training\.jsonl)`", README)[0]
+    rows = {row["provider"]: row for row in map(json.loads, (ROOT / file).read_text().splitlines())}
+    for provider in ("prefix_attn, MLP", "PEFT, MLP"):
+        assert f"{rows[provider]['seconds']:.0f} s" in README
+    assert set(rows["prefix_attn, MLP"]["accuracy"].values()) == {100.0}
 
 
 def test_the_numbers_stand_in_the_results() -> None:
@@ -45,7 +56,7 @@ def test_the_numbers_of_a_gpu_stand_in_the_results() -> None:
         if shape == ["decode", 64, 8, 128, "bfloat16", "even", False] and row["median_us"] is not None:
             times.setdefault((row["batch"], row["tasks"], row["m"]), {})[row["provider"]] = row["median_us"]
     table = README.partition("| rows | tasks | prefix tokens |")[2].partition("\n\n")[0].splitlines()[2:]
-    assert len(table) == 10
+    assert len(table) == 6
     for line in table:
         rows, tasks, m, ours, other, *ratios = (cell.strip(" *") for cell in line.strip("|").split("|"))
         at = times[int(rows), int(tasks), int(m)]
