@@ -129,7 +129,7 @@ def fit_alone(model: Any, base: Base, examples: list[Example], epochs: int, rate
     """The loop of `prefix_attn.training` for one task, without what many tasks need."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
-    rows = [Row.of(i, example, base.tokenizer, None) for i, example in enumerate(examples)]
+    rows = [Row.of(i, example, base.tokenizer, base.tokenizer.eos_token_id, None) for i, example in enumerate(examples)]
     steps = epochs * -(-len(rows) // ROWS)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps)
     rng = random.Random(0)

@@ -58,7 +58,7 @@ def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:
     if config.is_encoder_decoder:
         raise UnsupportedModel(
             f"model: expected a decoder-only model, got the encoder-decoder {config.model_type}; keys and values of a "
-            "text in its decoder depend on the encoder's input; train a prefix, and use add or load"
+            "text in its decoder depend on the encoder's input; train a prefix with PEFT, and use load"
         )
     if any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
         raise UnsupportedModel("model: expected loaded weights, got parameters on the meta device; load them first")

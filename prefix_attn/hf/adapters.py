@@ -28,8 +28,13 @@ def attach(wrapper: Any) -> None:
         UnsupportedModel: its active adapter is a prompt or a prefix itself, or has tasks of its own.
     """
     _check_adapter(wrapper)
-    if _ATTRIBUTE not in wrapper.__dict__:
+    if not is_attached(wrapper):
         wrapper.__dict__[_ATTRIBUTE] = wrapper.register_forward_pre_hook(_relay, with_kwargs=True)
+
+
+def is_attached(wrapper: Any) -> bool:
+    """Whether `attach` has been called, and not undone."""
+    return _ATTRIBUTE in wrapper.__dict__
 
 
 def detach(wrapper: Any) -> None:

@@ -22,7 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import IncompatiblePrefix, SlowModel, UnsupportedModel
-from prefix_attn.hf.adapters import attach, detach, is_wrapper
+from prefix_attn.hf.adapters import attach, detach, is_attached, is_wrapper
 from prefix_attn.hf.attention import NAME, Ambiguous
 from prefix_attn.hf.decoder import DecoderPatch, decoder_of
 from prefix_attn.hf.replica import ReplicaPatch
@@ -54,11 +54,13 @@ def patch(model: PreTrainedModel, bank: PrefixBank, verify: bool = False) -> Pre
         IncompatiblePrefix: the bank was made for another model.
     """
     if is_wrapper(model):
+        already = is_attached(model)
         attach(model)
         try:
             patch(model.get_base_model(), bank, verify)
         except BaseException:
-            detach(model)
+            if not already:
+                detach(model)
             raise
         return model
     _refuse(model)

@@ -8,7 +8,9 @@ batch: its gradient is clipped by itself, and a batch without its rows does not 
 
 from __future__ import annotations
 
+import math
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -22,7 +24,9 @@ from tqdm.auto import tqdm
 from prefix_attn.bank import Base, PrefixBank
 from prefix_attn.bank.forward import cached_kv, evaluating, unwrap
 from prefix_attn.bank.geometry import LayerKV
-from prefix_attn.errors import ContextOverflow, IncompatiblePrefix, PrefixAttnError
+from prefix_attn.bank.names import check_name
+from prefix_attn.errors import ContextOverflow, IncompatiblePrefix, PrefixAttnError, UnknownTask
+from prefix_attn.hf.patching import bank_of
 from prefix_attn.training.prefixes import PROJECTION, TrainablePrefixes
 
 #: Learning rates of an MLP that makes keys and values, and of these themselves.
@@ -67,13 +71,20 @@ class Trained:
     losses: list[Loss] = field(default_factory=list)
 
     def add_to(self, bank: PrefixBank) -> None:
-        """Add every task to a bank of the same model."""
+        """Add every task to a bank of the same model, in which there is none of them yet."""
+        if taken := [name for name in self.key_values if name in bank]:
+            raise IncompatiblePrefix(f"bank: expected none of {taken} in it; remove them first")
         for name, key_values in self.key_values.items():
             bank.add(name, key_values, source="trained")
 
     def of(self, task: str, epoch: int) -> Loss:
         """A task's loss after an epoch."""
-        return next(loss for loss in self.losses if (loss.task, loss.epoch) == (task, epoch))
+        found = [loss for loss in self.losses if (loss.task, loss.epoch) == (task, epoch)]
+        if not found:
+            raise UnknownTask(
+                f"expected one of {list(self.best)} and an epoch it was trained for, got {task!r}, {epoch}"
+            )
+        return found[0]
 
 
 def train(
@@ -109,7 +120,7 @@ def train(
         rate: the highest learning rate; by default `PROJECTED_RATE`, without a projection `RATE`.
         held_out: share of each task's examples that choose the best epoch, and train nothing.
         seed: of the order of examples, and of the MLPs.
-        start: other starts, by task, as in `TrainablePrefixes`: a prefix to be trained further, say.
+        start: other starts, by task, as in `TrainablePrefixes` and of any length: a prefix to be trained further, say.
         progress: show a bar on stderr.
         after_epoch: called with what there is so far, after each epoch; to save it, for instance.
 
@@ -117,42 +128,47 @@ def train(
         Key values for a bank: ``train(...).add_to(bank)``.
 
     Raises:
-        UnsupportedModel, IncompatiblePrefix: as in `TrainablePrefixes`; or an argument is out of range, or there are no
-            examples.
+        UnsupportedModel, IncompatiblePrefix: as in `TrainablePrefixes`; or an argument is out of range, an example is
+            none, or its tokens are not the model's.
+        UnknownTask: a start of a task without examples.
         ContextOverflow: an example and its prefix are longer than the model's context.
-        PrefixAttnError: the loss is no number any more.
+        PrefixAttnError: a loss is no finite number.
     """
     given = [_example(i, example) for i, example in enumerate(examples)]
-    _check_numbers(tokens, epochs, batch_size, held_out, given)
+    start = dict(start or {})
+    _check_numbers(tokens, epochs, batch_size, held_out, rate)
+    _check_tasks(given, start)
     rng, inner, limit = random.Random(seed), unwrap(model), Base.of(model).context_limit
-    device = inner.get_input_embeddings().weight.device
-    room = None if limit is None else limit - tokens
-    rows = [Row.of(i, example, tokenizer, room) for i, example in enumerate(given)]
+    embeddings = inner.get_input_embeddings()
+    end = _end_token(inner, tokenizer)
+    lengths = {task: key_values[0][0].shape[1] for task, key_values in start.items()}
+    rows = [
+        Row.of(i, example, tokenizer, end, None if limit is None else limit - lengths.get(example.task, tokens))
+        for i, example in enumerate(given)
+    ]
+    _check_vocabulary(rows, embeddings.weight.shape[0])
+    device = embeddings.weight.device
     training, scored = _split(rows, held_out, rng)
-    starts = {
-        task: list((start or {}).get(task) or _text_start(model, of_task, tokens))
-        for task, of_task in _by_task(training).items()
-    }
-    rate = rate or (RATE if projection is None else PROJECTED_RATE)
-    with _frozen(inner), evaluating(inner):
-        prefixes = TrainablePrefixes(model, starts, projection, seed)
+    rate = (RATE if projection is None else PROJECTED_RATE) if rate is None else rate
+    with torch.inference_mode(False), torch.enable_grad(), _frozen(inner), evaluating(inner):
+        for task, of_task in _by_task(training).items():
+            if task not in start:
+                start[task] = _text_start(model, of_task, tokens)
+        prefixes = TrainablePrefixes(model, start, projection, seed)
         optimizer = torch.optim.AdamW(prefixes.parameters(), lr=rate, weight_decay=0.0)
         steps = epochs * -(-len(training) // batch_size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=max(steps, 2))
         result = Trained()
         bar = tqdm(total=steps, desc="training", unit="batch", mininterval=0.5, disable=not progress)
         with prefixes.attached(model), bar:
-            _note(result, 0, prefixes, {}, _evaluate(inner, scored, batch_size, device))
+            _note(result, 0, prefixes, {}, _evaluate(inner, scored, batch_size, device, rate))
             for epoch in range(1, epochs + 1):
                 rng.shuffle(training)
                 sums = _Means()
                 for batch in _batches(training, batch_size):
                     of_tasks = _losses(inner, batch, device)
                     total = torch.stack(list(of_tasks.values())).sum()
-                    if not torch.isfinite(total):
-                        raise PrefixAttnError(
-                            f"the loss became {total.item()} in epoch {epoch}; lower the rate ({rate:g})"
-                        )
+                    _check_finite(total.item(), f"the loss in epoch {epoch}", rate)
                     optimizer.zero_grad()
                     torch.autograd.backward(total)
                     _keep_apart(prefixes, of_tasks)
@@ -161,31 +177,80 @@ def train(
                     sums.add(batch, of_tasks)
                     bar.update()
                     bar.set_postfix(epoch=epoch, loss=f"{total.item() / len(of_tasks):.3f}", refresh=False)
-                _note(result, epoch, prefixes, sums.means(), _evaluate(inner, scored, batch_size, device))
+                _note(result, epoch, prefixes, sums.means(), _evaluate(inner, scored, batch_size, device, rate))
                 if after_epoch is not None:
                     after_epoch(result)
+                    _check_untouched(inner, prefixes)
     return result
 
 
 def _example(index: int, given: Example | Mapping[str, str]) -> Example:
-    if isinstance(given, Example):
-        return given
     names = [field.name for field in fields(Example)]
     try:
-        return Example(*(given[name] for name in names))
+        values = vars(given) if isinstance(given, Example) else {name: given[name] for name in names}
     except (KeyError, TypeError) as error:
         raise IncompatiblePrefix(f"examples[{index}]: expected {', '.join(names)}, got {given!r}") from error
+    if not all(isinstance(value, str) for value in values.values()):
+        raise IncompatiblePrefix(f"examples[{index}]: expected {', '.join(names)} to be strings, got {given!r}")
+    return Example(**values)
 
 
-def _check_numbers(tokens: int, epochs: int, batch_size: int, held_out: float, examples: Sequence[Example]) -> None:
-    if not examples:
-        raise IncompatiblePrefix("examples: expected at least one, got none")
+def _check_numbers(tokens: int, epochs: int, batch_size: int, held_out: float, rate: float | None) -> None:
     if min(tokens, epochs, batch_size) < 1:
         raise IncompatiblePrefix(
             f"tokens, epochs, batch_size: expected at least 1 each, got {tokens}, {epochs}, {batch_size}"
         )
     if not 0 <= held_out < 1:
         raise IncompatiblePrefix(f"held_out: expected a share from 0 to below 1, got {held_out}")
+    if rate is not None and not 0 < rate < math.inf:
+        raise IncompatiblePrefix(f"rate: expected None or a positive finite number, got {rate}")
+
+
+def _check_tasks(examples: Sequence[Example], start: Mapping[str, Sequence[LayerKV]]) -> None:
+    if not examples:
+        raise IncompatiblePrefix("examples: expected at least one, got none")
+    tasks = dict.fromkeys(example.task for example in examples)
+    for name in tasks:
+        check_name(name)
+    if unknown := [name for name in start if name not in tasks]:
+        raise UnknownTask(f"start: expected tasks that have examples ({list(tasks)}), got {unknown}")
+    if empty := [name for name, key_values in start.items() if not key_values]:
+        raise IncompatiblePrefix(f"start: expected (k, v) for each layer, got none for {empty}")
+
+
+def _check_vocabulary(rows: Sequence[Row], size: int) -> None:
+    for i, row in enumerate(rows):
+        if not 0 <= int(row.ids.min()) <= int(row.ids.max()) < size:
+            raise IncompatiblePrefix(
+                f"examples[{i}]: expected token ids below {size}, the model's vocabulary, got {int(row.ids.max())}; is "
+                "the tokenizer this model's?"
+            )
+
+
+def _check_untouched(model: Any, prefixes: TrainablePrefixes) -> None:
+    if bank_of(model) is not prefixes.bank or model.training:
+        raise PrefixAttnError(
+            "after_epoch: expected to find the model as it was, but it is patched with another bank, or none, or in "
+            "training mode; undo that before returning"
+        )
+
+
+def _check_finite(loss: float, what: str, rate: float) -> None:
+    if not math.isfinite(loss):
+        raise PrefixAttnError(f"{what} is {loss}; lower the rate ({rate:g}), or load the model in a wider dtype")
+
+
+def _end_token(model: Any, tokenizer: Any) -> int | None:
+    """The token that ends an answer: the tokenizer's, if generation ends with it, else the first that does."""
+    config = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    ends = [ends] if isinstance(ends, int) else list(ends or [])
+    end: int | None = tokenizer.eos_token_id
+    if ends and end not in ends:
+        end = ends[0]
+    if end is None:
+        warnings.warn("neither tokenizer nor model has an end token: answers will not end by themselves", stacklevel=3)
+    return end
 
 
 @dataclass(frozen=True)
@@ -197,20 +262,20 @@ class Row:
     labels: Tensor
 
     @classmethod
-    def of(cls, index: int, example: Example, tokenizer: Any, room: int | None) -> Row:
-        """Tokens of an example, the ``index``-th; of as many as ``room`` at most."""
+    def of(cls, index: int, example: Example, tokenizer: Any, end: int | None, room: int | None) -> Row:
+        """Tokens of an example, the ``index``-th, and ``end``; as many as ``room`` at most."""
         prompt = list(tokenizer(example.prompt, verbose=False)["input_ids"])
         answer = list(tokenizer(example.answer, add_special_tokens=False, verbose=False)["input_ids"])
-        if tokenizer.eos_token_id is not None:
-            answer.append(tokenizer.eos_token_id)
+        if end is not None:
+            answer.append(end)
         if not prompt or not answer:
             raise IncompatiblePrefix(
                 f"examples[{index}]: expected a prompt and an answer of at least one token each, got {example}"
             )
         if room is not None and len(prompt) + len(answer) > room:
             raise ContextOverflow(
-                f"examples[{index}]: a prompt of {len(prompt)} tokens and an answer of {len(answer)} exceed the {room} "
-                "positions that the model has beside a prefix; shorten it or leave it out"
+                f"examples[{index}]: a prompt of {len(prompt)} tokens and an answer of {len(answer)} exceed the "
+                f"{max(room, 0)} positions that the model has beside the prefix; shorten it or leave it out"
             )
         labels = [NOT_SCORED] * len(prompt) + answer
         return cls(example.task, torch.tensor(prompt + answer), torch.tensor(labels))
@@ -268,12 +333,15 @@ def _losses(model: Any, rows: Sequence[Row], device: torch.device) -> dict[str, 
 
 
 @torch.no_grad()
-def _evaluate(model: Any, rows: Sequence[Row], batch_size: int, device: torch.device) -> dict[str, float]:
-    """Loss of every task that has rows."""
+def _evaluate(model: Any, rows: Sequence[Row], batch_size: int, device: torch.device, rate: float) -> dict[str, float]:
+    """Loss of every task that has held-out rows."""
     sums = _Means()
     for batch in _batches(rows, batch_size):
         sums.add(batch, _losses(model, batch, device))
-    return sums.means()
+    means = sums.means()
+    for task, loss in means.items():
+        _check_finite(loss, f"the held-out loss of task {task!r}", rate)
+    return means
 
 
 class _Means:

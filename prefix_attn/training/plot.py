@@ -18,12 +18,14 @@ def plot_losses(losses: Sequence[Loss], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     tasks = list(dict.fromkeys(loss.task for loss in losses))
+    lines = []
     for task in tasks:
         of_task = [loss for loss in losses if loss.task == task]
         points = [(x.epoch, y) for x in of_task if (y := x.training if x.held_out is None else x.held_out) is not None]
-        axes.plot(*zip(*points, strict=True), marker=".", label=task)
+        lines += axes.plot(*zip(*points, strict=True), marker=".")
     axes.set(xlabel="epoch", ylabel="nats a token", yscale="log", title="Loss of answers, held-out where some are")
     axes.grid(alpha=0.3)
     if len(tasks) <= NAMED:
-        axes.legend(fontsize="small")
+        for text in axes.legend(lines, tasks, fontsize="small").get_texts():
+            text.set_parse_math(False)  # names are no formulas
     figure.savefig(path, dpi=150)

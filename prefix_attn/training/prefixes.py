@@ -11,6 +11,7 @@ Source: prefix tuning and its reparameterisation, arXiv:2101.00190.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +25,7 @@ from torch.nn.functional import pad
 from prefix_attn.bank import Base, PrefixBank
 from prefix_attn.bank.forward import unwrap
 from prefix_attn.bank.geometry import DECODER, LayerKV
+from prefix_attn.bank.plans import Plans
 from prefix_attn.errors import IncompatiblePrefix, UnsupportedModel
 from prefix_attn.hf import patch, unpatch
 from prefix_attn.hf.patching import bank_of, layers_read_the_bank
@@ -38,8 +40,8 @@ class TrainablePrefixes(nn.Module):
     """The prefixes of several tasks, float32 parameters; its modules and parameters are grouped by task.
 
     Args:
-        model: a decoder-only transformers model, or a PEFT model around one. Whether its own weights learn too is up to
-            their ``requires_grad``.
+        model: a decoder-only transformers model, or a PEFT model around one. Adapters beside the prefixes may learn
+            too, but not the weights of the base: prefixes fit only those they were made for.
         start: by task, what its prefix is at first: per layer (k, v), each ``[kv_heads, m, head_dim]``, as
             `PrefixBank.key_values` gives it; m at least 1.
         projection: hidden width of the MLP; None trains keys and values themselves.
@@ -64,20 +66,21 @@ class TrainablePrefixes(nn.Module):
         if not start:
             raise IncompatiblePrefix("start: expected at least one task, got none")
         self.bank = _LiveBank(base)
+        self.bank.prefixes = self
         self.names = list(start)
+        if projection is not None and projection < 1:
+            raise IncompatiblePrefix(f"projection: expected None or a width of at least 1, got {projection}")
+        self._geometry = base.geometry
+        self.tasks = nn.ModuleList()
         for name, key_values in start.items():
             self.bank.add(name, key_values)
             if not self.bank.prefix_len(name):
                 raise IncompatiblePrefix(f"start[{name!r}]: expected a prefix of at least one token, got none to train")
-        self._geometry = base.geometry
-        self.tasks = nn.ModuleList()
-        for name in self.names:
-            rows = _rows(self.bank.key_values(name))
+            rows = _rows(PrefixBank.key_values(self.bank, name))
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(crc32(f"{seed}/{name}".encode()))
+                torch.default_generator.manual_seed(crc32(f"{seed}/{name}".encode()))
                 task = _Direct(rows) if projection is None else _Projected(rows, projection)
             self.tasks.append(task.to(base.device))
-        self._made_of: tuple[Any, ...] | None = None
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """Those that make a task's prefix, and no other's."""
@@ -85,9 +88,9 @@ class TrainablePrefixes(nn.Module):
 
     def key_values(self, name: str) -> list[LayerKV]:
         """A task's prefix as it is now, for `PrefixBank.add`: per layer (k, v), ``[kv_heads, m, head_dim]`` each."""
-        with torch.no_grad():
-            rows = self.tasks[self.names.index(name)]()
-        return [(k.to(self.bank.dtype), v.to(self.bank.dtype)) for k, v in self._layers(rows)]
+        with torch.no_grad(), torch.autocast(self.bank.device.type, enabled=False):
+            rows, dtype = self.tasks[self.names.index(name)](), self.bank.dtype
+        return [(k.to(dtype, copy=True), v.to(dtype, copy=True)) for k, v in self._layers(rows)]
 
     @contextmanager
     def attached(self, model: Any) -> Iterator[None]:
@@ -109,31 +112,31 @@ class TrainablePrefixes(nn.Module):
                     f"{type(inner).__name__}: its layers read a copy of a prefix, or keys made of it, which gradients "
                     "do not pass; train the prefix with PEFT, and take it with bank.load"
                 )
-            renewal = inner.register_forward_pre_hook(lambda *_: self.renew())
-            try:
-                yield
-            finally:
-                renewal.remove()
-                self.bank.live, self._made_of = None, None
+            yield
         finally:
+            self.bank.live = None
             unpatch(model)
             if before is not None:
                 patch(model, before)
 
-    def renew(self) -> None:
-        """Compute what the layers read; the hook of an attached model does it before each pass."""
-        made_of = (torch.is_grad_enabled(), *(p._version for p in self.parameters()))
-        if made_of[0] or made_of != self._made_of:  # a graph serves one backward pass
-            self.bank.live, self._made_of = self.forward(), made_of
-
     def forward(self) -> list[PrefixKV]:
-        """The prefixes of all tasks, for every layer."""
-        rows = torch.cat([pad(x, (0, 0, 0, align(len(x)) - len(x))) for x in (task() for task in self.tasks)])
-        packed = []
-        for i, (k, v) in enumerate(self._layers(rows)):
-            plain = self.bank.stored_layer(i)
-            packed.append(replace(plain, k=_like(plain.k, k), v=_like(plain.v, v)))
-        return packed
+        """The prefixes of all tasks, for every layer; in full precision whatever autocast says, and with gradients."""
+        with torch.autocast(self.bank.device.type, enabled=False):
+            rows = torch.cat([pad(x, (0, 0, 0, align(len(x)) - len(x))) for x in (task() for task in self.tasks)])
+        stored = [self.bank.stored_layer(i) for i in range(self.bank.num_layers)]
+        return [
+            replace(plain, k=_like(plain.k, k), v=_like(plain.v, v))
+            for plain, (k, v) in zip(stored, self._layers(rows), strict=True)
+        ]
+
+    def get_extra_state(self) -> list[str]:
+        """The tasks, whose parameters a state dict has by number."""
+        return self.names
+
+    def set_extra_state(self, state: list[str]) -> None:
+        """Raise `IncompatiblePrefix` for a state dict of other tasks, or in another order."""
+        if state != self.names:
+            raise IncompatiblePrefix(f"state_dict: expected one of the tasks {self.names}, got one of {state}")
 
     def _layers(self, rows: Tensor) -> list[LayerKV]:
         """Keys and values ``[kv_heads, tokens, head_dim]`` of every layer, from rows ``[tokens, width]``."""
@@ -149,15 +152,27 @@ class TrainablePrefixes(nn.Module):
 
 
 class _LiveBank(PrefixBank):
-    """A bank whose layers are what was computed last; ids, lengths and plans are those of the starts it stores."""
+    """A bank whose layers are computed anew for each pass; ids and lengths are those of the starts that it stores."""
 
+    prefixes: TrainablePrefixes
     live: list[PrefixKV] | None = None
+
+    def plans(self, task_ids: Tensor, part: str = DECODER, distinct: int | None = None) -> Plans:
+        """Asked for once at the beginning of each pass with tasks: so this is when its prefixes are computed."""
+        self.live = self.prefixes.forward()
+        return super().plans(task_ids, part, distinct)
 
     def layer(self, i: int, part: str = DECODER) -> PrefixKV:
         return self.stored_layer(i) if self.live is None else self.live[i]
 
     def stored_layer(self, i: int) -> PrefixKV:
         return super().layer(i)
+
+    def key_values(self, name: str, part: str = DECODER) -> list[LayerKV]:
+        return self.prefixes.key_values(name)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        raise UnsupportedModel("bank: its prefixes are being trained; add their key_values to a bank, and save that")
 
 
 class _Direct(nn.Module):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import prefix_attn as pa
@@ -160,6 +162,62 @@ def test_a_patched_model_gets_its_bank_back() -> None:
         assert bank_of(model) is prefixes.bank
     assert bank_of(model) is None
     assert not model._forward_pre_hooks
+
+
+def test_parameters_that_are_written_in_any_way_count() -> None:
+    """Autograd does not count what goes through ``.data``, as moving averages of weights do."""
+    model, inputs = tiny_model("llama"), batch()
+    prefixes = TrainablePrefixes(model, starts(model), projection=None)
+    with torch.no_grad(), prefixes.attached(model):
+        before = model.model(**inputs, task_ids=TASKS).last_hidden_state
+        for parameter in prefixes.parameters():
+            parameter.data += 1.0
+        assert not torch.equal(model.model(**inputs, task_ids=TASKS).last_hidden_state, before)
+
+
+def test_key_values_are_copies() -> None:
+    model = tiny_model("llama")
+    prefixes = TrainablePrefixes(model, starts(model), projection=None)
+    taken = prefixes.key_values("five")[0][0]
+    before = taken.clone()
+    for parameter in prefixes.parameters():
+        parameter.data += 1.0
+    assert torch.equal(taken, before)
+
+
+def test_a_state_dict_fits_its_own_tasks_alone() -> None:
+    model = tiny_model("llama")
+    prefixes = TrainablePrefixes(model, starts(model))
+    state = prefixes.state_dict()
+    prefixes.load_state_dict(state)
+    other = TrainablePrefixes(model, dict(reversed(starts(model).items())))
+    with pytest.raises(pa.IncompatiblePrefix, match="expected one of the tasks"):
+        other.load_state_dict(state, strict=False)
+
+
+def test_the_bank_in_training_is_not_saved(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    prefixes = TrainablePrefixes(model, starts(model))
+    with prefixes.attached(model), pytest.raises(pa.UnsupportedModel, match="being trained"):
+        prefixes.bank.save_pretrained(tmp_path)
+    for parameter in prefixes.parameters():
+        parameter.data += 1.0
+    for (k, _), (now, _) in zip(prefixes.bank.key_values("five"), prefixes.key_values("five"), strict=True):
+        assert torch.equal(k, now)
+
+
+def test_a_refusal_leaves_a_patched_lora_model_as_it_was() -> None:
+    model, other = tiny_model("llama"), tiny_model("llama")
+    other.model.embed_tokens.weight.data += 1
+    bank = pa.PrefixBank.for_model(model)
+    bank.add("old", random_prefix(model, 3, 9))
+    lora = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    pa.patch(lora, bank)
+    expected = lora(**batch(2), task_ids=["old", None]).logits
+    with pytest.raises(pa.IncompatiblePrefix), TrainablePrefixes(other, starts(other)).attached(lora):
+        pass
+    assert torch.equal(lora(**batch(2), task_ids=["old", None]).logits, expected)
+    assert not torch.equal(lora(**batch(2)).logits[0], expected[0])
 
 
 def test_refusals() -> None:

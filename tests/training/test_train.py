@@ -133,6 +133,64 @@ def test_a_batch_without_a_task_does_not_move_it(base: tuple[Any, Any]) -> None:
     assert all(p.grad is None for p in prefixes.parameters_of("b"))
 
 
+@pytest.mark.parametrize("projection", [None, 16])
+def test_what_is_returned_has_the_loss_that_is_claimed(
+    base: tuple[Any, Any], projection: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here that of the start, which is good, and which a far too high rate makes worse."""
+    monkeypatch.setattr(torch.optim.lr_scheduler, "OneCycleLR", steady)
+    bank = pa.PrefixBank.for_model(base[0])
+    bank.load("vowels", EXAMPLE / "adapters" / "vowels")
+    start = {"vowels": bank.key_values("vowels")}
+    trained = quick(base, examples(40, "vowels"), epochs=2, start=start, rate=30.0, projection=projection)
+    assert trained.of("vowels", 0).held_out < 0.1 < trained.of("vowels", 2).held_out
+    assert trained.best == {"vowels": 0}
+    for ours, theirs in zip(trained.key_values["vowels"], start["vowels"], strict=True):
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+
+
+def test_modes_that_are_on_outside_do_not_matter(base: tuple[Any, Any]) -> None:
+    lines = examples(20, "sort")
+    expected = quick(base, lines, epochs=2)
+    with torch.no_grad():
+        assert same(quick(base, lines, epochs=2), expected, "sort")
+    with torch.inference_mode():
+        assert same(quick(base, lines, epochs=2), expected, "sort")
+    with torch.autocast("cpu", torch.bfloat16):
+        lower = quick(base, lines, epochs=8, rate=1e-2)
+    assert lower.best["sort"] > 0
+    assert lower.of("sort", 8).training < lower.of("sort", 1).training - 1
+
+
+def test_what_the_callback_must_leave_alone(base: tuple[Any, Any]) -> None:
+    model, _ = base
+    lines = examples(4, "sort")
+    for change in (lambda _: model.train(), lambda _: pa.unpatch(model)):
+        with pytest.raises(pa.PrefixAttnError, match="after_epoch: expected to find the model as it was"):
+            quick(base, lines, after_epoch=change)
+        assert bank_of(model) is None
+        model.eval()
+
+
+def test_add_to_changes_all_or_nothing(base: tuple[Any, Any]) -> None:
+    trained = quick(base, examples(4, "sort", "upper"))
+    bank = pa.PrefixBank.for_model(base[0])
+    bank.add("sort", trained.key_values["sort"])
+    with pytest.raises(pa.IncompatiblePrefix, match=r"expected none of \['sort'\] in it"):
+        trained.add_to(bank)
+    assert bank.names == ["sort"]
+    bank.remove("sort")
+    trained.add_to(bank)
+    assert [bank.source(name) for name in bank.names] == ["trained"] * 2
+
+
+def test_a_held_out_loss_that_is_no_number_is_an_error(base: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop._Means, "means", lambda self: {"sort": float("nan")})
+    with pytest.raises(pa.PrefixAttnError, match="the held-out loss of task 'sort' is nan"):
+        quick(base, examples(10, "sort"))
+
+
 def test_refusals(base: tuple[Any, Any]) -> None:
     lines = examples(4, "sort")
     with pytest.raises(pa.IncompatiblePrefix, match="at least one, got none"):
@@ -141,8 +199,23 @@ def test_refusals(base: tuple[Any, Any]) -> None:
         quick(base, lines, epochs=0)
     with pytest.raises(pa.IncompatiblePrefix, match="a share from 0 to below 1, got 1"):
         quick(base, lines, held_out=1)
+    for rate in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(pa.IncompatiblePrefix, match="rate: expected None or a positive"):
+            quick(base, lines, rate=rate)
+    with pytest.raises(pa.IncompatiblePrefix, match="projection: expected None or a width of at least 1, got 0"):
+        quick(base, lines, projection=0)
+    with pytest.raises(pa.UnknownTask, match=r"tasks that have examples \(\['sort'\]\), got \['srot'\]"):
+        quick(base, lines, start={"srot": []})
+    with pytest.raises(pa.IncompatiblePrefix, match=r"got none for \['sort'\]"):
+        quick(base, lines, start={"sort": []})
+    with pytest.raises(pa.IncompatiblePrefix, match=r"examples\[0\]: expected task, prompt, answer"):
+        quick(base, [{"task": "sort", "prompt": "b>"}])
+    with pytest.raises(pa.IncompatiblePrefix, match=r"examples\[0\]: .* to be strings"):
+        quick(base, [Example("sort", ["b>"], "b")])
+    with pytest.raises(pa.IncompatiblePrefix, match="name"):
+        quick(base, [Example("a/b", "b>", "b")])
     with pytest.raises(pa.ContextOverflow, match=r"examples\[4\]: .* exceed the 56 positions that the"):
         quick(base, [*lines, Example("sort", "a" * 50 + ">", "a" * 20)])
-    with pytest.raises(pa.PrefixAttnError, match=r"the loss became nan in epoch 1; lower the rate"):
+    with pytest.raises(pa.PrefixAttnError, match=r"the loss in epoch 1 is nan; lower the rate"):
         quick(base, examples(200, "sort"), rate=1e30, projection=None)
     assert bank_of(base[0]) is None
