@@ -339,10 +339,23 @@ class PrefixBank:
 
         Files of the same names are replaced; others stay. Ids are not saved: they count anew from 0.
         """
-        self._base.shard.check_whole("save_pretrained")
+        self._save(Path(folder), {})
+
+    def save_into(self, folder: str | os.PathLike[str]) -> None:
+        """`save_pretrained` beside the tasks of a bank that is saved there already: their files are not touched.
+
+        A task of the same name is replaced. Whether the others fit the same model is found out when they are loaded.
+
+        Raises:
+            IncompatiblePrefix: what is there cannot be read.
+        """
         folder = Path(folder)
+        self._save(folder, files.read_index(folder) if (folder / files.INDEX).is_file() else {})
+
+    def _save(self, folder: Path, others: Mapping[str, str]) -> None:
+        self._base.shard.check_whole("save_pretrained")
         folder.mkdir(parents=True, exist_ok=True)
-        names = files.file_names(self.names)
+        names = files.file_names(self.names, others)
         for i, task in enumerate(self._tasks):
             if task is not None:
                 key_values = {name: part.read(i) for name, part in self._parts.items()}

@@ -207,18 +207,18 @@ def read_index(folder: Path) -> dict[str, str]:
     return files
 
 
-def file_names(names: Sequence[str]) -> dict[str, str]:
-    """A file for each task, ``<name>.safetensors``; distinct also where file systems ignore case."""
-    used: set[str] = set()
-    files = {}
+def file_names(names: Sequence[str], others: Mapping[str, str]) -> dict[str, str]:
+    """The files of others, and one for each task, ``<name>.safetensors``; distinct also where systems ignore case."""
+    all_files = dict(others)
+    used = {file.casefold() for file in others.values()}
     for name in names:
         file, n = f"{name}.safetensors", 1
         while file.casefold() in used:
             n += 1
             file = f"{name}~{n}.safetensors"
-        used.add(file.casefold())
-        files[name] = file
-    return files
+        if all_files.setdefault(name, file) == file:
+            used.add(file.casefold())
+    return all_files
 
 
 def read_json(path: Path) -> dict[str, Any]:

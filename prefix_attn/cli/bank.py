@@ -56,10 +56,9 @@ def add(
 
     The bank gets a copy of the keys and values; the adapter stays as it is.
     """
-    from prefix_attn.bank.format import INDEX
-    from prefix_attn.cli.models import load_bank, load_model
+    from prefix_attn.cli.models import load_bank, load_model, tasks_of
 
-    existing = folder if (folder / INDEX).exists() else None
+    existing = folder if tasks_of(folder) else None
     load_bank(load_model(model), [named_path(adapter)], existing).save_pretrained(folder)
     print_table(folder)
 
@@ -80,15 +79,15 @@ def add_text(
     The text is used as it is, its last line break included: apply a chat template before. It opens the sequence (with a
     BOS token, where the tokenizer has one), and `prefix-attn generate` leaves that to it.
     """
-    from prefix_attn.bank.format import INDEX
-    from prefix_attn.cli.models import load_bank, load_model, load_tokenizer
+    from prefix_attn.cli.models import load_bank, load_model, load_tokenizer, tasks_of
 
     try:
         text = file.read()
     except UnicodeDecodeError as error:
         raise typer.BadParameter(f"expected a text in UTF-8: {error}") from error
+    existing = folder if tasks_of(folder) else None
     tokenizer, loaded = load_tokenizer(model), load_model(model)
-    bank = load_bank(loaded, [], folder if (folder / INDEX).exists() else None)
+    bank = load_bank(loaded, [], existing)
     bank.add_text(name, tokenizer, text, loaded)
     bank.save_pretrained(folder)
     print_table(folder)

@@ -82,6 +82,19 @@ def load_bank(model: Any, adapters: Iterable[tuple[str, Path]], folder: Path | N
     return bank
 
 
+def tasks_of(folder: Path) -> set[str]:
+    """The tasks of a saved bank; none of a folder that is empty, or not there.
+
+    Raises:
+        PrefixAttnError: the folder holds something else, whose files a bank's could replace.
+    """
+    if (folder / INDEX).is_file():
+        return set(read_index(folder))
+    if folder.is_dir() and any(folder.iterdir()):
+        raise PrefixAttnError(f"{folder}: expected a bank ({INDEX}), or a new or empty folder to make one in")
+    return set()
+
+
 def check_bank(folder: Path) -> None:
     """Raise `PrefixAttnError` if a folder holds no bank."""
     if not (folder / INDEX).is_file():

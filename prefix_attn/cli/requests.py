@@ -96,16 +96,16 @@ def parse_line(number: int, raw: bytes) -> Line:
     problem = None
     if "prompt" not in content:
         problem = "prompt: missing"
-    elif not _is_text(prompt):
+    elif not is_text(prompt):
         problem = f"prompt: expected text, got {shown(prompt)}"
-    elif task is not None and not _is_text(task):
+    elif task is not None and not is_text(task):
         problem = f"task: expected the name of a task, or null for no prefix, got {shown(task)}"
     elif new is not None and (type(new) is not int or new < 1):
         problem = f"max_new_tokens: expected an integer of at least 1, got {shown(new)}"
     return Line(
         number,
-        task=task if _is_text(task) else None,
-        prompt=prompt if _is_text(prompt) else None,
+        task=task if is_text(task) else None,
+        prompt=prompt if is_text(prompt) else None,
         new_tokens=new if problem is None else None,
         error=problem,
     )
@@ -117,7 +117,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     """Whether a JSON value is a string of real characters: a lone surrogate cannot be tokenised or written."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 

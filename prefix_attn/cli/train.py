@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,10 +15,10 @@ from rich.text import Text
 
 from prefix_attn.cli import console
 from prefix_attn.cli.options import DeviceOption, Dtype, DtypeOption, ModelOption
+from prefix_attn.cli.requests import is_text
 from prefix_attn.errors import PrefixAttnError
 
 if TYPE_CHECKING:
-    from prefix_attn.bank import PrefixBank
     from prefix_attn.training import Example, Trained
 
 LOSSES, FIGURE = "losses.jsonl", "losses.png"
@@ -57,24 +58,32 @@ def train(
     Writes the bank and, beside its prefixes, every epoch's losses (`losses.jsonl`) and a figure of them (`losses.png`,
     with matplotlib) of the latest run.
 
-    Exit code: 0, or 2 if the command could not run.
+    Exit code: 0, 2 if the command could not run, 130 if it was interrupted.
     """
     examples = read_examples(data)
-    from prefix_attn.bank.format import INDEX, read_index
+    from prefix_attn.bank.names import check_name
+    from prefix_attn.cli.models import load_bank, load_model, load_tokenizer, tasks_of
 
-    known = set(read_index(bank)) if (bank / INDEX).is_file() else set()
+    for task in {example.task for example in examples}:
+        check_name(task)
+    known = tasks_of(bank)
     taken = sorted(known & {example.task for example in examples})
     if taken and not overwrite:
         raise PrefixAttnError(f"{bank}: has {', '.join(taken)} already; give --overwrite, or another --bank")
-    bank.mkdir(parents=True, exist_ok=True)  # before the work, so that a folder that cannot be written is known at once
-    from prefix_attn.cli.models import load_bank, load_model, load_tokenizer
-    from prefix_attn.training import train as train_prefixes
-
+    if data.resolve() == (bank / LOSSES).resolve():
+        raise typer.BadParameter(f"--data is the file that the losses are written to; copy it out of {bank}")
     tokenizer, loaded = load_tokenizer(model), load_model(model, dtype, device)
     stored = load_bank(loaded, [], bank if known else None)
+    bank.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=bank):  # a folder that cannot be written to is known before the work
+        pass
+    from prefix_attn.bank import PrefixBank
+    from prefix_attn.training import train as train_prefixes
 
     def save(trained: Trained) -> None:
-        save_bank(trained, stored, bank)
+        trained_bank = PrefixBank(stored.base)
+        trained.add_to(trained_bank)
+        trained_bank.save_into(bank)
         (bank / LOSSES).write_text("".join(json.dumps(vars(loss)) + "\n" for loss in trained.losses))
 
     try:
@@ -87,7 +96,8 @@ def train(
         raise typer.Exit(INTERRUPTED) from None
     draw_losses(trained, bank)
     console.out.print(table(trained, examples))
-    count = f"{len(stored)} prefix{'' if len(stored) == 1 else 'es'}"
+    there = len(tasks_of(bank))
+    count = f"{there} prefix{'' if there == 1 else 'es'}"
     console.out.print(Text(f"{count} in {bank}. Answer requests with\n  prefix-attn generate --model {model} --bank "
                            f"{bank} --input requests.jsonl --output answers.jsonl"), soft_wrap=True)  # fmt: skip
 
@@ -109,22 +119,13 @@ def read_examples(path: Path) -> list[Example]:
         except (ValueError, RecursionError) as error:
             raise PrefixAttnError(f"{path}, line {number}: expected a JSON object ({error})") from error
         fields: list[Any] = [content.get(field) for field in FIELDS] if isinstance(content, dict) else [None]
-        if not all(isinstance(field, str) and field for field in fields):
+        if not all(is_text(field) and field for field in fields):
             raise PrefixAttnError(f"{path}, line {number}: expected a JSON object with {', '.join(FIELDS)}, each a "
                                   f"string that is not empty, got {line.decode(errors='replace')[:80]}")  # fmt: skip
         examples.append(Example(*fields))
     if not examples:
         raise PrefixAttnError(f"{path}: expected at least one example, got none")
     return examples
-
-
-def save_bank(trained: Trained, bank: PrefixBank, folder: Path) -> None:
-    """Write a bank with the prefixes as they are best by now, in place of those of an earlier epoch."""
-    for name in trained.key_values:
-        if name in bank:
-            bank.remove(name)
-    trained.add_to(bank)
-    bank.save_pretrained(folder)
 
 
 def draw_losses(trained: Trained, folder: Path) -> None:

@@ -123,7 +123,7 @@ def test_portable_name() -> None:
 
 
 def test_files_differ_where_case_is_ignored() -> None:
-    files = file_names(["a", "A", "a~2", "b"])
+    files = file_names(["a", "A", "a~2", "b"], {})
     assert list(files) == ["a", "A", "a~2", "b"]
     assert len({file.casefold() for file in files.values()}) == 4
     assert files["a"] == "a.safetensors"
@@ -325,3 +325,20 @@ def test_saving_warns_of_nothing(bank: PrefixBank, tmp_path: Path) -> None:
         warnings.simplefilter("error")
         bank.save_pretrained(tmp_path)
         PrefixBank.from_pretrained(tmp_path, MODEL)
+
+
+def test_saving_into_a_bank_touches_no_other_task(tmp_path: Path) -> None:
+    model = tiny()
+    first, second = PrefixBank.for_model(model), PrefixBank.for_model(model)
+    first.add("a", random_kv(first.geometry, 3, seed=0))
+    first.add("b", random_kv(first.geometry, 4, seed=1))
+    first.save_into(tmp_path)
+    before = (tmp_path / "a.safetensors").read_bytes()
+    second.add("A", random_kv(first.geometry, 5, seed=2))
+    second.add("b", random_kv(first.geometry, 6, seed=3), source="again")
+    second.save_into(tmp_path)
+    assert (tmp_path / "a.safetensors").read_bytes() == before
+    bank = PrefixBank.from_pretrained(tmp_path, model)
+    assert {name: bank.prefix_len(name) for name in bank.names} == {"a": 3, "b": 6, "A": 5}
+    assert bank.source("b") == "again"
+    assert same_bits(bank.key_values("A"), second.key_values("A"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from prefix_attn.cli import train as command
+from prefix_attn.bank import PrefixBank
 from prefix_attn.cli.example import Example
 from prefix_attn.string_tasks.tasks import TASKS, draw_input, prompt_without_instruction
 from tests.cli.conftest import Folder, Run
@@ -76,13 +76,13 @@ def test_a_bank_gets_more_tasks_and_keeps_those_it_has(run: Run, example: Exampl
 def test_interrupted(run: Run, example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the first epoch left is there, and can be served."""
     data = write(tmp_path / "examples.jsonl", examples(20, "sort"))
-    save = command.save_bank
+    save = PrefixBank.save_into
 
     def save_then_stop(*arguments: Any) -> None:
         save(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "save_bank", save_then_stop)
+    monkeypatch.setattr(PrefixBank, "save_into", save_then_stop)
     result = run("train", "--model", example.model, "--data", data, "--bank", tmp_path / "bank", "--tokens", 8)
     assert result.exit_code == 130
     assert "holds the prefixes of the epochs that were finished" in result.stderr
@@ -114,3 +114,48 @@ def test_no_examples(run: Run, example: Example, tmp_path: Path) -> None:
     result = run("train", "--model", example.model, "--data", data, "--bank", tmp_path / "bank")
     assert result.exit_code == 2
     assert "expected at least one example" in result.stderr
+
+
+def test_files_of_others_are_safe(run: Run, example: Example, tmp_path: Path) -> None:
+    """A folder that is no bank, the file of examples itself, and tasks that are there in another dtype."""
+    other = tmp_path / "model"
+    other.mkdir()
+    (other / "sort.safetensors").write_text("weights")
+    data = write(tmp_path / "losses.jsonl", examples(8, "sort"))
+    common = ("train", "--model", example.model, "--data", data, *QUICK)
+    result = run(*common, "--bank", other)
+    assert result.exit_code == 2
+    assert "expected a bank (bank.json), or a new or empty folder" in result.stderr
+    assert (other / "sort.safetensors").read_text() == "weights"
+    adapter = f"up={example.folder / 'adapters' / 'upper'}"
+    assert run("bank", "add", other, adapter, "--model", example.model).exit_code == 2
+    (tmp_path / "bank").mkdir()
+    inside = write(tmp_path / "bank" / "losses.jsonl", examples(8, "sort"))
+    assert run("train", "--model", example.model, "--data", inside, "--bank", tmp_path / "bank").exit_code == 2
+    inside.unlink()
+    assert run("bank", "add", tmp_path / "bank", adapter, "--model", example.model).exit_code == 0
+    before = (tmp_path / "bank" / "up.safetensors").read_bytes()
+    result = run(*common, "--bank", tmp_path / "bank", "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "bank" / "up.safetensors").read_bytes() == before
+    assert run("bank", "check", tmp_path / "bank", "--model", example.model).exit_code == 0
+
+
+def test_what_cannot_be_trained_is_said_before_the_work(run: Run, example: Example, tmp_path: Path) -> None:
+    for changes, options, reason in (
+        ({"task": "a/b"}, (), "name"),
+        ({"prompt": "\ud800"}, (), "line 1: expected a JSON object"),
+        ({}, ("--rate", "0"), "rate: expected None or a positive finite number"),
+        ({}, ("--bank", "/proc"), "/proc: expected a bank"),
+    ):
+        data = write(tmp_path / "examples.jsonl", [examples(1, "sort")[0] | changes])
+        result = run("train", "--model", example.model, "--data", data, "--bank", tmp_path / "bank", *options)
+        assert result.exit_code == 2, result.exception
+        assert reason in result.stderr
+
+
+def test_names_are_no_formulas(run: Run, example: Example, tmp_path: Path) -> None:
+    data = write(tmp_path / "examples.jsonl", [x | {"task": "$^$"} for x in examples(8, "sort")])
+    result = run("train", "--model", example.model, "--data", data, "--bank", tmp_path / "bank", *QUICK)
+    assert result.exit_code == 0, result.exception
+    assert (tmp_path / "bank" / "losses.png").is_file()
