@@ -53,11 +53,9 @@ MIN_TILES = 2
 #: tiles at least, since short rows are split too.
 INVARIANT_CHUNKS, INVARIANT_TILES = 16, 8
 
-#: Programs a multiprocessor up to which a batch has few.
-FEW = 2
-
-#: What a merge costs, in the time of a tile.
-MERGE_TILES = 2.5
+#: Programs a multiprocessor up to which a batch has few. This, and what a merge costs in the time of a tile, are fitted
+#: to sweeps on an H200 (kernels/README.md).
+FEW, MERGE_TILES = 2, 2.5
 
 
 @runtime_jit
@@ -82,6 +80,9 @@ def decode_kernel(
 
     With SPLIT, the results go to partial and partial_lse (`prefix_attn.kernels.merge.Partials`), and merge_kernel
     finishes; out and lse are not used. Without, it is the other way round.
+
+    Strides are in units of ALIGN elements (`launch.stride_arguments`). A row in error (`load_row`) is ``broken``: it
+    has no keys, and becomes NaN. BIAS_OF_SLOTS: a relative bias counts from the end of the slots, not of the keys.
     """
     wait_for_previous(EARLY)
     if SPLIT:

@@ -1,9 +1,9 @@
 """Pieces shared by every kernel: the product, the online softmax in base 2, what a query sees, merge weights.
 
     x = scale * q @ k^T [+ bias]          s = log2(e) * x          [s = log2(e) * softcap * tanh(x / softcap)]
-    m' = max(m, max_j s_j)    l' = 2^(m - m') l + sum_j 2^(s_j - m')    acc' = 2^(m - m') acc + 2^(s - m') @ v
+    r' = max(r, max_j s_j)    l' = 2^(r - r') l + sum_j 2^(s_j - r')    acc' = 2^(r - r') acc + 2^(s - r') @ v
 
-A state (acc, row_sum = l, row_max = m) that has seen no key is (0, 0, -inf); it normalises to 0 with lse = -inf.
+A state (acc, row_sum = l, row_max = r) that has seen no key is (0, 0, -inf); it normalises to 0 with lse = -inf.
 Inside the kernels every log-sum-exp is in base 2; only what leaves the package is in nats.
 """
 

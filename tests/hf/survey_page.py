@@ -133,7 +133,8 @@ def _comparison(results: Sequence[Result], older: Sequence[Result]) -> str:
     causal, images = ([r for r in older if r.images == images] for images in (False, True))
     return (
         f"\nWith transformers {older[0].version}: of its {len(causal)} causal-LM types {_statuses(causal)};\nof its "
-        f"{len(images)} others {_statuses(images)}.\nClassed otherwise there: {', '.join(changed) or 'none'}.\n"
+        f"{len(images)} others {_statuses(images)}.\n"
+        f"Types of another class there than above: {', '.join(changed) or 'none'}.\n"
     )
 
 
