@@ -105,8 +105,7 @@ def train(
 ) -> Trained:
     """Train a prefix for every task of ``examples`` on one frozen model, by AdamW with a one-cycle rate.
 
-    A prefix starts as the model's own keys and values of the task's first training examples, which trains far better
-    than random numbers.
+    A prefix starts as the model's own keys and values of the task's first training examples.
 
     Args:
         model: a decoder-only transformers model, plain, patched or PEFT-wrapped; run without dropout, and not changed.
@@ -138,16 +137,10 @@ def train(
     start = dict(start or {})
     _check_numbers(tokens, epochs, batch_size, held_out, rate)
     _check_tasks(given, start)
-    rng, inner, limit = random.Random(seed), unwrap(model), Base.of(model).context_limit
-    embeddings = inner.get_input_embeddings()
-    end = _end_token(inner, tokenizer)
-    lengths = {task: key_values[0][0].shape[1] for task, key_values in start.items()}
-    rows = [
-        Row.of(i, example, tokenizer, end, None if limit is None else limit - lengths.get(example.task, tokens))
-        for i, example in enumerate(given)
-    ]
-    _check_vocabulary(rows, embeddings.weight.shape[0])
-    device = embeddings.weight.device
+    rng, inner = random.Random(seed), unwrap(model)
+    device = inner.get_input_embeddings().weight.device
+    lengths = {example.task: tokens for example in given} | {name: kv[0][0].shape[1] for name, kv in start.items()}
+    rows = _rows_of(given, inner, tokenizer, Base.of(model).context_limit, lengths)
     training, scored = _split(rows, held_out, rng)
     rate = (RATE if projection is None else PROJECTED_RATE) if rate is None else rate
     with torch.inference_mode(False), torch.enable_grad(), _frozen(inner), evaluating(inner):
@@ -218,13 +211,22 @@ def _check_tasks(examples: Sequence[Example], start: Mapping[str, Sequence[Layer
         raise IncompatiblePrefix(f"start: expected (k, v) for each layer, got none for {empty}")
 
 
-def _check_vocabulary(rows: Sequence[Row], size: int) -> None:
+def _rows_of(
+    examples: Sequence[Example], model: Any, tokenizer: Any, limit: int | None, lengths: Mapping[str, int]
+) -> list[Row]:
+    """Every example as tokens of the model, with room for a prefix of its task's length."""
+    size, end = model.get_input_embeddings().weight.shape[0], _end_token(model, tokenizer)
+    rows = [
+        Row.of(i, example, tokenizer, end, None if limit is None else limit - lengths[example.task])
+        for i, example in enumerate(examples)
+    ]
     for i, row in enumerate(rows):
         if not 0 <= int(row.ids.min()) <= int(row.ids.max()) < size:
             raise IncompatiblePrefix(
                 f"examples[{i}]: expected token ids below {size}, the model's vocabulary, got {int(row.ids.max())}; is "
                 "the tokenizer this model's?"
             )
+    return rows
 
 
 def _check_untouched(model: Any, prefixes: TrainablePrefixes) -> None:

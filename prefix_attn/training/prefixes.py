@@ -11,10 +11,10 @@ Source: prefix tuning and its reparameterisation, arXiv:2101.00190.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -76,7 +76,7 @@ class TrainablePrefixes(nn.Module):
             self.bank.add(name, key_values)
             if not self.bank.prefix_len(name):
                 raise IncompatiblePrefix(f"start[{name!r}]: expected a prefix of at least one token, got none to train")
-            rows = _rows(PrefixBank.key_values(self.bank, name))
+            rows = _rows(self.bank.stored_values(name))
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(crc32(f"{seed}/{name}".encode()))
                 task = _Direct(rows) if projection is None else _Projected(rows, projection)
@@ -171,7 +171,10 @@ class _LiveBank(PrefixBank):
     def key_values(self, name: str, part: str = DECODER) -> list[LayerKV]:
         return self.prefixes.key_values(name)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def stored_values(self, name: str) -> list[LayerKV]:
+        return super().key_values(name)
+
+    def _save(self, folder: Path, others: Mapping[str, str]) -> None:
         raise UnsupportedModel("bank: its prefixes are being trained; add their key_values to a bank, and save that")
 
 
@@ -193,10 +196,8 @@ class _Projected(nn.Module):
         super().__init__()
         tokens, width = start.shape
         self.register_buffer("start", start)
-        self.embedding = nn.Parameter(torch.randn(tokens, projection, device=start.device))
-        self.mlp = nn.Sequential(
-            nn.Linear(projection, projection), nn.Tanh(), nn.Linear(projection, width)
-        ).to(start.device)  # fmt: skip
+        self.embedding = nn.Parameter(torch.randn(tokens, projection))
+        self.mlp = nn.Sequential(nn.Linear(projection, projection), nn.Tanh(), nn.Linear(projection, width))
         for parameter in self.mlp[2].parameters():
             nn.init.zeros_(parameter)
 
