@@ -10,6 +10,7 @@ import torch
 
 import prefix_attn as pa
 from prefix_attn.backends import triton as backend
+from prefix_attn.training import TrainablePrefixes
 from tests.hf.conftest import TASKS, make_bank, padded_inputs
 from tests.hf.families import tiny_model
 
@@ -73,6 +74,24 @@ def test_a_mixed_batch_gives_each_row_what_it_gets_alone(model: Any) -> None:
         one = {name: x[row : row + 1] for name, x in inputs.items()}
         alone = model.generate(**one, **GREEDY, task_ids=[task])
         assert torch.equal(mixed[row, : alone.shape[1]], alone[0])
+
+
+def test_prefixes_learn_what_they_learn_on_the_cpu(family: str, kernel_calls: list[int]) -> None:
+    """There a mixed batch has PEFT's gradients."""
+    gradients = []
+    inputs = {name: x[:, :6] for name, x in padded_inputs(paddings=(0, 0, 0, 0)).items()}
+    for device in ("cpu", DEVICE):
+        model = tiny_model(family, **FAMILIES[family]).to(device)
+        bank = make_bank(model)
+        prefixes = TrainablePrefixes(model, {name: bank.key_values(name) for name in bank.names}, projection=None)
+        with prefixes.attached(model):
+            given = {name: x.to(device) for name, x in inputs.items()}
+            model(**given, task_ids=TASKS, use_cache=False).logits.square().mean().backward()
+        gradients.append([prefixes.parameters_of(name)[0].grad.cpu() for name in bank.names])
+    assert kernel_calls, "training did not use the kernels"
+    for ours, theirs in zip(*reversed(gradients), strict=True):
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=float(1e-3 * theirs.abs().max()))
 
 
 def test_static_cache(model: Any, kernel_calls: list[int]) -> None:
