@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prefix_attn as pa
 from prefix_attn.string_tasks.tasks import TASKS, Task, draw_input, held_out_inputs, prompt_without_instruction
 from prefix_attn.training import Example, train
-from prefix_attn.training.loop import PROJECTED_RATE, RATE, Row, row_losses
+from prefix_attn.training.loop import LEARNING_RATE, PROJECTED_LEARNING_RATE, Row, row_losses
 from prefix_attn.training.prefixes import PROJECTION
 
 from . import record
@@ -119,7 +119,7 @@ def theirs(base: Base, examples: list[Example], epochs: int, projection: bool) -
             # PEFT asks transformers for an attribute by its old name.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             model = get_peft_model(base.model(), config).eval()  # without dropout, of which the model has none
-        fit_alone(model, base, rows, epochs, PROJECTED_RATE if projection else RATE)
+        fit_alone(model, base, rows, epochs, PROJECTED_LEARNING_RATE if projection else LEARNING_RATE)
         total += time.perf_counter() - started
         accuracy[task.name] = base.accuracy(task, model.generate)
     return total, accuracy
@@ -150,10 +150,10 @@ def measure(device: torch.device, examples: int, epochs: int, environment: recor
     """Every way, one after the other."""
     base, data, rows = Base(device), lines(examples), []
     ways: dict[str, tuple[Callable[[], tuple[float, dict[str, float]]], float]] = {
-        "prefix_attn, MLP": (lambda: ours(base, data, epochs, PROJECTION), PROJECTED_RATE),
-        "prefix_attn, no MLP": (lambda: ours(base, data, epochs, None), RATE),
-        "PEFT, MLP": (lambda: theirs(base, data, epochs, True), PROJECTED_RATE),
-        "PEFT, no MLP": (lambda: theirs(base, data, epochs, False), RATE),
+        "prefix_attn, MLP": (lambda: ours(base, data, epochs, PROJECTION), PROJECTED_LEARNING_RATE),
+        "prefix_attn, no MLP": (lambda: ours(base, data, epochs, None), LEARNING_RATE),
+        "PEFT, MLP": (lambda: theirs(base, data, epochs, True), PROJECTED_LEARNING_RATE),
+        "PEFT, no MLP": (lambda: theirs(base, data, epochs, False), LEARNING_RATE),
     }
     for provider, (way, rate) in ways.items():
         seconds, accuracy = way()

@@ -43,7 +43,7 @@ class PrefixKV:
     starts: Tensor
     lens: Tensor
     max_len: int | None = None
-    _spans: tuple[tuple[int, int], list[tuple[int, int]]] | None = field(default=None, init=False, repr=False)
+    _spans: tuple[tuple[int, int], list[tuple[int, int]]] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         shape, tasks = self.k.shape, self.lens.shape
@@ -101,9 +101,8 @@ class PrefixKV:
     def __repr__(self) -> str:
         heads, tokens, dim = self.k.shape
         kind = str(self.k.dtype).removeprefix("torch.")
-        return (
-            f"PrefixKV({self.num_tasks} tasks in {tokens} tokens, {heads} kv heads of {dim}, {kind} on {self.k.device})"
-        )
+        held = f"{self.num_tasks} task ids, {tokens} tokens, {heads} kv heads of {dim}"
+        return f"PrefixKV({held}, {kind} on {self.k.device})"
 
     @property
     def kv_heads(self) -> int:

@@ -31,6 +31,9 @@ from prefix_attn.errors import IncompatiblePrefix, ShapeError, UnknownTask
 from prefix_attn.plan import BatchPlan
 from prefix_attn.types import PrefixKV, align
 
+#: The source of a prefix that `PrefixBank.add_text` made: prompts behind it do not open the sequence again.
+TEXT = "text"
+
 
 class _Task(NamedTuple):
     name: str
@@ -91,7 +94,7 @@ class PrefixBank:
                 keys (`geometry` tells). For an encoder-decoder model a dict of such lists, keyed "decoder",
                 "encoder" and "cross" (the decoder's attention to the encoder's output): m may differ between them, and
                 one that is left out gets no prefix. A list alone is the decoder's.
-            source: a word on where the values come from, kept in the file of the prefix.
+            source: a word on where the values come from, kept in the file of the prefix; not "text".
 
         Returns:
             The task's id.
@@ -102,6 +105,8 @@ class PrefixBank:
             ContextOverflow: the decoder's m leaves no position for a request.
             ShapeError: it does not fit what the bank reserved.
         """
+        if not isinstance(source, str) or not source.isprintable() or source == TEXT:
+            raise IncompatiblePrefix(f"source: expected printable text other than {TEXT!r}, got {source!r}")
         return self._insert(name, key_values, Provenance(source), "key_values")
 
     def load(self, name: str, path: str | os.PathLike[str], check_base: bool = True) -> int:
@@ -132,12 +137,12 @@ class PrefixBank:
             key_values, provenance = read_adapter(path, self._base)
         elif path.is_dir():
             raise IncompatiblePrefix(
-                f"path: expected a folder with {PEFT_CONFIG}, got {path.name!r} without one; "
+                f"path: expected a folder with {PEFT_CONFIG}, got {str(path)!r} without one; "
                 "open a saved bank with PrefixBank.from_pretrained"
             )
         else:
             key_values, provenance = files.read_prefix(path, self._base, check_base)
-        return self._insert(name, key_values, provenance, path.name)
+        return self._insert(name, key_values, provenance, str(path))
 
     def add_text(self, name: str, tokenizer: Any, text: str, model: Any, add_special_tokens: bool = True) -> int:
         """Add a task whose prefix is the model's own keys and values of a text at positions 0..m-1.
@@ -162,7 +167,7 @@ class PrefixBank:
         self._base.shard.check_whole("add_text")
         self.check_model(model)
         key_values = text_kv(tokenizer, text, model, self._base, add_special_tokens)
-        return self._insert(name, key_values, Provenance("text"), "text")
+        return self._insert(name, key_values, Provenance(TEXT), "text")
 
     def remove(self, name: str) -> None:
         """Remove a task: its id becomes an error for good, its space is free for others.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -54,22 +54,23 @@ class Answerer:
         settings.update(do_sample=False, num_beams=1, **dict.fromkeys((*NOT_GREEDY, *NOT_PLAIN)))
 
     def made_by(self, task: str | None) -> str:
-        """What tells whether an answer came from this model and this prefix: 12 digits of a digest of both."""
+        """What tells whether an answer came from this model in its dtype, and this prefix: 12 digits of a digest."""
         if task not in self._made_by:
-            digest = hashlib.sha256(repr(self.bank.base.fingerprint).encode())
+            digest = hashlib.sha256(f"{self.bank.base.fingerprint} {self.bank.dtype}".encode())
             for layers in [] if task is None else [self.bank.key_values(task, part) for part in self.bank.parts]:
                 tensors = {f"{name}.{i}": x for i, kv in enumerate(layers) for name, x in zip("kv", kv, strict=True)}
                 digest.update(checksum(tensors).encode())
             self._made_by[task] = digest.hexdigest()[:12]
         return self._made_by[task]
 
-    def check_made(self, earlier: Mapping[str | None, str]) -> None:
-        """Raise `PrefixAttnError` if answers of an earlier run came from another model or prefix; tasks are keys."""
-        for task, digest in earlier.items():
+    def check_made(self, earlier: Iterable[tuple[str | None, str]]) -> None:
+        """Raise `PrefixAttnError` if answers of an earlier run, (task, made_by), came from elsewhere."""
+        for task, digest in earlier:
             known = task is None or task in self.bank
             if known and digest != self.made_by(task):
                 whose = "rows without a task" if task is None else f"task {task!r}"
-                raise PrefixAttnError(f"--output: the existing file answers {whose} by another model or prefix; {ANEW}")
+                raise PrefixAttnError(f"--output: in the existing file {whose} was answered by another model, dtype or "
+                                      f"prefix; {ANEW}")  # fmt: skip
 
     def row(self, index: int, line: Line, new_tokens: int) -> Row:
         """Make a line ready to run.

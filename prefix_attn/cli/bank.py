@@ -67,7 +67,7 @@ def add(
 def add_text(
     folder: Folder,
     name: Annotated[str, typer.Argument(help="The task to add.")],
-    file: Annotated[typer.FileText, typer.Argument(metavar="FILE", help="The text, in UTF-8; - is stdin.")],
+    file: Annotated[typer.FileBinaryRead, typer.Argument(metavar="FILE", help="The text, in UTF-8; - is stdin.")],
     model: ModelOption,
 ) -> None:
     """Add a task whose prefix is a text, such as a system prompt; makes the bank if there is none.
@@ -82,7 +82,7 @@ def add_text(
     from prefix_attn.cli.models import load_bank, load_model, load_tokenizer, tasks_of
 
     try:
-        text = file.read()
+        text = file.read().removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except UnicodeDecodeError as error:
         raise typer.BadParameter(f"expected a text in UTF-8: {error}") from error
     existing = folder if tasks_of(folder) else None

@@ -51,7 +51,7 @@ def generate(
 
     Each answer has `line`, `task`, `prompt`, and either `text`, `new_tokens` (its end included) and `made_by` (a digest
     of model and prefix), or `error`, in the order of the input. Run an interrupted command again to continue it; with
-    another model or prefix it is refused. A bad line does not stop the others.
+    another model, dtype or prefix that is refused. A bad line does not stop the others.
 
         prefix-attn generate --model MODEL \\
             --adapter sum=adapters/sum --adapter cls=adapters/cls \\
@@ -73,6 +73,8 @@ def generate(
     tally = Tally(earlier=done.lines, answered=done.lines - done.failed, failed=done.failed)
     with output.open("ab") as file:  # before loading, so that an output that cannot be written is known at once
         answerer = load(model, adapters, bank, dtype, device, verify) if done.lines < len(lines) else None
+        if answerer is None and lines:
+            console.warn(f"{output} is complete, and was not compared with model and prefixes; --overwrite starts anew")
         if answerer is not None:
             answerer.check_made(done.made_by)
         if output.is_file():

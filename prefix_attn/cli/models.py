@@ -90,7 +90,7 @@ def tasks_of(folder: Path) -> set[str]:
     """
     if (folder / INDEX).is_file():
         return set(read_index(folder))
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(not file.name.startswith(".") for file in folder.iterdir()):
         raise PrefixAttnError(f"{folder}: expected a bank ({INDEX}), or a new or empty folder to make one in")
     return set()
 
@@ -110,7 +110,7 @@ class Header:
     Attributes:
         tokens: of the prefix in each part of the model ("decoder"; with an encoder also "encoder" and "cross").
         bytes: of its keys and values, as stored.
-        source: "tensors", "text" or "peft:<folder>".
+        source: as in `prefix_attn.bank.format.Provenance`.
         base: name of the model it was made for.
     """
 
@@ -131,7 +131,7 @@ class Header:
             tokens = {part: shape[1] for part, shape in first.items() if shape is not None}
             return cls(tokens, size, metadata["source"], metadata["base_model"])
         except (OSError, SafetensorError, LookupError, AttributeError) as error:
-            raise IncompatiblePrefix(f"{path.name}: expected a prefix file of this package, but its header cannot be "
+            raise IncompatiblePrefix(f"{path}: expected a prefix file of this package, but its header cannot be "
                                      f"read ({console.error_line(error)})") from error  # fmt: skip
 
 

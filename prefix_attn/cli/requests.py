@@ -7,8 +7,8 @@ that an output belongs to an input.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from prefix_attn.errors import PrefixAttnError
@@ -66,12 +66,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Done:
-    """What an earlier run left: complete lines, their bytes, how many of them are errors, and what made each task's."""
+    """What an earlier run left: complete lines, their bytes, how many are errors, and (task, made_by) of the others."""
 
     lines: int = 0
     size: int = 0
     failed: int = 0
-    made_by: Mapping[str | None, str] = field(default_factory=dict)
+    made_by: frozenset[tuple[str | None, str]] = frozenset()
 
 
 def read_lines(data: bytes) -> list[Line]:
@@ -129,7 +129,7 @@ def finished(existing: bytes, lines: Sequence[Line]) -> Done:
         PrefixAttnError: the output was not made from this input.
     """
     *written, torn = existing.split(b"\n")
-    failed, made_by = 0, dict[str | None, str]()
+    failed, made_by = 0, set[tuple[str | None, str]]()
     for index, line in enumerate(written):
         start = _start_of_output(lines, index)
         if not (line.startswith(start) and line.endswith(b"}")):
@@ -140,11 +140,11 @@ def finished(existing: bytes, lines: Sequence[Line]) -> Done:
         except ValueError as error:
             raise _foreign(index) from error
         if "made_by" in answer:
-            made_by.setdefault(answer["task"], answer["made_by"])
+            made_by.add((answer["task"], answer["made_by"]))
     start = _start_of_output(lines, len(written)) if torn else b""
     if not (torn.startswith(start) or start.startswith(torn)):
         raise _foreign(len(written))
-    return Done(len(written), len(existing) - len(torn), failed, made_by)
+    return Done(len(written), len(existing) - len(torn), failed, frozenset(made_by))
 
 
 def _start_of_output(lines: Sequence[Line], index: int) -> bytes:

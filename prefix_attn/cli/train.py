@@ -34,7 +34,7 @@ def train(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the examples.")] = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that run together, of all tasks.")] = 32,
     projection: Annotated[int, typer.Option(min=0, help="Hidden width of the MLP that makes a prefix; 0: none.")] = 128,
-    rate: Annotated[float | None, typer.Option(help="Highest learning rate; 1e-3, or 1e-2 without an MLP.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="1e-3 at most, or 1e-2 without an MLP.")] = None,
     held_out: Annotated[float, typer.Option(min=0, max=0.9, help="Share of the examples that choose the epoch.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Of the order of the examples, and of the MLPs.")] = 0,
     dtype: DtypeOption = Dtype.AUTO,
@@ -48,9 +48,9 @@ def train(
 
         {"task": "sum", "prompt": "Summarise: ...", "answer": "..."}
 
-    A prefix starts as the model's own keys and values of the task's first examples. Of each task some examples are held
-    out; the epoch with the lowest loss on them is kept. After each epoch the bank is written, so that Ctrl-C loses one
-    at most.
+    A prefix starts as the model's own keys and values of some of the task's examples. Of each task some are held out;
+    the epoch with the lowest loss on them is kept. After each epoch the bank is written, so that Ctrl-C loses one at
+    most.
 
         prefix-attn train --model MODEL --data examples.jsonl --bank prefixes
         prefix-attn generate --model MODEL --bank prefixes --input requests.jsonl --output answers.jsonl
@@ -61,8 +61,11 @@ def train(
     Exit code: 0, 2 if the command could not run, 130 if it was interrupted.
     """
     examples = read_examples(data)
+    from prefix_attn.bank import PrefixBank
     from prefix_attn.bank.names import check_name
     from prefix_attn.cli.models import load_bank, load_model, load_tokenizer, tasks_of
+    from prefix_attn.training import train as train_prefixes
+    from prefix_attn.training.loop import check_numbers
 
     for task in {example.task for example in examples}:
         check_name(task)
@@ -72,13 +75,12 @@ def train(
         raise PrefixAttnError(f"{bank}: has {', '.join(taken)} already; give --overwrite, or another --bank")
     if data.resolve() == (bank / LOSSES).resolve():
         raise typer.BadParameter(f"--data is the file that the losses are written to; copy it out of {bank}")
+    check_numbers(tokens, epochs, batch_size, held_out, learning_rate)
     tokenizer, loaded = load_tokenizer(model), load_model(model, dtype, device)
     stored = load_bank(loaded, [], bank if known else None)
     bank.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=bank):  # a folder that cannot be written to is known before the work
         pass
-    from prefix_attn.bank import PrefixBank
-    from prefix_attn.training import train as train_prefixes
 
     def save(trained: Trained) -> None:
         trained_bank = PrefixBank(stored.base)
@@ -89,7 +91,7 @@ def train(
     try:
         trained = train_prefixes(
             loaded, tokenizer, examples, tokens=tokens, projection=projection or None, epochs=epochs,
-            batch_size=batch_size, rate=rate, held_out=held_out, seed=seed, after_epoch=save,
+            batch_size=batch_size, learning_rate=learning_rate, held_out=held_out, seed=seed, after_epoch=save,
         )  # fmt: skip
     except KeyboardInterrupt:
         console.warn(f"interrupted: {bank} holds the prefixes of the epochs that were finished, if any")
@@ -145,7 +147,7 @@ def table(trained: Trained, examples: list[Example]) -> Table:
     for heading in ("examples", "at the start", "at best", "epoch"):
         shown.add_column(heading, justify="right")
     for task, epoch in trained.best.items():
-        losses = [trained.of(task, e).held_out for e in (0, epoch)]
+        losses = [trained.loss(task, e).held_out for e in (0, epoch)]
         cells = ["" if loss is None else f"{loss:.3f}" for loss in losses]
         shown.add_row(Text(task), f"{counts[task]:,}", *cells, str(epoch))
     return shown

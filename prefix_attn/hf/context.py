@@ -47,7 +47,8 @@ def check_fits(bank: PrefixBank, task_ids: Tensor, inputs: Tensor, mask: Any, ne
     for row, (task, tokens) in enumerate(zip(task_ids.tolist(), lengths, strict=True)):
         m = bank.lengths[task] if task >= 0 else 0
         if m and m + tokens + new - 1 > limit:
-            raise overflow(row, m, tokens + new - 1, limit)
+            shorten = "shorten the prompt (or let generate's truncation=True drop its oldest tokens)"
+            raise overflow(row, m, tokens + new - 1, limit, shorten)
 
 
 def warn_of_padding(bank: PrefixBank, task_ids: Tensor, inputs: Tensor, mask: Any, new: int) -> None:
@@ -58,7 +59,7 @@ def warn_of_padding(bank: PrefixBank, task_ids: Tensor, inputs: Tensor, mask: An
     window, last = bank.sliding_window, inputs.shape[1] + new - 2  # the slot of the last query
     if window is None or not _is_padding_mask(mask) or max(bank.lengths, default=0) + last < window.tokens:
         return  # known without reading the device
-    for row, (task, padding) in enumerate(zip(task_ids.tolist(), mask.argmax(dim=1).tolist(), strict=True)):
+    for row, (task, padding) in enumerate(zip(task_ids.tolist(), mask.long().argmax(dim=1).tolist(), strict=True)):
         if task >= 0 and padding and bank.lengths[task] and bank.lengths[task] + last >= window.tokens:
             warnings.warn(
                 f"row {row}: its {padding} tokens of padding count in sliding windows of {window.tokens} tokens, so "
@@ -75,16 +76,21 @@ def warn_of_second_opening(bank: PrefixBank, task_ids: Tensor, inputs: Tensor, m
 
     Args: those of `check_fits`; bos: the model's token, None where it has none.
     """
-    texts = {int(bank.task_ids([name])): name for name in bank.names if bank.source(name) == "text"}
-    if not texts or not isinstance(bos, int) or inputs.is_floating_point() or inputs.ndim != 2:
+    if not isinstance(bos, int) or inputs.ndim != 2 or inputs.is_floating_point() or not inputs.shape[1]:
+        return
+    if not any(bank.source(name) == "text" for name in bank.names):
         return  # known without reading the device
-    first = mask.argmax(dim=1) if _is_padding_mask(mask) else torch.zeros_like(task_ids, dtype=torch.int64)
-    opened = inputs.gather(1, first.to(inputs.device)[:, None])[:, 0] == bos
+    ids = zip(bank.task_ids(bank.names).tolist(), bank.names, strict=True)
+    texts = {task: name for task, name in ids if bank.source(name) == "text"}
+    first = torch.zeros_like(inputs[:, 0], dtype=torch.int64)
+    if _is_padding_mask(mask) and mask.shape == inputs.shape:
+        first = mask.to(inputs.device).long().argmax(dim=1)
+    opened = inputs.gather(1, first[:, None])[:, 0] == bos
     for row, (task, twice) in enumerate(zip(task_ids.tolist(), opened.tolist(), strict=True)):
         if twice and task in texts:
             warnings.warn(
-                f"row {row}: its prompt begins with the BOS token, behind the text of {texts[task]!r}, which opens the "
-                "sequence itself; tokenise prompts of such tasks with add_special_tokens=False",
+                f"row {row}: its prompt begins with the BOS token, behind the text of {texts[task]!r}; tokenise the "
+                "prompts of such tasks with add_special_tokens=False",
                 RepeatedBOS,
                 stacklevel=4,
             )

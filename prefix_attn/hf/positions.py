@@ -106,12 +106,11 @@ def _check_context(bank: PrefixBank, positions: Tensor, m: Tensor, past: Any, q_
             raise overflow(row, int(m[row]), position + 1 - int(m[row]), limit)
 
 
-def overflow(row: int, m: int, tokens: int, limit: int) -> ContextOverflow:
+def overflow(row: int, m: int, tokens: int, limit: int, shorten: str = "shorten the prompt") -> ContextOverflow:
     """The error for a row that needs more positions than there are."""
     return ContextOverflow(
         f"row {row}: a prefix of {m} tokens and {tokens} of its own need {m + tokens} positions, but the model has "
-        f"{limit}; shorten the prompt (generate(truncation=True) drops its oldest tokens), lower max_new_tokens, or "
-        "use a shorter prefix"
+        f"{limit}; {shorten}, lower max_new_tokens, or use a shorter prefix"
     )
 
 

@@ -25,12 +25,12 @@ from prefix_attn.bank import Base, PrefixBank
 from prefix_attn.bank.forward import cached_kv, evaluating, unwrap
 from prefix_attn.bank.geometry import LayerKV
 from prefix_attn.bank.names import check_name
-from prefix_attn.errors import ContextOverflow, IncompatiblePrefix, PrefixAttnError, UnknownTask
+from prefix_attn.errors import ContextOverflow, IncompatiblePrefix, PrefixAttnError, ShapeError, UnknownTask
 from prefix_attn.hf.patching import bank_of
 from prefix_attn.training.prefixes import PROJECTION, TrainablePrefixes
 
 #: Learning rates of an MLP that makes keys and values, and of these themselves.
-PROJECTED_RATE, RATE = 1e-3, 1e-2
+PROJECTED_LEARNING_RATE, LEARNING_RATE = 1e-3, 1e-2
 
 LARGEST_NORM = 1.0  # of a task's gradient
 NOT_SCORED = -100  # PyTorch's label of what is no answer
@@ -77,8 +77,8 @@ class Trained:
         for name, key_values in self.key_values.items():
             bank.add(name, key_values, source="trained")
 
-    def of(self, task: str, epoch: int) -> Loss:
-        """A task's loss after an epoch."""
+    def loss(self, task: str, epoch: int) -> Loss:
+        """A task's after an epoch."""
         found = [loss for loss in self.losses if (loss.task, loss.epoch) == (task, epoch)]
         if not found:
             raise UnknownTask(
@@ -96,16 +96,16 @@ def train(
     projection: int | None = PROJECTION,
     epochs: int = 10,
     batch_size: int = 32,
-    rate: float | None = None,
+    learning_rate: float | None = None,
     held_out: float = 0.1,
     seed: int = 0,
     start: Mapping[str, Sequence[LayerKV]] | None = None,
     progress: bool = True,
     after_epoch: Callable[[Trained], None] | None = None,
 ) -> Trained:
-    """Train a prefix for every task of ``examples`` on one frozen model, by AdamW with a one-cycle rate.
+    """Train a prefix for every task of ``examples`` on one frozen model, by AdamW with a one-cycle learning rate.
 
-    A prefix starts as the model's own keys and values of the task's first training examples.
+    A prefix starts as the model's own keys and values of some of the task's training examples.
 
     Args:
         model: a decoder-only transformers model, plain, patched or PEFT-wrapped; run without dropout, and not changed.
@@ -116,7 +116,8 @@ def train(
             more epochs.
         epochs: passes over the examples.
         batch_size: rows, of all tasks together.
-        rate: the highest learning rate; by default `PROJECTED_RATE`, without a projection `RATE`.
+        learning_rate: the highest of the cycle; by default `PROJECTED_LEARNING_RATE`, without a projection
+            `LEARNING_RATE`.
         held_out: share of each task's examples that choose the best epoch, and train nothing.
         seed: of the order of examples, and of the MLPs.
         start: other starts, by task, as in `TrainablePrefixes` and of any length: a prefix to be trained further, say.
@@ -127,41 +128,43 @@ def train(
         Key values for a bank: ``train(...).add_to(bank)``.
 
     Raises:
-        UnsupportedModel, IncompatiblePrefix: as in `TrainablePrefixes`; or an argument is out of range, an example is
-            none, or its tokens are not the model's.
+        UnsupportedModel, IncompatiblePrefix: as in `TrainablePrefixes`; or an example is none, or its tokens are not
+            the model's.
+        ShapeError: a number is out of range.
         UnknownTask: a start of a task without examples.
         ContextOverflow: an example and its prefix are longer than the model's context.
         PrefixAttnError: a loss is no finite number.
     """
     given = [_example(i, example) for i, example in enumerate(examples)]
     start = dict(start or {})
-    _check_numbers(tokens, epochs, batch_size, held_out, rate)
+    check_numbers(tokens, epochs, batch_size, held_out, learning_rate)
     _check_tasks(given, start)
     rng, inner = random.Random(seed), unwrap(model)
     device = inner.get_input_embeddings().weight.device
     lengths = {example.task: tokens for example in given} | {name: kv[0][0].shape[1] for name, kv in start.items()}
     rows = _rows_of(given, inner, tokenizer, Base.of(model).context_limit, lengths)
     training, scored = _split(rows, held_out, rng)
-    rate = (RATE if projection is None else PROJECTED_RATE) if rate is None else rate
+    if learning_rate is None:
+        learning_rate = LEARNING_RATE if projection is None else PROJECTED_LEARNING_RATE
     with torch.inference_mode(False), torch.enable_grad(), _frozen(inner), evaluating(inner):
         for task, of_task in _by_task(training).items():
             if task not in start:
                 start[task] = _text_start(model, of_task, tokens)
         prefixes = TrainablePrefixes(model, start, projection, seed)
-        optimizer = torch.optim.AdamW(prefixes.parameters(), lr=rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(prefixes.parameters(), lr=learning_rate, weight_decay=0.0)
         steps = epochs * -(-len(training) // batch_size)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=max(steps, 2))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=max(steps, 2))
         result = Trained()
         bar = tqdm(total=steps, desc="training", unit="batch", mininterval=0.5, disable=not progress)
         with prefixes.attached(model), bar:
-            _note(result, 0, prefixes, {}, _evaluate(inner, scored, batch_size, device, rate))
+            _note(result, 0, prefixes, {}, _evaluate(inner, scored, batch_size, device))
             for epoch in range(1, epochs + 1):
                 rng.shuffle(training)
                 sums = _Means()
                 for batch in _batches(training, batch_size):
                     of_tasks = _losses(inner, batch, device)
                     total = torch.stack(list(of_tasks.values())).sum()
-                    _check_finite(total.item(), f"the loss in epoch {epoch}", rate)
+                    _check_finite(total.item(), f"the loss in epoch {epoch}")
                     optimizer.zero_grad()
                     torch.autograd.backward(total)
                     _keep_apart(prefixes, of_tasks)
@@ -170,7 +173,7 @@ def train(
                     sums.add(batch, of_tasks)
                     bar.update()
                     bar.set_postfix(epoch=epoch, loss=f"{total.item() / len(of_tasks):.3f}", refresh=False)
-                _note(result, epoch, prefixes, sums.means(), _evaluate(inner, scored, batch_size, device, rate))
+                _note(result, epoch, prefixes, sums.means(), _evaluate(inner, scored, batch_size, device))
                 if after_epoch is not None:
                     after_epoch(result)
                     _check_untouched(inner, prefixes)
@@ -188,15 +191,15 @@ def _example(index: int, given: Example | Mapping[str, str]) -> Example:
     return Example(**values)
 
 
-def _check_numbers(tokens: int, epochs: int, batch_size: int, held_out: float, rate: float | None) -> None:
-    if min(tokens, epochs, batch_size) < 1:
-        raise IncompatiblePrefix(
-            f"tokens, epochs, batch_size: expected at least 1 each, got {tokens}, {epochs}, {batch_size}"
-        )
+def check_numbers(tokens: int, epochs: int, batch_size: int, held_out: float, learning_rate: float | None) -> None:
+    """Raise `ShapeError` for arguments of `train` that are out of range."""
+    for name, count in (("tokens", tokens), ("epochs", epochs), ("batch_size", batch_size)):
+        if not isinstance(count, int) or count < 1:
+            raise ShapeError(f"{name}: expected an integer of at least 1, got {count!r}")
     if not 0 <= held_out < 1:
-        raise IncompatiblePrefix(f"held_out: expected a share from 0 to below 1, got {held_out}")
-    if rate is not None and not 0 < rate < math.inf:
-        raise IncompatiblePrefix(f"rate: expected None or a positive finite number, got {rate}")
+        raise ShapeError(f"held_out: expected a share from 0 to below 1, got {held_out}")
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise ShapeError(f"learning_rate: expected None or a positive finite number, got {learning_rate}")
 
 
 def _check_tasks(examples: Sequence[Example], start: Mapping[str, Sequence[LayerKV]]) -> None:
@@ -237,9 +240,9 @@ def _check_untouched(model: Any, prefixes: TrainablePrefixes) -> None:
         )
 
 
-def _check_finite(loss: float, what: str, rate: float) -> None:
+def _check_finite(loss: float, what: str) -> None:
     if not math.isfinite(loss):
-        raise PrefixAttnError(f"{what} is {loss}; lower the rate ({rate:g}), or load the model in a wider dtype")
+        raise PrefixAttnError(f"{what} is {loss}; lower the learning rate, or load the model in a wider dtype")
 
 
 def _end_token(model: Any, tokenizer: Any) -> int | None:
@@ -302,7 +305,7 @@ def _split(rows: Sequence[Row], held_out: float, rng: random.Random) -> tuple[li
 
 
 def _text_start(model: Any, rows: Sequence[Row], tokens: int) -> list[LayerKV]:
-    """The model's keys and values of the first examples, so many tokens of them; too few repeat."""
+    """The model's keys and values of the first of (shuffled) rows, so many tokens of them; too few repeat."""
     text = torch.cat([row.ids for row in rows[:tokens]])
     return cached_kv(unwrap(model), text.repeat(-(-tokens // len(text)))[None, :tokens])
 
@@ -335,14 +338,14 @@ def _losses(model: Any, rows: Sequence[Row], device: torch.device) -> dict[str, 
 
 
 @torch.no_grad()
-def _evaluate(model: Any, rows: Sequence[Row], batch_size: int, device: torch.device, rate: float) -> dict[str, float]:
+def _evaluate(model: Any, rows: Sequence[Row], batch_size: int, device: torch.device) -> dict[str, float]:
     """Loss of every task that has held-out rows."""
     sums = _Means()
     for batch in _batches(rows, batch_size):
         sums.add(batch, _losses(model, batch, device))
     means = sums.means()
     for task, loss in means.items():
-        _check_finite(loss, f"the held-out loss of task {task!r}", rate)
+        _check_finite(loss, f"the held-out loss of task {task!r}")
     return means
 
 
@@ -382,7 +385,7 @@ def _note(
     for name in prefixes.names:
         loss = held_out.get(name)
         result.losses.append(Loss(epoch, name, training.get(name), loss))
-        best = result.of(name, result.best[name]).held_out if name in result.best else None
+        best = result.loss(name, result.best[name]).held_out if name in result.best else None
         if loss is None or best is None or loss < best:
             result.best[name], result.key_values[name] = epoch, prefixes.key_values(name)
 

@@ -26,8 +26,9 @@ from prefix_attn.bank import Base, PrefixBank
 from prefix_attn.bank.forward import unwrap
 from prefix_attn.bank.geometry import DECODER, LayerKV
 from prefix_attn.bank.plans import Plans
-from prefix_attn.errors import IncompatiblePrefix, UnsupportedModel
+from prefix_attn.errors import IncompatiblePrefix, ShapeError, UnsupportedModel
 from prefix_attn.hf import patch, unpatch
+from prefix_attn.hf.adapters import is_attached
 from prefix_attn.hf.patching import bank_of, layers_read_the_bank
 from prefix_attn.hf.sources import widened
 from prefix_attn.types import PrefixKV, align
@@ -50,6 +51,7 @@ class TrainablePrefixes(nn.Module):
     Raises:
         IncompatiblePrefix: there is no task, or a start does not fit the model.
         UnsupportedModel: a model with an encoder, or one of which this process holds a part.
+        ShapeError: a projection without width.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class TrainablePrefixes(nn.Module):
         self.bank.prefixes = self
         self.names = list(start)
         if projection is not None and projection < 1:
-            raise IncompatiblePrefix(f"projection: expected None or a width of at least 1, got {projection}")
+            raise ShapeError(f"projection: expected None or a width of at least 1, got {projection}")
         self._geometry = base.geometry
         self.tasks = nn.ModuleList()
         for name, key_values in start.items():
@@ -105,6 +107,7 @@ class TrainablePrefixes(nn.Module):
         """
         inner = unwrap(model)
         before = bank_of(inner)
+        patched = model if model is inner or is_attached(model) else inner  # a PEFT wrapper, or what is in it
         patch(model, self.bank)
         try:
             if not layers_read_the_bank(inner):
@@ -117,7 +120,7 @@ class TrainablePrefixes(nn.Module):
             self.bank.live = None
             unpatch(model)
             if before is not None:
-                patch(model, before)
+                patch(patched, before)
 
     def forward(self) -> list[PrefixKV]:
         """The prefixes of all tasks, for every layer; in full precision whatever autocast says, and with gradients."""

@@ -89,7 +89,7 @@ def test_a_damaged_bank_is_refused(bank: Path, run: Run, content: bytes | None) 
         (bank / "up.safetensors").write_bytes(content)
     result = run("bank", "list", bank)
     assert result.exit_code == 2
-    assert result.stderr.startswith("error: up.safetensors: expected a prefix file of this package")
+    assert result.stderr.startswith(f"error: {bank / 'up.safetensors'}: expected a prefix file of this package")
 
 
 def test_a_text_becomes_a_task(bank: Path, run: Run, example: Example, folder: Folder, tmp_path: Path) -> None:

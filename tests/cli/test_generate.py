@@ -156,7 +156,7 @@ def test_an_output_of_another_prefix_or_model_is_refused_and_kept(
     ours, folder.adapters = folder.adapters, [f"--adapter=upper={example.folder / 'adapters' / 'rot13'}"]
     result = folder.generate()
     assert result.exit_code == 2
-    assert "the existing file answers task 'upper' by another model or prefix" in result.stderr
+    assert "in the existing file task 'upper' was answered by another model, dtype or prefix" in result.stderr
     folder.adapters, base = ours, folder.model
     model, tokenizer = (kind.from_pretrained(base) for kind in (AutoModelForCausalLM, AutoTokenizer))
     model.model.embed_tokens.weight.data += 0.1
@@ -165,7 +165,7 @@ def test_an_output_of_another_prefix_or_model_is_refused_and_kept(
         x.save_pretrained(folder.model)
     result = folder.generate()
     assert result.exit_code == 2
-    assert "by another model or prefix" in result.stderr
+    assert "by another model, dtype or prefix" in result.stderr
     assert folder.output.read_bytes() == begun
     folder.model = base
     assert folder.generate().exit_code == 0

@@ -143,15 +143,16 @@ def test_files_of_others_are_safe(run: Run, example: Example, tmp_path: Path) ->
 
 def test_what_cannot_be_trained_is_said_before_the_work(run: Run, example: Example, tmp_path: Path) -> None:
     for changes, options, reason in (
-        ({"task": "a/b"}, (), "name"),
+        ({"task": "a/b"}, (), "error: name: "),
         ({"prompt": "\ud800"}, (), "line 1: expected a JSON object"),
-        ({}, ("--rate", "0"), "rate: expected None or a positive finite number"),
+        ({}, ("--learning-rate", "0"), "learning_rate: expected None or a positive finite number"),
         ({}, ("--bank", "/proc"), "/proc: expected a bank"),
     ):
         data = write(tmp_path / "examples.jsonl", [examples(1, "sort")[0] | changes])
         result = run("train", "--model", example.model, "--data", data, "--bank", tmp_path / "bank", *options)
         assert result.exit_code == 2, result.exception
         assert reason in result.stderr
+        assert not (tmp_path / "bank").exists()
 
 
 def test_names_are_no_formulas(run: Run, example: Example, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
@@ -93,3 +94,32 @@ def test_a_text_as_prefix_opens_the_sequence_once(example: Example) -> None:
     with pytest.warns(pa.RepeatedBOS, match="row 1: its prompt begins with the BOS token, behind the text of 'told'"):
         model.generate(**inputs, task_ids=["upper", "told"], **OPTIONS)
     model.generate(**inputs, task_ids=["upper", None], **OPTIONS)
+    inputs["attention_mask"] = inputs["attention_mask"].bool()
+    with pytest.warns(pa.RepeatedBOS, match="row 1"):
+        model.generate(**inputs, task_ids=["upper", "told"], **OPTIONS)
+
+
+def test_a_conversation_behind_a_text_goes_on_with_its_new_tokens_alone(example: Example) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(EXAMPLE / "model"), example.tokenizer
+    bank = pa.PrefixBank.for_model(model)
+    bank.add_text("told", tokenizer, "sort|", model)
+    pa.patch(model, bank)
+    asked = {"return_tensors": "pt", "return_token_type_ids": False, "padding": True, "add_special_tokens": False}
+    inputs = tokenizer(["hello", "hi"], **asked)
+    cache = model(**inputs, task_ids=["told", "told"], use_cache=True).past_key_values
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+    more = tokenizer([">", ">"], **asked)["input_ids"]
+    tokens = model.generate(
+        input_ids=torch.cat([inputs["input_ids"], more], dim=1), attention_mask=mask, past_key_values=cache,
+        task_ids=["told", "told"], **OPTIONS,
+    )  # fmt: skip
+    said = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    assert [text.partition(">")[2] for text in said] == ["ehllo", "hi"]
+    cache = model(**inputs, task_ids=["told", "told"], use_cache=True).past_key_values
+    tokens = model.generate(
+        input_ids=more, attention_mask=mask, past_key_values=cache, task_ids=["told", "told"], **OPTIONS
+    )
+    assert [text.partition(">")[2] for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)] == [
+        "ehllo",
+        "hi",
+    ]
