@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prefix_attn as pa
 from prefix_attn.string_tasks.tasks import TASKS, Task, draw_input, held_out_inputs, prompt_without_instruction
 from prefix_attn.training import Example, train
-from prefix_attn.training.loop import LEARNING_RATE, PROJECTED_LEARNING_RATE, Row, row_losses
+from prefix_attn.training.examples import Row
+from prefix_attn.training.loop import LEARNING_RATE, PROJECTED_LEARNING_RATE, row_losses
 from prefix_attn.training.prefixes import PROJECTION
 
 from . import record

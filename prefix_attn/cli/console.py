@@ -10,6 +10,9 @@ from rich.text import Text
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
+#: The exit code of a command that Ctrl-C ended, as shells have it.
+INTERRUPTED = 130
+
 
 def say(label: str, style: str, message: str) -> None:
     """One line on stderr, ``label: message``, however long the message and whatever brackets it holds."""

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 #: Lines are sorted within this many batches: enough to make even batches, little to repeat after an interruption.
 WINDOW = 16
-INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
 
 
 def generate(
@@ -153,7 +152,7 @@ class Job:
         except KeyboardInterrupt:
             console.warn(f"interrupted: {self.writer.next} of {total} lines are written; run the same command again to "
                          "continue")  # fmt: skip
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(console.INTERRUPTED) from None
 
     def _answer(self, window: range) -> Iterator[int]:
         """Write the outputs of a range of lines; gives how many more are done, again and again."""

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 LOSSES, FIGURE = "losses.jsonl", "losses.png"
 FIELDS = ("task", "prompt", "answer")
-INTERRUPTED = 130  # what a shell says of a command that Ctrl-C ended
 
 
 def train(
@@ -62,13 +61,12 @@ def train(
     """
     examples = read_examples(data)
     from prefix_attn.bank import PrefixBank
-    from prefix_attn.bank.names import check_name
     from prefix_attn.cli.models import load_bank, load_model, load_tokenizer, tasks_of
     from prefix_attn.training import train as train_prefixes
+    from prefix_attn.training.examples import checked_examples
     from prefix_attn.training.loop import check_numbers
 
-    for task in {example.task for example in examples}:
-        check_name(task)
+    checked_examples(examples)
     known = tasks_of(bank)
     taken = sorted(known & {example.task for example in examples})
     if taken and not overwrite:
@@ -95,7 +93,7 @@ def train(
         )  # fmt: skip
     except KeyboardInterrupt:
         console.warn(f"interrupted: {bank} holds the prefixes of the epochs that were finished, if any")
-        raise typer.Exit(INTERRUPTED) from None
+        raise typer.Exit(console.INTERRUPTED) from None
     draw_losses(trained, bank)
     console.out.print(table(trained, examples))
     there = len(tasks_of(bank))
@@ -146,8 +144,8 @@ def table(trained: Trained, examples: list[Example]) -> Table:
     shown = Table("task", title="Loss on held-out examples, nats a token", title_justify="left")
     for heading in ("examples", "at the start", "at best", "epoch"):
         shown.add_column(heading, justify="right")
-    for task, epoch in trained.best.items():
-        losses = [trained.loss(task, e).held_out for e in (0, epoch)]
-        cells = ["" if loss is None else f"{loss:.3f}" for loss in losses]
-        shown.add_row(Text(task), f"{counts[task]:,}", *cells, str(epoch))
+    starts = {loss.task: loss for loss in trained.losses if loss.epoch == 0}
+    for task, best in trained.best.items():
+        cells = ["" if x.held_out is None else f"{x.held_out:.3f}" for x in (starts[task], best)]
+        shown.add_row(Text(task), f"{counts[task]:,}", *cells, str(best.epoch))
     return shown

@@ -134,13 +134,13 @@ def bank_of(model: Any) -> PrefixBank | None:
 
 
 def layers_read_the_bank(model: Any) -> bool:
-    """Whether every attention layer of a patched model reads the bank's own tensors, so that gradients reach them.
+    """Whether every attention layer of a patched decoder-only model reads the bank's own tensors, as gradients must.
 
     Not so where a prefix is copied into a cache, or where layers make their keys of what the bank holds.
     """
     state: _State = model.__dict__[_ATTRIBUTE]
     if not isinstance(state, DecoderPatch):
-        return isinstance(state, Seq2SeqPatch)
+        return False
     assert state.hook.sources is not None, "the patch has been checked"
     return not any(source.made for found in state.hook.sources.sources.values() for source in found)
 

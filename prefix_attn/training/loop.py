@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,25 +23,16 @@ from tqdm.auto import tqdm
 from prefix_attn.bank import Base, PrefixBank
 from prefix_attn.bank.forward import cached_kv, evaluating, unwrap
 from prefix_attn.bank.geometry import LayerKV
-from prefix_attn.bank.names import check_name
-from prefix_attn.errors import ContextOverflow, IncompatiblePrefix, PrefixAttnError, ShapeError, UnknownTask
+from prefix_attn.errors import IncompatiblePrefix, PrefixAttnError, ShapeError, UnknownTask
 from prefix_attn.hf.patching import bank_of
+from prefix_attn.training.examples import NOT_SCORED, Example, Row, by_task, checked_examples, rows_of, split
 from prefix_attn.training.prefixes import PROJECTION, TrainablePrefixes
 
 #: Learning rates of an MLP that makes keys and values, and of these themselves.
 PROJECTED_LEARNING_RATE, LEARNING_RATE = 1e-3, 1e-2
 
-LARGEST_NORM = 1.0  # of a task's gradient
-NOT_SCORED = -100  # PyTorch's label of what is no answer
-
-
-@dataclass(frozen=True)
-class Example:
-    """What a task's prefix shall make of a prompt."""
-
-    task: str
-    prompt: str
-    answer: str
+#: Of a task's gradient.
+LARGEST_NORM = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,12 +52,12 @@ class Trained:
     Attributes:
         key_values: by task, for `PrefixBank.add`: as after the epoch with the lowest loss on held-out examples; of a
             task without such, as after the last one.
-        best: by task, that epoch.
-        losses: one for each task and epoch.
+        best: by task, the losses after that epoch.
+        losses: those of every task and epoch.
     """
 
     key_values: dict[str, list[LayerKV]] = field(default_factory=dict)
-    best: dict[str, int] = field(default_factory=dict)
+    best: dict[str, Loss] = field(default_factory=dict)
     losses: list[Loss] = field(default_factory=list)
 
     def add_to(self, bank: PrefixBank) -> None:
@@ -77,14 +67,15 @@ class Trained:
         for name, key_values in self.key_values.items():
             bank.add(name, key_values, source="trained")
 
-    def loss(self, task: str, epoch: int) -> Loss:
-        """A task's after an epoch."""
-        found = [loss for loss in self.losses if (loss.task, loss.epoch) == (task, epoch)]
-        if not found:
-            raise UnknownTask(
-                f"expected one of {list(self.best)} and an epoch it was trained for, got {task!r}, {epoch}"
-            )
-        return found[0]
+    def note(
+        self, epoch: int, prefixes: TrainablePrefixes, training: Mapping[str, float], held_out: Mapping[str, float]
+    ) -> None:
+        """Write down the losses after an epoch, and keep the prefixes that are the best so far."""
+        for name in prefixes.names:
+            loss, best = Loss(epoch, name, training.get(name), held_out.get(name)), self.best.get(name)
+            self.losses.append(loss)
+            if loss.held_out is None or best is None or best.held_out is None or loss.held_out < best.held_out:
+                self.best[name], self.key_values[name] = loss, prefixes.key_values(name)
 
 
 def train(
@@ -135,19 +126,18 @@ def train(
         ContextOverflow: an example and its prefix are longer than the model's context.
         PrefixAttnError: a loss is no finite number.
     """
-    given = [_example(i, example) for i, example in enumerate(examples)]
-    start = dict(start or {})
     check_numbers(tokens, epochs, batch_size, held_out, learning_rate)
-    _check_tasks(given, start)
+    given, start = checked_examples(examples), dict(start or {})
+    _check_start(start, {example.task for example in given})
     rng, inner = random.Random(seed), unwrap(model)
     device = inner.get_input_embeddings().weight.device
     lengths = {example.task: tokens for example in given} | {name: kv[0][0].shape[1] for name, kv in start.items()}
-    rows = _rows_of(given, inner, tokenizer, Base.of(model).context_limit, lengths)
-    training, scored = _split(rows, held_out, rng)
+    rows = rows_of(given, inner, tokenizer, Base.of(model).context_limit, lengths)
+    training, scored = split(rows, held_out, rng)
     if learning_rate is None:
         learning_rate = LEARNING_RATE if projection is None else PROJECTED_LEARNING_RATE
     with torch.inference_mode(False), torch.enable_grad(), _frozen(inner), evaluating(inner):
-        for task, of_task in _by_task(training).items():
+        for task, of_task in by_task(training).items():
             if task not in start:
                 start[task] = _text_start(model, of_task, tokens)
         prefixes = TrainablePrefixes(model, start, projection, seed)
@@ -157,7 +147,7 @@ def train(
         result = Trained()
         bar = tqdm(total=steps, desc="training", unit="batch", mininterval=0.5, disable=not progress)
         with prefixes.attached(model), bar:
-            _note(result, 0, prefixes, {}, _evaluate(inner, scored, batch_size, device))
+            result.note(0, prefixes, {}, _evaluate(inner, scored, batch_size, device))
             for epoch in range(1, epochs + 1):
                 rng.shuffle(training)
                 sums = _Means()
@@ -173,22 +163,11 @@ def train(
                     sums.add(batch, of_tasks)
                     bar.update()
                     bar.set_postfix(epoch=epoch, loss=f"{total.item() / len(of_tasks):.3f}", refresh=False)
-                _note(result, epoch, prefixes, sums.means(), _evaluate(inner, scored, batch_size, device))
+                result.note(epoch, prefixes, sums.means(), _evaluate(inner, scored, batch_size, device))
                 if after_epoch is not None:
                     after_epoch(result)
                     _check_untouched(inner, prefixes)
     return result
-
-
-def _example(index: int, given: Example | Mapping[str, str]) -> Example:
-    names = [field.name for field in fields(Example)]
-    try:
-        values = vars(given) if isinstance(given, Example) else {name: given[name] for name in names}
-    except (KeyError, TypeError) as error:
-        raise IncompatiblePrefix(f"examples[{index}]: expected {', '.join(names)}, got {given!r}") from error
-    if not all(isinstance(value, str) for value in values.values()):
-        raise IncompatiblePrefix(f"examples[{index}]: expected {', '.join(names)} to be strings, got {given!r}")
-    return Example(**values)
 
 
 def check_numbers(tokens: int, epochs: int, batch_size: int, held_out: float, learning_rate: float | None) -> None:
@@ -202,34 +181,11 @@ def check_numbers(tokens: int, epochs: int, batch_size: int, held_out: float, le
         raise ShapeError(f"learning_rate: expected None or a positive finite number, got {learning_rate}")
 
 
-def _check_tasks(examples: Sequence[Example], start: Mapping[str, Sequence[LayerKV]]) -> None:
-    if not examples:
-        raise IncompatiblePrefix("examples: expected at least one, got none")
-    tasks = dict.fromkeys(example.task for example in examples)
-    for name in tasks:
-        check_name(name)
+def _check_start(start: Mapping[str, Sequence[LayerKV]], tasks: Collection[str]) -> None:
     if unknown := [name for name in start if name not in tasks]:
-        raise UnknownTask(f"start: expected tasks that have examples ({list(tasks)}), got {unknown}")
+        raise UnknownTask(f"start: expected tasks that have examples ({sorted(tasks)}), got {unknown}")
     if empty := [name for name, key_values in start.items() if not key_values]:
         raise IncompatiblePrefix(f"start: expected (k, v) for each layer, got none for {empty}")
-
-
-def _rows_of(
-    examples: Sequence[Example], model: Any, tokenizer: Any, limit: int | None, lengths: Mapping[str, int]
-) -> list[Row]:
-    """Every example as tokens of the model, with room for a prefix of its task's length."""
-    size, end = model.get_input_embeddings().weight.shape[0], _end_token(model, tokenizer)
-    rows = [
-        Row.of(i, example, tokenizer, end, None if limit is None else limit - lengths[example.task])
-        for i, example in enumerate(examples)
-    ]
-    for i, row in enumerate(rows):
-        if not 0 <= int(row.ids.min()) <= int(row.ids.max()) < size:
-            raise IncompatiblePrefix(
-                f"examples[{i}]: expected token ids below {size}, the model's vocabulary, got {int(row.ids.max())}; is "
-                "the tokenizer this model's?"
-            )
-    return rows
 
 
 def _check_untouched(model: Any, prefixes: TrainablePrefixes) -> None:
@@ -243,65 +199,6 @@ def _check_untouched(model: Any, prefixes: TrainablePrefixes) -> None:
 def _check_finite(loss: float, what: str) -> None:
     if not math.isfinite(loss):
         raise PrefixAttnError(f"{what} is {loss}; lower the learning rate, or load the model in a wider dtype")
-
-
-def _end_token(model: Any, tokenizer: Any) -> int | None:
-    """The token that ends an answer: the tokenizer's, if generation ends with it, else the first that does."""
-    config = getattr(model, "generation_config", None)
-    ends = getattr(config, "eos_token_id", None)
-    ends = [ends] if isinstance(ends, int) else list(ends or [])
-    end: int | None = tokenizer.eos_token_id
-    if ends and end not in ends:
-        end = ends[0]
-    if end is None:
-        warnings.warn("neither tokenizer nor model has an end token: answers will not end by themselves", stacklevel=3)
-    return end
-
-
-@dataclass(frozen=True)
-class Row:
-    """An example as token ids ``[len]``, and labels of which only the answer's are scored."""
-
-    task: str
-    ids: Tensor
-    labels: Tensor
-
-    @classmethod
-    def of(cls, index: int, example: Example, tokenizer: Any, end: int | None, room: int | None) -> Row:
-        """Tokens of an example, the ``index``-th, and ``end``; as many as ``room`` at most."""
-        prompt = list(tokenizer(example.prompt, verbose=False)["input_ids"])
-        answer = list(tokenizer(example.answer, add_special_tokens=False, verbose=False)["input_ids"])
-        if end is not None:
-            answer.append(end)
-        if not prompt or not answer:
-            raise IncompatiblePrefix(
-                f"examples[{index}]: expected a prompt and an answer of at least one token each, got {example}"
-            )
-        if room is not None and len(prompt) + len(answer) > room:
-            raise ContextOverflow(
-                f"examples[{index}]: a prompt of {len(prompt)} tokens and an answer of {len(answer)} exceed the "
-                f"{max(room, 0)} positions that the model has beside the prefix; shorten it or leave it out"
-            )
-        labels = [NOT_SCORED] * len(prompt) + answer
-        return cls(example.task, torch.tensor(prompt + answer), torch.tensor(labels))
-
-
-def _by_task(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    tasks: dict[str, list[Row]] = {}
-    for row in rows:
-        tasks.setdefault(row.task, []).append(row)
-    return tasks
-
-
-def _split(rows: Sequence[Row], held_out: float, rng: random.Random) -> tuple[list[Row], list[Row]]:
-    """Rows to train on, and rows that are held out: of each task its share, and never all."""
-    training, scored = [], []
-    for of_task in _by_task(rows).values():
-        rng.shuffle(of_task)
-        count = min(len(of_task) - 1, max(1, round(held_out * len(of_task)))) if held_out else 0
-        scored += of_task[:count]
-        training += of_task[count:]
-    return training, scored
 
 
 def _text_start(model: Any, rows: Sequence[Row], tokens: int) -> list[LayerKV]:
@@ -357,10 +254,11 @@ class _Means:
 
     def add(self, rows: Sequence[Row], means: Mapping[str, Tensor]) -> None:
         """One batch: its rows, and the mean of each task among them."""
-        counts = {task: len(of_task) for task, of_task in _by_task(rows).items()}
-        for task, mean in means.items():
+        counts = {task: len(of_task) for task, of_task in by_task(rows).items()}
+        # One wait for the device, however many tasks there are.
+        for task, mean in zip(means, torch.stack(list(means.values())).tolist(), strict=True):
             total, seen = self._sums.get(task, (0.0, 0))
-            self._sums[task] = total + mean.item() * counts[task], seen + counts[task]
+            self._sums[task] = total + mean * counts[task], seen + counts[task]
 
     def means(self) -> dict[str, float]:
         return {task: total / seen for task, (total, seen) in self._sums.items()}
@@ -375,19 +273,6 @@ def _keep_apart(prefixes: TrainablePrefixes, present: Mapping[str, Tensor]) -> N
         else:
             for parameter in parameters:
                 parameter.grad = None
-
-
-def _note(
-    result: Trained, epoch: int, prefixes: TrainablePrefixes, training: Mapping[str, float],
-    held_out: Mapping[str, float],
-) -> None:  # fmt: skip
-    """Write down the losses of an epoch, and keep the prefixes that are the best so far."""
-    for name in prefixes.names:
-        loss = held_out.get(name)
-        result.losses.append(Loss(epoch, name, training.get(name), loss))
-        best = result.loss(name, result.best[name]).held_out if name in result.best else None
-        if loss is None or best is None or loss < best:
-            result.best[name], result.key_values[name] = epoch, prefixes.key_values(name)
 
 
 @contextmanager

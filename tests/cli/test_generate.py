@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prefix_attn as pa
-from prefix_attn.cli import generate
+from prefix_attn.cli import console, generate
 from prefix_attn.cli.answer import Answerer
 from prefix_attn.cli.example import ANSWERS, INPUT, Example
 from prefix_attn.cli.requests import Row
@@ -121,7 +121,7 @@ def test_an_interrupted_run_is_continued(folder: Folder, example: Example, monke
     with monkeypatch.context() as patch:
         interrupt_after(5, patch)
         result = folder.generate("--batch-size", "3", "--overwrite")
-    assert result.exit_code == generate.INTERRUPTED
+    assert result.exit_code == console.INTERRUPTED
     assert "run the same command again to continue" in result.stderr
     begun = folder.output.read_bytes()
     assert whole.startswith(begun)
@@ -150,7 +150,7 @@ def test_an_output_of_another_prefix_or_model_is_refused_and_kept(
     monkeypatch.setattr(generate, "WINDOW", 2)
     with monkeypatch.context() as patch:
         interrupt_after(3, patch)
-        assert folder.generate("--batch-size", "2").exit_code == generate.INTERRUPTED
+        assert folder.generate("--batch-size", "2").exit_code == console.INTERRUPTED
     begun = folder.output.read_bytes()
     assert 0 < len(begun.splitlines()) < 80
     ours, folder.adapters = folder.adapters, [f"--adapter=upper={example.folder / 'adapters' / 'rot13'}"]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prefix_attn as pa
 from prefix_attn.hf.patching import bank_of
 from prefix_attn.string_tasks.tasks import TASKS, draw_input, prompt_without_instruction
-from prefix_attn.training import Example, TrainablePrefixes, Trained, loop, train
+from prefix_attn.training import Example, Loss, TrainablePrefixes, Trained, loop, train
 from tests.hf.test_text import EXAMPLE
 
 
@@ -52,7 +52,7 @@ def test_two_tasks_learn_together(base: tuple[Any, Any]) -> None:
     assert bank_of(model) is None
     model.eval()
     for task in ("vowels", "rot13"):
-        start, best = trained.loss(task, 0).held_out, trained.loss(task, trained.best[task]).held_out
+        start, best = loss_of(trained, task, 0).held_out, loss_of(trained, task, trained.best[task].epoch).held_out
         assert start is not None
         assert best is not None
         assert best < 0.1 < 5 < start
@@ -64,6 +64,10 @@ def test_two_tasks_learn_together(base: tuple[Any, Any]) -> None:
     tokens = model.generate(**inputs, task_ids=["vowels", "rot13"], max_new_tokens=8, do_sample=False)
     assert tokenizer.batch_decode(tokens, skip_special_tokens=True) == ["hotel>2", "hotel>ubgry"]
     pa.unpatch(model)
+
+
+def loss_of(trained: Trained, task: str, epoch: int) -> Loss:
+    return next(loss for loss in trained.losses if (loss.task, loss.epoch) == (task, epoch))
 
 
 def steady(optimizer: Any, **_: Any) -> Any:
@@ -87,7 +91,7 @@ def test_a_task_learns_as_if_it_were_alone(
     options = {"projection": projection, "held_out": 0, "epochs": 2, "batch_size": 8}
     monkeypatch.setattr(torch.optim.lr_scheduler, "OneCycleLR", steady)
     one, two = quick(base, alone, **options), quick(base, mixed, **options)
-    assert one.best == {"sort": 2}
+    assert one.best["sort"].epoch == 2
     for ours, theirs in zip(one.key_values["sort"], two.key_values["sort"], strict=True):
         for x, y in zip(ours, theirs, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
@@ -106,17 +110,21 @@ def test_a_start_is_trained_further(base: tuple[Any, Any]) -> None:
     lines = examples(100, "vowels")
     once = quick(base, lines, epochs=4, held_out=0.2)
     twice = quick(base, lines, epochs=1, held_out=0.2, start=once.key_values, learning_rate=1e-9)
-    best = once.loss("vowels", once.best["vowels"])
-    assert twice.loss("vowels", 0).held_out == pytest.approx(best.held_out, rel=1e-3)
+    best = loss_of(once, "vowels", once.best["vowels"].epoch)
+    assert loss_of(twice, "vowels", 0).held_out == pytest.approx(best.held_out, rel=1e-3)
 
 
 def test_what_happens_after_each_epoch(base: tuple[Any, Any]) -> None:
     """Nothing is held out: the latest prefix counts, and there is a loss of training alone."""
     seen = []
     trained = quick(
-        base, examples(20, "sort"), epochs=3, held_out=0, after_epoch=lambda so_far: seen.append(dict(so_far.best))
+        base,
+        examples(20, "sort"),
+        epochs=3,
+        held_out=0,
+        after_epoch=lambda so_far: seen.append(so_far.best["sort"].epoch),
     )
-    assert seen == [{"sort": 1}, {"sort": 2}, {"sort": 3}]
+    assert seen == [1, 2, 3]
     assert [(x.epoch, x.held_out, x.training is None) for x in trained.losses] == [
         (0, None, True), (1, None, False), (2, None, False), (3, None, False),
     ]  # fmt: skip
@@ -144,8 +152,8 @@ def test_what_is_returned_has_the_loss_that_is_claimed(
     bank.load("vowels", EXAMPLE / "adapters" / "vowels")
     start = {"vowels": bank.key_values("vowels")}
     trained = quick(base, examples(40, "vowels"), epochs=2, start=start, learning_rate=30.0, projection=projection)
-    assert trained.loss("vowels", 0).held_out < 0.1 < trained.loss("vowels", 2).held_out
-    assert trained.best == {"vowels": 0}
+    assert loss_of(trained, "vowels", 0).held_out < 0.1 < loss_of(trained, "vowels", 2).held_out
+    assert trained.best["vowels"].epoch == 0
     for ours, theirs in zip(trained.key_values["vowels"], start["vowels"], strict=True):
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])
@@ -160,8 +168,8 @@ def test_modes_that_are_on_outside_do_not_matter(base: tuple[Any, Any]) -> None:
         assert same(quick(base, lines, epochs=2), expected, "sort")
     with torch.autocast("cpu", torch.bfloat16):
         lower = quick(base, lines, epochs=8, learning_rate=1e-2)
-    assert lower.best["sort"] > 0
-    assert lower.loss("sort", 8).training < lower.loss("sort", 1).training - 1
+    assert lower.best["sort"].epoch > 0
+    assert loss_of(lower, "sort", 8).training < loss_of(lower, "sort", 1).training - 1
 
 
 def test_what_the_callback_must_leave_alone(base: tuple[Any, Any]) -> None:
