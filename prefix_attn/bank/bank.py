@@ -1,13 +1,14 @@
 """The store: packed, ragged prefixes of many tasks, for every part (parts.py) of one frozen model.
 
 A `PrefixKV` handed out by `PrefixBank.layer` is a snapshot that stays true whatever happens to the bank: its span
-tables are never changed, and the memory it shows is not written again (see storage.py).
+tables are never changed, and the memory it shows is not written again (see storage.py). Threads may change a bank
+while others run models with it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from prefix_attn.bank.peft import CONFIG as PEFT_CONFIG
 from prefix_attn.bank.peft import read_adapter
 from prefix_attn.bank.plans import LatestPlans, Plans
 from prefix_attn.bank.text import text_kv
+from prefix_attn.bank.uses import CHANGING, Uses
 from prefix_attn.bank.window import SlidingWindow
 from prefix_attn.errors import IncompatiblePrefix, ShapeError, UnknownTask
 from prefix_attn.plan import BatchPlan
@@ -45,6 +47,9 @@ class PrefixBank:
 
     Make one with `for_model` or `from_pretrained`. A task keeps its id (0, 1, ... in the order of adding) for the
     bank's life; the id of a removed task is never given again. Whatever fails leaves the bank as it was.
+
+    A bank may be changed while models run with it: a generation that has begun ends with the prefixes it began with,
+    also of a task that is removed or replaced meanwhile.
     """
 
     def __init__(self, base: Base, capacity: Mapping[str, int] | None = None, reserve: Reserve | None = None) -> None:
@@ -60,6 +65,7 @@ class PrefixBank:
         self._plans = {part: LatestPlans() for part in self._parts}
         self._tasks: list[_Task | None] = []  # by id; None was removed
         self._ids: dict[str, int] = {}
+        self._uses = Uses()
 
     @classmethod
     def for_model(cls, model: Any, reserve: tuple[int, int] | None = None) -> PrefixBank:
@@ -84,17 +90,18 @@ class PrefixBank:
             raise ShapeError(f"reserve: expected (tasks, tokens), neither negative, got {reserve}")
         return cls(Base.of(model), reserve=None if reserve is None else Reserve(*reserve))
 
-    def add(self, name: str, key_values: KeyValues, source: str = "tensors") -> int:
+    def add(self, name: str, key_values: KeyValues, source: str = "tensors", replace: bool = False) -> int:
         """Add a task.
 
         Args:
-            name: printable, without path separators; not yet in the bank.
+            name: printable, without path separators; not yet in the bank, unless ``replace``.
             key_values: per layer (k, v) as the model's cache keeps them, each ``[kv_heads, m, head_dim]`` in any float
                 dtype and on any device; copied and converted to the bank's. m may be 0. None for a layer that keeps no
                 keys (`geometry` tells). For an encoder-decoder model a dict of such lists, keyed "decoder",
                 "encoder" and "cross" (the decoder's attention to the encoder's output): m may differ between them, and
                 one that is left out gets no prefix. A list alone is the decoder's.
             source: a word on where the values come from, kept in the file of the prefix; not "text".
+            replace: if the name is in the bank, give it to this prefix, under a new id, and then `remove` the old one.
 
         Returns:
             The task's id.
@@ -107,9 +114,9 @@ class PrefixBank:
         """
         if not isinstance(source, str) or not source.isprintable() or source == TEXT:
             raise IncompatiblePrefix(f"source: expected printable text other than {TEXT!r}, got {source!r}")
-        return self._insert(name, key_values, Provenance(source), "key_values")
+        return self._insert(name, key_values, Provenance(source), "key_values", replace)
 
-    def load(self, name: str, path: str | os.PathLike[str], check_base: bool = True) -> int:
+    def load(self, name: str, path: str | os.PathLike[str], check_base: bool = True, replace: bool = False) -> int:
         """Add a task from a local folder of a PEFT prefix-tuning adapter, or from a ``.safetensors`` file of ours.
 
         Args:
@@ -117,6 +124,7 @@ class PrefixBank:
             path: on this machine; nothing is downloaded, and no pickle is read.
             check_base: refuse a file of ours that was made for other weights. (PEFT's folders record only the name of
                 their base model; another name gives a UserWarning.)
+            replace: as in `add`.
 
         Returns:
             The task's id.
@@ -126,7 +134,7 @@ class PrefixBank:
             ContextOverflow: as in `add`.
         """
         path = Path(path)
-        self._check_new(name)
+        self._check_new(name, replace)
         if not path.exists():
             raise IncompatiblePrefix(
                 f"path: expected a local file or folder, but {str(path)!r} does not exist; "
@@ -142,9 +150,11 @@ class PrefixBank:
             )
         else:
             key_values, provenance = files.read_prefix(path, self._base, check_base)
-        return self._insert(name, key_values, provenance, str(path))
+        return self._insert(name, key_values, provenance, str(path), replace)
 
-    def add_text(self, name: str, tokenizer: Any, text: str, model: Any, add_special_tokens: bool = True) -> int:
+    def add_text(
+        self, name: str, tokenizer: Any, text: str, model: Any, add_special_tokens: bool = True, replace: bool = False
+    ) -> int:
         """Add a task whose prefix is the model's own keys and values of a text at positions 0..m-1.
 
         Args:
@@ -154,6 +164,7 @@ class PrefixBank:
             model: the bank's base model; it runs once, without gradients and dropout.
             add_special_tokens: leave True for a text that opens the sequence (a BOS token belongs in front of it);
                 requests should then be tokenised without.
+            replace: as in `add`.
 
         Returns:
             The task's id.
@@ -163,44 +174,75 @@ class PrefixBank:
             UnsupportedModel: the model has an encoder, on whose input the decoder's keys and values of a text depend.
             ContextOverflow: the text leaves no position for a request.
         """
-        self._check_new(name)
+        self._check_new(name, replace)
         self._base.shard.check_whole("add_text")
         self.check_model(model)
         key_values = text_kv(tokenizer, text, model, self._base, add_special_tokens)
-        return self._insert(name, key_values, Provenance(TEXT), "text")
+        return self._insert(name, key_values, Provenance(TEXT), "text", replace)
 
     def remove(self, name: str) -> None:
         """Remove a task: its id becomes an error for good, its space is free for others.
 
+        Generations that are running with it keep it until they end (`hold`); none can begin.
+
         Raises:
             UnknownTask: no such task; lists the choices.
         """
-        task_id = self._id(name)
+        with CHANGING:
+            task_id = self._id(name)
+            del self._ids[name]
+            self._tasks[task_id] = None
+            if self._uses.leave(task_id):
+                self._free(task_id)
+
+    def hold(self, task_ids: Iterable[int]) -> None:
+        """Keep the prefixes of these ids (-1 is passed over) until `release`, also of tasks that are removed meanwhile.
+
+        ``generate`` and continuous batching do so by themselves.
+
+        Raises:
+            UnknownTask: one of the ids is not in the bank.
+        """
+        with CHANGING:
+            checked_ids(list(task_ids), self._ids, self.lengths, self._device)
+            self._uses.begin({task for task in task_ids if task >= 0})
+
+    def release(self, task_ids: Iterable[int]) -> None:
+        """End what `hold` began for the same ids."""
+        with CHANGING:
+            for task_id in self._uses.end({task for task in task_ids if task >= 0}):
+                self._free(task_id)
+
+    def _free(self, task_id: int) -> None:
         for part in self._parts.values():
             part.remove(task_id)
-        self._tasks[task_id] = None
-        del self._ids[name]
 
-    def _check_new(self, name: str) -> None:
-        if check_name(name) in self._ids:
-            raise IncompatiblePrefix(f"name: {name!r} is already in the bank; remove it first")
+    def _check_new(self, name: str, replace: bool) -> None:
+        if check_name(name) in self._ids and not replace:
+            raise IncompatiblePrefix(f"name: {name!r} is already in the bank; remove it first, or pass replace=True")
 
-    def _insert(self, name: str, key_values: KeyValues, provenance: Provenance, what: str) -> int:
-        self._check_new(name)
+    def _insert(
+        self, name: str, key_values: KeyValues, provenance: Provenance, what: str, replace: bool = False
+    ) -> int:
+        self._check_new(name, replace)
         ours = prepared_parts(key_values, self._base.geometries, self.dtype, self._base.devices, what)
         self._base.check_context(ours[DECODER][0][0].shape[1], what)
-        stored: list[Part] = []
-        try:
-            for part, layers in ours.items():
-                self._parts[part].append(layers)
-                stored.append(self._parts[part])
-        except BaseException:
-            for done in stored:
-                done.undo_append()
-            raise
-        self._ids[name] = len(self._tasks)
-        self._tasks.append(_Task(name, provenance))
-        return self._ids[name]
+        with CHANGING:
+            self._check_new(name, replace)  # again: another thread may have been faster
+            stored: list[Part] = []
+            try:
+                for part, layers in ours.items():
+                    self._parts[part].append(layers)
+                    stored.append(self._parts[part])
+            except BaseException:
+                for done in stored:
+                    done.undo_append()
+                raise
+            if name in self._ids:
+                self.remove(name)
+            self._ids[name] = len(self._tasks)
+            self._tasks.append(_Task(name, provenance))
+            return self._ids[name]
 
     def _id(self, name: str) -> int:
         if name not in self._ids:
@@ -389,13 +431,17 @@ class PrefixBank:
             bank._insert(name, key_values, provenance, names[name])
         return bank
 
-    def key_values(self, name: str, part: str = DECODER) -> list[LayerKV]:
-        """What was added under a name, in the bank's dtype: views, per layer (k, v); no heads where it keeps no keys.
+    def key_values(self, task: str | int, part: str = DECODER) -> list[LayerKV]:
+        """What was added under a name or an id, in the bank's dtype: views, per layer (k, v); no heads where it keeps
+        no keys.
 
         Raises:
             UnknownTask: no such task; lists the choices.
         """
-        return self._parts[part].read(self._id(name))
+        task_id = self._id(task) if isinstance(task, str) else task
+        if task_id < 0:
+            raise UnknownTask(f"task: expected one of {self.names}, or an id, got {task!r}")
+        return self._parts[part].read(int(self.task_ids([task_id])))
 
     def __len__(self) -> int:
         return len(self._ids)

@@ -19,6 +19,7 @@ from torch import Tensor
 from prefix_attn.bank.geometry import DECODER, Geometry, LayerKV
 from prefix_attn.bank.shard import Shard
 from prefix_attn.bank.storage import Span, Storage
+from prefix_attn.bank.uses import CHANGING
 from prefix_attn.errors import IncompatiblePrefix, ShapeError
 from prefix_attn.types import PrefixKV, align
 
@@ -140,9 +141,11 @@ class Part:
 
     def layer(self, i: int) -> PrefixKV:
         """Layer i's prefixes, sharing memory: a snapshot, so ask again after a change; with a reserve, never stale."""
-        if not self._layers:
-            self._layers = self._lend(max(self.lengths, default=0))
-        return self._layers[i]
+        layers = self._layers  # read once: another thread may write it
+        if not layers:
+            with CHANGING:
+                layers = self._layers = self._lend(max(self.lengths, default=0))
+        return layers[i]
 
     def _lend(self, longest: int | None) -> list[PrefixKV]:
         tables = (self._tables[device] for device in self._devices)

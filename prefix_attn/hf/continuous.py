@@ -7,20 +7,22 @@ attention layers take the row apart again (packed.py).
 Full blocks of the paged cache are shared between requests with equal tokens. Under different tasks equal tokens have
 different keys, so sharing is switched off. So are graphs, compilation and asynchronous batches, which would replay the
 tasks of an earlier step.
+
+The bank may change while the engine runs: a request holds its prefix from the moment it is added until it is over.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
-from transformers.generation.continuous_batching.requests import RequestState
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.geometry import DECODER
@@ -126,10 +128,10 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
 
     def __init__(self, bank: PrefixBank, *args: Any) -> None:
         self.bank = bank
-        self._task_of: dict[str, int] = {}  # by request id, children included
-        self._last: list[str] = []  # request ids of the last step
+        self._task_of: dict[str, int] = {}  # of the requests that are not over, by their id; children included
         self._request_counter: int
         super().__init__(*args)
+        self.output_router = _Outputs(self._over)
 
     def switch_to_cb_friendly_attn(self, *_: Any, **__: Any) -> None:
         """Nothing to switch: the patched model's attention reads the paged cache itself."""
@@ -153,18 +155,25 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
                 request_id = f"req_{self._request_counter}"
                 self._request_counter += 1
         new = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        family = [request_id, *(f"{request_id}__child#{i}" for i in range(self.num_return_sequences - 1))]
+        family = [request_id, *self._children(request_id)]
         try:
             task_id = int(self.bank.task_ids([getattr(input_ids, "task", task)]))
             new = self._room(task_id, len(input_ids), new)
+            for name in family:
+                self.bank.hold([task_id])
+                self._task_of[name] = task_id
         except PrefixAttnError as error:
             if not isinstance(input_ids, Prompt):
                 raise
             for name in family:
                 self.output_router.fail_and_deliver(RequestState(name, list(input_ids)), error)
             return request_id
-        self._task_of |= dict.fromkeys(family, task_id)
-        added: str | None = super().add_request(input_ids, request_id, new, *args, **kwargs)
+        added: str | None = None
+        try:
+            added = super().add_request(input_ids, request_id, new, *args, **kwargs)
+        finally:
+            if added is None:
+                self._over(request_id)
         return added
 
     def _room(self, task_id: int, tokens: int, new: int | None) -> int | None:
@@ -177,22 +186,73 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
             raise overflow(0, m, tokens + (new or 1) - 1, limit)
         return room if new is None else new
 
+    def _over(self, request_id: str, complete: bool = False) -> None:
+        """Release the prefix of a request; if it is not complete, also of children that it will not have."""
+        children = [] if complete else [name for name in self._children(request_id) if not self._runs(name)]
+        for name in (request_id, *children):
+            task_id = self._task_of.pop(name, None)
+            if task_id is not None:
+                self.bank.release([task_id])
+
+    def _children(self, request_id: str) -> list[str]:
+        return [f"{request_id}__child#{i}" for i in range(self.num_return_sequences - 1)]
+
+    def _runs(self, request_id: str) -> bool:
+        scheduler = getattr(self.batch_processor, "scheduler", None)
+        return scheduler is not None and not scheduler.request_is_cancelled(request_id)
+
+    def _create_batch_processor(self) -> Any:
+        processor = super()._create_batch_processor()
+        processor.scheduler.clear_cancelled_requests = _Cancelled(processor.scheduler, self._over)
+        return processor
+
     def _generation_step(self) -> None:
         processor = self.batch_processor
         if getattr(self.model.__dict__.get("_prefix_attn"), "bank", None) is not self.bank:
             raise UnsupportedModel(
                 "continuous batching: the model was unpatched, or patched with another bank, meanwhile"
             )
-        for name in self._last:
-            if name not in processor.scheduler.active_requests and name not in processor.scheduler.waiting_requests:
-                self._task_of.pop(name, None)
         futures = processor.inputs_and_outputs.requests_in_batch
-        self._last = [future.state.request_id for future in futures]
         requests = [
-            Request(self._task_of[name], future.state.position_offset - future.query_length, future.query_length)
-            for name, future in zip(self._last, futures, strict=True)
+            Request(
+                self._task_of[future.state.request_id],
+                future.state.position_offset - future.query_length,
+                future.query_length,
+            )
+            for future in futures
         ]
         processor._generation_step(_WithTasks(self.model, self.bank, requests))
+
+
+class _Outputs(OutputRouter):  # type: ignore[misc]
+    """Where the engine puts outputs; tells ``over`` which requests ended, and whether complete."""
+
+    def __init__(self, over: Callable[[str, bool], None]) -> None:
+        super().__init__()
+        self._tell = over
+
+    def deliver(self, output: GenerationOutput) -> None:
+        self.deliver_batch([output])
+
+    def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        for output in outputs:
+            if output.is_finished():
+                self._tell(output.request_id, output.error is None)
+        super().deliver_batch(outputs)
+
+
+class _Cancelled:
+    """The scheduler's ``clear_cancelled_requests``, which tells ``over`` what it has removed."""
+
+    def __init__(self, scheduler: Any, over: Callable[[str], None]) -> None:
+        self._scheduler = scheduler
+        self._over = over
+
+    def __call__(self) -> list[RequestState]:
+        states: list[RequestState] = type(self._scheduler).clear_cancelled_requests(self._scheduler)
+        for state in states:
+            self._over(state.request_id)
+        return states
 
 
 class _WithTasks:

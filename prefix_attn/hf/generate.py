@@ -50,7 +50,8 @@ class Method:
 class Generate(Method):
     """``model.generate`` that takes ``task_ids``: one name, id or None per row.
 
-    With ``truncation=True`` a row that is too long for its prefix loses its oldest tokens instead of being refused.
+    With ``truncation=True`` a row that is too long for its prefix loses its oldest tokens instead of being refused. The
+    bank may change meanwhile: the rows keep the prefixes they began with.
     """
 
     name = "generate"
@@ -83,7 +84,12 @@ class Generate(Method):
             self._fit(ids, inputs, options, configs, truncation)
         if options.get("assistant_model") is not None:
             options["assistant_model"] = Assistant(options["assistant_model"], self._names(ids))
-        return self.original(task_ids=ids, **options)
+        held = ids.tolist()
+        self.bank.hold(held)
+        try:
+            return self.original(task_ids=ids, **options)
+        finally:
+            self.bank.release(held)
 
     def _fit(
         self, ids: Tensor, inputs: Tensor, options: dict[str, Any], configs: Sequence[Any], truncation: bool

@@ -212,13 +212,12 @@ class ReplicaHook:
                 f"past_key_values: expected an empty DynamicCache, got {type(cache).__name__} of "
                 f"{cache.get_seq_length()} tokens; this family's prefixes are copied into a cache that grows"
             )
-        names = {int(self.bank.task_ids([name])): name for name in self.bank.names}
         lengths = [self.bank.lengths[task] if task >= 0 else 0 for task in ids.tolist()]
         longest = max(lengths)
         nothing = self.bank.geometry.empty()
         prefixes = []
         for task, m in zip(ids.tolist(), lengths, strict=True):
-            layers = self.bank.key_values(names[task]) if task >= 0 else nothing
+            layers = self.bank.key_values(task) if task >= 0 else nothing
             prefixes.append([
                 (self._padded(k, longest - m, device), self._padded(v, longest - m, device))
                 for (k, v), device in zip(layers, self.bank.base.devices[DECODER], strict=True)

@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.forward import evaluating, unforgetting_cache
 from prefix_attn.bank.geometry import LayerKV
+from prefix_attn.bank.uses import CHANGING
 from prefix_attn.errors import UnsupportedModel
 from prefix_attn.types import PrefixKV
 
@@ -140,12 +141,14 @@ class Sources:
         return kept[1]
 
     def _make(self, bank: PrefixBank) -> list[PrefixKV]:
-        calls = {
-            int(bank.task_ids([name])): self._calls_behind(bank.key_values(name))
-            for name in bank.names
-            if bank.prefix_len(name)
-        }
-        lens = bank.lens.clone()  # a bank with a reserve writes its own in place, and these must fit what is packed
+        with CHANGING:
+            lens = bank.lens.clone()  # a bank with a reserve writes its own in place, and these must fit what is packed
+            filled = [task for task, m in enumerate(bank.lengths) if m > 0]
+            bank.hold(filled)
+        try:
+            calls = {task: self._calls_behind(bank.key_values(task)) for task in filled}
+        finally:
+            bank.release(filled)
         result = []
         for i, nothing in self._made:
             parts = {task: _prefix_of(recorded[i]) for task, recorded in calls.items()}

@@ -171,8 +171,8 @@ class _LiveBank(PrefixBank):
     def stored_layer(self, i: int) -> PrefixKV:
         return super().layer(i)
 
-    def key_values(self, name: str, part: str = DECODER) -> list[LayerKV]:
-        return self.prefixes.key_values(name)
+    def key_values(self, task: str | int, part: str = DECODER) -> list[LayerKV]:
+        return self.prefixes.key_values(self.names[task] if isinstance(task, int) else task)
 
     def stored_values(self, name: str) -> list[LayerKV]:
         return super().key_values(name)

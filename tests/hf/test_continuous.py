@@ -107,7 +107,47 @@ def test_a_manager_takes_requests_as_they_come(llama: Any) -> None:
             results[result.request_id] = result.generated_tokens
     for name, (prompt, task) in wanted.items():
         assert results[name] == alone(llama, prompt, task)
-    assert len(manager._task_of) < len(wanted), "finished requests are forgotten"
+    assert manager._task_of == {}, "finished requests are forgotten"
+
+
+@needs_engine
+def test_the_bank_changes_while_requests_run(llama: Any) -> None:
+    """A request ends with the prefix it began with; then that prefix is gone."""
+    bank = llama._prefix_attn.bank
+    five = alone(llama, prompts()[1], "five")
+    with llama.continuous_batching_context_manager(**engine()) as manager:
+        running = manager.add_request(prompts()[1], task="five", streaming=True)
+        cancelled = manager.add_request(prompts()[1], task="nine", max_new_tokens=100)
+        tokens = 0
+        while tokens < 3:
+            tokens = len(manager.get_result(timeout=60).generated_tokens)
+        bank.remove("five")
+        bank.add("nine", random_prefix(llama, 40, seed=7), replace=True)
+        manager.cancel_request(cancelled)
+        with pytest.raises(pa.UnknownTask, match="'five'"):
+            manager.add_request(prompts()[0], task="five")
+        replaced = manager.add_request(prompts()[0], task="nine")
+        results: dict[str, Any] = {}
+        while not {running, replaced} <= results.keys():
+            result = manager.get_result(timeout=60)
+            if result.is_finished():
+                results[result.request_id] = result
+    assert results[running].generated_tokens == five
+    assert results[replaced].generated_tokens == alone(llama, prompts()[0], "nine")
+    assert cancelled not in results
+    assert bank.lengths == [-1, -1, 12, 40]
+    assert manager._task_of == {}
+
+
+@needs_engine
+def test_a_request_that_the_engine_drops_holds_nothing(llama: Any) -> None:
+    with llama.continuous_batching_context_manager(**engine(num_return_sequences=2, do_sample=True)) as manager:
+        refused = manager.add_request(prompts()[0], task="five", temperature=0.5)
+        result = manager.get_result(timeout=60)
+    assert result.request_id == refused
+    assert "temperature" in result.error
+    assert manager.add_request(prompts()[0], task="five") is None, "the engine was stopped"
+    assert manager._task_of == {}
 
 
 @needs_engine

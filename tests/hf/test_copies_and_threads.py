@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import prefix_attn as pa
@@ -53,3 +54,30 @@ def test_two_threads_with_different_tasks(patched: Any) -> None:
     wanted = {name: generate(patched, tasks) for name, tasks in calls.items()}
     assert not torch.equal(wanted["one"], wanted["none"])
     assert wrong_in_threads(lambda name: generate(patched, calls[name]), wanted) == []
+
+
+class ChangesTheBank(transformers.StoppingCriteria):  # type: ignore[misc]
+    """Stops nothing; at the second token it removes a task, replaces another, and makes the bank's memory grow."""
+
+    def __init__(self, bank: pa.PrefixBank, tokens: int) -> None:
+        self.bank = bank
+        self.tokens = tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        if input_ids.shape[1] == self.tokens + 2:
+            values = [(k.repeat(1, 5, 1), v.repeat(1, 5, 1)) for k, v in self.bank.key_values("twelve")]
+            self.bank.remove("five")
+            self.bank.add("nine", values, replace=True)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+def test_a_generation_ends_with_the_prefixes_it_began_with(patched: Any) -> None:
+    expected, bank = generate(patched), patched._prefix_attn.bank
+    inputs = padded_inputs()
+    changing = [ChangesTheBank(bank, inputs["input_ids"].shape[1])]
+    tokens = patched.generate(**inputs, max_new_tokens=6, do_sample=False, task_ids=TASKS, stopping_criteria=changing)
+    assert bank.names == ["twelve", "nine"]
+    assert torch.equal(tokens, expected)
+    assert bank.lengths == [-1, -1, 12, 60], "nobody holds the old ones any more"
+    with pytest.raises(pa.UnknownTask, match="'five'"):
+        generate(patched)
