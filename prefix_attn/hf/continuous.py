@@ -105,7 +105,14 @@ class InitContinuousBatching(Method):
 
 
 def _checked_config(config: Any) -> Any:
-    """A copy of the engine's config without block sharing; UnsupportedModel for what would replay old tasks."""
+    """A copy of the engine's config without block sharing and graphs; UnsupportedModel where they were asked for."""
+    _refuse_what_would_replay(config)
+    config = copy.deepcopy(config)
+    config.allow_block_sharing = config.use_cuda_graph = config.use_async_batching = False
+    return config
+
+
+def _refuse_what_would_replay(config: Any) -> None:
     graphs = config.use_cuda_graph if isinstance(config.use_cuda_graph, tuple) else (config.use_cuda_graph,)
     for name, asked in {
         "use_cuda_graph": any(graphs),
@@ -116,11 +123,9 @@ def _checked_config(config: Any) -> Any:
     }.items():
         if asked:
             raise UnsupportedModel(
-                f"continuous_batching_config: {name} would replay the tasks of an earlier step; leave it unset"
+                f"continuous_batching_config: {name} would replay the tasks of an earlier step; leave it unset (in the "
+                "model's config too)"
             )
-    config = copy.deepcopy(config)
-    config.allow_block_sharing = False
-    return config
 
 
 class Manager(ContinuousBatchingManager):  # type: ignore[misc]
@@ -131,6 +136,7 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
         self._task_of: dict[str, int] = {}  # of the requests that are not over, by their id; children included
         self._request_counter: int
         super().__init__(*args)
+        _refuse_what_would_replay(self.continuous_batching_config)  # as the engine has completed it
         self.output_router = _Outputs(self._over)
 
     def switch_to_cb_friendly_attn(self, *_: Any, **__: Any) -> None:

@@ -180,6 +180,18 @@ def test_what_would_replay_old_tasks_is_refused(llama: Any, option: str) -> None
 
 
 @needs_engine
+def test_what_the_engine_would_choose_by_itself_is_off_or_refused(llama: Any) -> None:
+    """Intervals of padding switch graphs on where there is a GPU; a model's config may ask for compilation."""
+    options = engine()
+    options["continuous_batching_config"].q_padding_interval_size = 8
+    with llama.continuous_batching_context_manager(**options) as manager:
+        assert manager.continuous_batching_config.use_cuda_graph == (False, False)
+    llama.config.compile_config = transformers.CompileConfig()
+    with pytest.raises(pa.UnsupportedModel, match="varlen_compile_config"):
+        llama.generate_batch(prompts(), task_ids=TASKS, **options)
+
+
+@needs_engine
 def test_a_kept_manager_belongs_to_its_bank(llama: Any) -> None:
     options = engine() | {"persistent_manager": True}
     first = llama.generate_batch(prompts(), task_ids=TASKS, **options)
