@@ -31,10 +31,11 @@ MAY_IMPORT = {
     "bank": LEAVES | {"attention"},
     "hf": LEAVES | {"attention", "bank"},
     "training": LEAVES | {"bank", "hf"},
+    "serving": LEAVES | {"bank", "hf"},
     "benchmarks": LEAVES
     | {"tolerance", "kernels", "ops", "regime", "backends", "dispatch", "cost", "attention", "bank", "hf", "training"}
     | {"string_tasks"},
-    "cli": LEAVES | {"attention", "bank", "hf", "training", "dispatch", "cost", "benchmarks"},
+    "cli": LEAVES | {"attention", "bank", "hf", "training", "serving", "dispatch", "cost", "benchmarks"},
 }
 
 #: Folders of the repository that the package reaches by a link.

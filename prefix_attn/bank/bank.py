@@ -190,10 +190,8 @@ class PrefixBank:
         """
         with CHANGING:
             task_id = self._id(name)
-            del self._ids[name]
-            self._tasks[task_id] = None
-            if self._uses.leave(task_id):
-                self._free(task_id)
+            self._ids = {other: i for other, i in self._ids.items() if i != task_id}
+            self._drop(task_id)
 
     def hold(self, task_ids: Iterable[int]) -> None:
         """Keep the prefixes of these ids (-1 is passed over) until `release`, also of tasks that are removed meanwhile.
@@ -212,6 +210,12 @@ class PrefixBank:
         with CHANGING:
             for task_id in self._uses.end({task for task in task_ids if task >= 0}):
                 self._free(task_id)
+
+    def _drop(self, task_id: int) -> None:
+        """Free a task that has no name any more, now or when nobody holds it."""
+        self._tasks[task_id] = None
+        if self._uses.leave(task_id):
+            self._free(task_id)
 
     def _free(self, task_id: int) -> None:
         for part in self._parts.values():
@@ -238,11 +242,13 @@ class PrefixBank:
                 for done in stored:
                     done.undo_append()
                 raise
-            if name in self._ids:
-                self.remove(name)
-            self._ids[name] = len(self._tasks)
+            old, new = self._ids.get(name), len(self._tasks)
             self._tasks.append(_Task(name, provenance))
-            return self._ids[name]
+            # In one step: whoever looks meanwhile finds the old one or the new one.
+            self._ids = {other: i for other, i in self._ids.items() if i != old} | {name: new}
+            if old is not None:
+                self._drop(old)
+            return new
 
     def _id(self, name: str) -> int:
         if name not in self._ids:
@@ -294,13 +300,15 @@ class PrefixBank:
 
         UnknownTask where there is no such task.
         """
-        task = self._tasks[self._id(name)]
+        with CHANGING:
+            task = self._tasks[self._id(name)]
         assert task is not None, "a name in the bank has a task"
         return task.provenance.source
 
     def prefix_len(self, name: str, part: str = DECODER) -> int:
         """Tokens of a task's prefix in a part; UnknownTask where there is no such task."""
-        return self._parts[part].lengths[self._id(name)]
+        with CHANGING:
+            return self._parts[part].lengths[self._id(name)]
 
     @property
     def names(self) -> list[str]:
@@ -369,9 +377,10 @@ class PrefixBank:
     @property
     def memory_usage(self) -> MemoryUsage:
         """Exact bytes per task, in total, and allocated; print it."""
-        parts = [(part.geometry.token_bytes(self._base.dtype), part.lengths) for part in self._parts.values()]
-        tasks = {name: sum(token * lengths[i] for token, lengths in parts) for name, i in self._ids.items()}
-        allocated = sum(part.nbytes for part in self._parts.values())
+        with CHANGING:
+            parts = [(part.geometry.token_bytes(self._base.dtype), part.lengths) for part in self._parts.values()]
+            tasks = {name: sum(token * lengths[i] for token, lengths in parts) for name, i in self._ids.items()}
+            allocated = sum(part.nbytes for part in self._parts.values())
         return MemoryUsage(tasks=tasks, total=sum(tasks.values()), allocated=allocated)
 
     def check_model(self, model: Any) -> None:

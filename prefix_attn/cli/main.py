@@ -11,6 +11,7 @@ from prefix_attn.cli import bank, bench, console
 from prefix_attn.cli.demo import demo
 from prefix_attn.cli.doctor import doctor
 from prefix_attn.cli.generate import generate
+from prefix_attn.cli.serve import serve
 from prefix_attn.cli.train import train
 from prefix_attn.errors import PrefixAttnError
 
@@ -68,6 +69,7 @@ def main(
 
 app.command()(demo)
 app.command()(generate)
+app.command()(serve)
 app.command()(train)
 app.command()(doctor)
 app.add_typer(bank.app, name="bank")

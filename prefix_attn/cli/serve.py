@@ -1,0 +1,97 @@
+"""``prefix-attn serve``: an HTTP server for all tasks of a model."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from prefix_attn.cli import console
+from prefix_attn.cli.options import DeviceOption, Dtype, DtypeOption, ModelOption, named_path
+from prefix_attn.errors import PrefixAttnError
+
+
+def serve(
+    model: ModelOption,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="A task and its PEFT adapter or prefix file; repeat for more tasks."),
+    ] = None,
+    bank: Annotated[Path | None, typer.Option(help="A folder of `prefix-attn bank`, for all its tasks.")] = None,
+    prefixes: Annotated[
+        Path | None,
+        typer.Option(
+            help="Let clients add, replace and remove tasks, from adapters and prefix files in this folder.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What clients call the model without a prefix; its folder.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all networks.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    cache_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that running requests may hold together; else what memory allows.")
+    ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Do without penalties and the like that the model's config asks for.")
+    ] = False,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = "auto",
+) -> None:
+    """Serve all tasks over HTTP, in OpenAI's API; the name of a task is the name of a model.
+
+    Requests of all tasks run together in one batch (continuous batching). What a request does not say about sampling is
+    as in the model's generation config: greedy, unless that samples.
+
+        prefix-attn serve --model MODEL --adapter sum=adapters/sum --adapter cls=adapters/cls
+
+        curl localhost:8000/v1/completions -H 'content-type: application/json' \\
+            -d '{"model": "sum", "prompt": "Summarise: ...", "max_tokens": 64}'
+
+    `/v1/chat/completions` needs a tokenizer with a chat template. `/metrics` is for Prometheus, `/docs` shows every
+    route. There are no passwords and no encryption: for other machines, put a proxy in front.
+
+    With `--prefixes adapters`, tasks change while the server runs; requests that have begun keep the prefix they had:
+
+        curl -X PUT localhost:8000/v1/prefixes/sum -H 'content-type: application/json' -d '{"path": "sum-v2"}'
+        curl -X DELETE localhost:8000/v1/prefixes/cls
+
+    Ctrl-C waits for requests that run; a second one does not. Exit code: 0, or 2 if the command could not run.
+    """
+    adapters = [named_path(text) for text in adapter or []]
+    if not adapters and bank is None and prefixes is None:
+        raise typer.BadParameter("give at least one --adapter NAME=DIR, a --bank, or a folder of --prefixes")
+    try:
+        import uvicorn
+
+        from prefix_attn.serving import Engine, create_app
+    except ModuleNotFoundError as error:
+        raise PrefixAttnError(
+            f"serve: needs transformers 5.23 and the extra [serve] ({error}); pip install 'prefix-attn[serve]'"
+        ) from error
+    from prefix_attn.cli.models import load_bank, load_model, load_tokenizer
+    from prefix_attn.hf import patch
+
+    tokenizer, loaded = load_tokenizer(model), load_model(model, dtype, device)
+    tasks = load_bank(loaded, adapters, bank)
+    engine = Engine(patch(loaded, tasks), cache_tokens, plain)
+    app = create_app(engine, tokenizer, name or Path(model).name, prefixes)
+    server = uvicorn.Server(uvicorn.Config(app, host, port))
+    with engine, suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended
+        console.out.print(welcome(engine, name or Path(model).name), soft_wrap=True)
+        server.run()
+
+
+def welcome(engine: Any, base: str) -> str:
+    """What is served, in two lines."""
+    from prefix_attn.bank.memory import readable
+
+    count, names = len(engine.bank), ", ".join(engine.bank.names) or "none yet"
+    size = readable(engine.bank.memory_usage.total)
+    return escape(
+        f"{base}, and {count} task{'' if count == 1 else 's'}: {names}\n"
+        f"Prefixes take {size}; running requests may hold {engine.cache_tokens:,} tokens."
+    )

@@ -1,0 +1,300 @@
+"""The HTTP server: OpenAI's API, where the name of a model is the name of a task.
+
+GET  /v1/models                  the base model and every task
+POST /v1/completions             a prompt as it is
+POST /v1/chat/completions        messages, through the tokenizer's chat template
+GET  /v1/prefixes                tokens, bytes and source of every prefix
+PUT  /v1/prefixes/NAME           add or replace one, from a file or folder the server may read: {"path": "..."}
+DELETE /v1/prefixes/NAME         remove one
+GET  /health, /metrics           whether the engine runs; numbers for Prometheus
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastapi import FastAPI
+from fastapi import Request as HTTPRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict
+
+from prefix_attn.bank.uses import CHANGING
+from prefix_attn.errors import ContextOverflow, PrefixAttnError, UnknownTask, UnsupportedModel
+from prefix_attn.serving import protocol
+from prefix_attn.serving.engine import Engine, EngineFailed, Request
+from prefix_attn.serving.metrics import Metrics
+from prefix_attn.serving.protocol import Answers, ChatAsked, CompletionAsked
+from prefix_attn.serving.text import AnswerText
+
+
+class PrefixAsked(BaseModel):
+    """``PUT /v1/prefixes/NAME``: a PEFT adapter or a prefix file, below the folder that the server was given."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str
+
+
+def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None = None) -> FastAPI:
+    """The server, for uvicorn or another that runs ASGI applications, in one process.
+
+    Args:
+        engine: started; who starts it stops it.
+        tokenizer: the model's.
+        base: how the base model is called.
+        prefixes: a folder from which prefixes may be added over HTTP; None refuses all changes.
+
+    Raises:
+        UnknownTask: a task of the bank is called like the base model.
+    """
+    if base in engine.bank:
+        raise UnknownTask(f"base: expected a name that no task has, got {base!r}; give the base model another")
+    server = _Server(engine, tokenizer, base, prefixes)
+    app = FastAPI(title="prefix_attn", docs_url="/docs", redoc_url=None)
+    app.add_exception_handler(PrefixAttnError, _refused)
+    app.add_exception_handler(RequestValidationError, _malformed)
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        entry = {"object": "model", "created": 0, "owned_by": "prefix_attn"}
+        tasks = [{"id": name, "root": base, "parent": base, **entry} for name in engine.bank.names]
+        return {"object": "list", "data": [{"id": base, "root": base, "parent": None, **entry}, *tasks]}
+
+    @app.post("/v1/completions")
+    async def completions(asked: CompletionAsked, http: HTTPRequest) -> Response:
+        task = server.task(asked.model)
+        return await server.answer(asked, http, task, [server.tokens(prompt, task) for prompt in asked.prompts])
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(asked: ChatAsked, http: HTTPRequest) -> Response:
+        task = server.task(asked.model)
+        return await server.answer(asked, http, task, [server.chat_tokens(asked, task)])
+
+    @app.get("/v1/prefixes")
+    def listed() -> list[dict[str, Any]]:
+        with CHANGING:
+            return [server.described(name) for name in engine.bank.names]
+
+    @app.put("/v1/prefixes/{name}")
+    def put(name: str, asked: PrefixAsked) -> dict[str, Any]:
+        path = server.readable(asked.path)
+        if name == base:
+            raise UnsupportedModel(f"name: {name!r} is the base model; choose another")
+        engine.bank.load(name, path, replace=True)
+        return server.described(name)
+
+    @app.delete("/v1/prefixes/{name}", status_code=204)
+    def delete(name: str) -> None:
+        server.readable(".")
+        engine.bank.remove(name)
+
+    @app.get("/health")
+    def health() -> JSONResponse:
+        if engine.failure is not None:
+            return JSONResponse(protocol.error(engine.failure, "server_error"), 503)
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics")
+    def metrics() -> PlainTextResponse:
+        return PlainTextResponse(server.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+class _Choice(NamedTuple):
+    """One answer to be made."""
+
+    request: Request
+    text: AnswerText
+
+
+class _Server:
+    """What the routes share."""
+
+    def __init__(self, engine: Engine, tokenizer: Any, base: str, prefixes: Path | None) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.base = base
+        self.prefixes = None if prefixes is None else prefixes.resolve()
+        self.metrics = Metrics(engine, base)
+
+    def task(self, name: str) -> str | None:
+        """The task that a request's ``model`` names; None for the base model."""
+        if name == self.base:
+            return None
+        if name not in self.engine.bank:
+            raise UnknownTask(f"model: expected one of {[self.base, *self.engine.bank.names]}, got {name!r}")
+        return name
+
+    def tokens(self, prompt: str | list[int], task: str | None) -> list[int]:
+        """Of a prompt; behind a prefix that is a text, without another opening of the sequence."""
+        if not isinstance(prompt, str):
+            return prompt
+        tokens: list[int] = self.tokenizer(prompt, add_special_tokens=not self._opened(task), verbose=False)[
+            "input_ids"
+        ]
+        return tokens
+
+    def chat_tokens(self, asked: ChatAsked, task: str | None) -> list[int]:
+        if not self.tokenizer.chat_template:
+            raise UnsupportedModel("messages: the model's tokenizer has no chat template; use /v1/completions")
+        messages = [message.plain() for message in asked.messages]
+        try:
+            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template's own refusal, of many types: of roles that do not take turns, say
+            raise UnsupportedModel(f"messages: the chat template refuses them: {error}") from error
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        return tokens[1:] if self._opened(task) and tokens[:1] == [bos] else tokens
+
+    def _opened(self, task: str | None) -> bool:
+        return task is not None and self.engine.bank.source(task) == "text"
+
+    async def answer(
+        self, asked: CompletionAsked | ChatAsked, http: HTTPRequest, task: str | None, prompts: Sequence[list[int]]
+    ) -> Response:
+        """All choices of a request; as a stream if it wants one. What cannot be answered is refused before any is."""
+        sampling = asked.sampling(self.engine.defaults)
+        choices = []
+        for tokens in prompts:
+            request = Request(tokens, task, asked.new_tokens, sampling)
+            self.engine.new_tokens(request)
+            choices += [_Choice(request, AnswerText(self.tokenizer, tokens, asked.stops)) for _ in range(asked.n)]
+        if self.engine.failure is not None:
+            raise EngineFailed(self.engine.failure)
+        answers, prompt_tokens = Answers(asked, uuid.uuid4().hex), sum(map(len, prompts))
+        if asked.stream:
+            with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+            return StreamingResponse(
+                self._events(choices, answers, prompt_tokens, with_usage), media_type="text/event-stream"
+            )
+        whole = await unless_gone(http, asyncio.gather(*(self._whole(choice) for choice in choices)))
+        if whole is None:
+            return Response(status_code=499)  # nobody reads it
+        new_tokens = sum(tokens for _, _, tokens in whole)
+        texts = [(text, finish) for text, finish, _ in whole]
+        return JSONResponse(answers.whole(texts, protocol.usage(prompt_tokens, new_tokens)))
+
+    async def _whole(self, choice: _Choice) -> tuple[str, str, int]:
+        """Text, finish and number of tokens of one answer."""
+        pieces = [piece async for piece in self._pieces(choice)]
+        _, finish, tokens = pieces[-1]
+        assert finish is not None, "an answer ends with its finish, or with an error"
+        return "".join(more for more, _, _ in pieces), finish, tokens
+
+    async def _pieces(self, choice: _Choice) -> AsyncIterator[tuple[str, str | None, int]]:
+        """More text, the finish with the last, and the number of tokens until then."""
+        request, text = choice
+        watched, outcome = self.metrics.answer(request.task, len(request.tokens)), "cancelled"
+        pieces = self.engine.answer(request)
+        try:
+            async for tokens, finish in pieces:
+                watched.add(len(tokens))
+                more = text.add(tokens)
+                if finish is not None or text.stopped:
+                    outcome = "stop" if text.stopped else str(finish)
+                    yield more + text.end(), outcome, watched.tokens
+                    return
+                yield more, None, watched.tokens
+        except PrefixAttnError:
+            outcome = "error"
+            raise
+        finally:
+            watched.end(outcome)
+            await pieces.aclose()  # type: ignore[attr-defined]
+
+    async def _events(
+        self, choices: Sequence[_Choice], answers: Answers, prompt_tokens: int, with_usage: bool
+    ) -> AsyncIterator[str]:
+        """The stream: the choices' texts as they come."""
+        events: asyncio.Queue[str | Exception | None] = asyncio.Queue()
+        counts = [0] * len(choices)
+
+        async def follow(index: int, choice: _Choice) -> None:
+            first = True
+            try:
+                async for more, finish, counts[index] in self._pieces(choice):
+                    if more or finish or first:
+                        events.put_nowait(answers.event(index, more, finish, first))
+                        first = False
+            except Exception as error:  # whatever it is, the reader must hear of it
+                events.put_nowait(error)
+            events.put_nowait(None)
+
+        tasks = [asyncio.create_task(follow(index, choice)) for index, choice in enumerate(choices)]
+        try:
+            left = len(tasks)
+            while left:
+                event = await events.get()
+                if isinstance(event, Exception):
+                    yield protocol.event(protocol.error(str(event), "server_error"))
+                    return
+                left -= event is None
+                if event is not None:
+                    yield event
+            if with_usage:
+                yield answers.usage_event(protocol.usage(prompt_tokens, sum(counts)))
+            yield protocol.END_OF_STREAM
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def described(self, name: str) -> dict[str, Any]:
+        """A prefix of the bank; UnknownTask if it was removed meanwhile."""
+        bank = self.engine.bank
+        with CHANGING:
+            tokens, source = bank.prefix_len(name), bank.source(name)
+            return {"name": name, "tokens": tokens, "bytes": bank.memory_usage.tasks[name], "source": source}
+
+    def readable(self, path: str) -> Path:
+        """A path below the folder that changes may come from."""
+        if self.prefixes is None:
+            raise UnsupportedModel("prefixes: this server was started without a folder that changes may come from")
+        found = (self.prefixes / path).resolve()
+        if not found.is_relative_to(self.prefixes):
+            raise UnsupportedModel(f"path: expected one below the server's folder of prefixes, got {path!r}")
+        return found
+
+
+async def unless_gone(http: HTTPRequest, answer: Awaitable[list[Any]]) -> list[Any] | None:
+    """The answer, or None, and the answer cancelled, when the client hangs up."""
+    wanted = asyncio.ensure_future(answer)
+    gone = asyncio.ensure_future(_hung_up(http))
+    try:
+        await asyncio.wait((wanted, gone), return_when=asyncio.FIRST_COMPLETED)
+        return await wanted if wanted.done() else None
+    finally:
+        for future in (wanted, gone):
+            future.cancel()
+        await asyncio.gather(wanted, gone, return_exceptions=True)
+
+
+async def _hung_up(http: HTTPRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _refused(_: HTTPRequest, refusal: Exception) -> JSONResponse:
+    """What the package refuses, with the status that clients of OpenAI's API expect."""
+    message = str(refusal)
+    if isinstance(refusal, EngineFailed):
+        return JSONResponse(protocol.error(message, "server_error"), 503)
+    if isinstance(refusal, UnknownTask):
+        return JSONResponse(protocol.error(message, "invalid_request_error", "model_not_found"), 404)
+    code = "context_length_exceeded" if isinstance(refusal, ContextOverflow) else None
+    return JSONResponse(protocol.error(message, "invalid_request_error", code), 400)
+
+
+def _malformed(_: HTTPRequest, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    lines = []
+    for part in error.errors():
+        place = ".".join(str(x) for x in part["loc"][1:])
+        lines.append(f"{place}: {part['msg'].removeprefix('Value error, ')}".removeprefix(": "))
+    return JSONResponse(protocol.error("; ".join(lines), "invalid_request_error"), 400)

@@ -1,0 +1,209 @@
+"""Requests of many tasks, answered together: continuous batching of a patched model, for asyncio.
+
+The engine's thread runs the model; `Engine.answer` may be called from any event loop. What would stop the thread for
+everybody (a token that the model does not have, a request that the cache cannot hold) is refused before it gets there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from prefix_attn.bank import PrefixBank
+from prefix_attn.errors import ContextOverflow, PrefixAttnError, ShapeError, UnsupportedModel
+from prefix_attn.serving.sampling import EACH_ITS_OWN, Sampling, add_greedy
+
+#: Tokens of a page of the cache.
+PAGE = 64
+
+#: Settings of a generation config that change tokens, that the engine has no part for, and their values that do not.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (None, 1.0), "encoder_repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0),
+    "bad_words_ids": (None,), "suppress_tokens": (None, []), "begin_suppress_tokens": (None, []),
+    "sequence_bias": (None,), "min_length": (None, 0), "min_new_tokens": (None, 0), "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,), "exponential_decay_length_penalty": (None,), "min_p": (None, 0.0),
+    "typical_p": (None, 1.0), "epsilon_cutoff": (None, 0.0), "eta_cutoff": (None, 0.0), "guidance_scale": (None, 1.0),
+    "watermarking_config": (None,), "num_beams": (None, 1), "stop_strings": (None, []),
+}  # fmt: skip
+
+
+class EngineFailed(PrefixAttnError):
+    """The engine does not run (any more), or could not answer; the message says why."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Attributes:
+    tokens: of the prompt, at least one.
+    task: a name in the bank; None for no prefix.
+    new_tokens: the most to answer with; None for as many as the model's context holds.
+    sampling: how they are chosen.
+    """
+
+    tokens: Sequence[int]
+    task: str | None = None
+    new_tokens: int | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+class Piece(NamedTuple):
+    """The next tokens of an answer; ``finish`` with the last: "stop" by the model's end token, "length" otherwise."""
+
+    tokens: list[int]
+    finish: Literal["stop", "length"] | None
+
+
+class Engine:
+    """Answers requests with a patched model.
+
+    Args:
+        model: patched (`prefix_attn.patch`), decoder-only. Its bank may change while the engine runs; a request ends
+            with the prefix it began with.
+        cache_tokens: tokens that all running requests together may hold; by default what memory allows.
+        plain: do without what the model's generation config asks for and the engine cannot do, such as a penalty of
+            repetitions; where there is such a thing, False refuses the model.
+
+    Raises:
+        UnsupportedModel: the model is not patched, has an encoder, or is one for which continuous batching is refused;
+            or see ``plain``.
+    """
+
+    def __init__(self, model: Any, cache_tokens: int | None = None, plain: bool = False) -> None:
+        if model.config.is_encoder_decoder:
+            raise UnsupportedModel(f"{type(model).__name__}: expected a decoder-only model; transformers has no "
+                                   "continuous batching for encoder-decoders, call generate")  # fmt: skip
+        bank = getattr(getattr(model, "init_continuous_batching", None), "bank", None)
+        if bank is None:
+            raise UnsupportedModel(f"{type(model).__name__}: expected a patched model; call prefix_attn.patch(model, "
+                                   "bank) first")  # fmt: skip
+        settings = {name: getattr(model.generation_config, name, None) for name in NEUTRAL}
+        asked = {name: x for name, x in settings.items() if x not in NEUTRAL[name]}
+        if asked and not plain:
+            raise UnsupportedModel(f"{type(model).__name__}: its generation config asks for {asked}, which continuous "
+                                   "batching does not do; pass plain=True (--plain) to answer without")  # fmt: skip
+        self.bank: PrefixBank = bank
+        self.defaults = Sampling.of(model.generation_config)
+        ends = model.generation_config.eos_token_id
+        self.ends: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
+        self._inputs: int = model.get_input_embeddings().weight.shape[0]
+        config = ContinuousBatchingConfig(
+            page_size=PAGE,
+            num_blocks=None if cache_tokens is None else max(-(-cache_tokens // PAGE), 1),
+            per_request_processors=True,
+        )
+        wanted = GenerationConfig(eos_token_id=self.ends or -1, pad_token_id=0, **EACH_ITS_OWN)
+        self._manager = model.init_continuous_batching(wanted, config)
+        add_greedy(self._manager.logit_processor)
+        self._manager.warmup()  # makes the cache, so that too little memory is known here
+        # not in older versions, where there is no manager either
+        from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
+
+        self.cache_tokens: int = infer_max_single_request_tokens(self._manager.batch_processor.cache)
+
+    def start(self) -> None:
+        """Start the thread that answers."""
+        self._manager.start()
+
+    def stop(self) -> None:
+        """Stop it; requests that run fail."""
+        self._manager.stop(hard_stop=True)
+
+    def __enter__(self) -> Engine:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine answers nothing; None while it does."""
+        fatal = self._manager.background_thread_status.fatal_error
+        if fatal is not None:
+            return f"the engine stopped: {fatal}"
+        return None if self._manager.is_running() else "the engine was not started, or was stopped"
+
+    @property
+    def running(self) -> int:
+        """Requests that are in the batch."""
+        return len(self._scheduler.active_requests)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for room in the batch."""
+        return len(self._scheduler.waiting_requests) + int(self._manager.input_queue.qsize())
+
+    @property
+    def _scheduler(self) -> Any:
+        return self._manager.batch_processor.scheduler
+
+    def new_tokens(self, request: Request) -> int:
+        """How many tokens the answer may have.
+
+        Raises:
+            UnknownTask: the task is not in the bank.
+            ShapeError: no token, or one that the model does not have, or no new tokens.
+            ContextOverflow: prompt, prefix and new tokens exceed the model's positions, or the cache.
+        """
+        tokens, new = len(request.tokens), request.new_tokens
+        if not tokens:
+            raise ShapeError("prompt: expected at least one token, got none")
+        unknown = [token for token in request.tokens if not 0 <= token < self._inputs]
+        if unknown:
+            raise ShapeError(f"prompt: expected tokens of 0 to {self._inputs - 1}, got {unknown[0]}")
+        if new is not None and new < 1:
+            raise ShapeError(f"new_tokens: expected at least 1, got {new}")
+        prefix = 0 if request.task is None else self.bank.prefix_len(request.task)
+        limit = self.bank.context_limit
+        # The last new token is not fed back, so it needs neither a position nor a place.
+        room = min(self.cache_tokens, self.cache_tokens if limit is None else limit - prefix) - tokens + 1
+        if room < (new or 1):
+            positions = "" if limit is None else f"the model's {limit} positions, or "
+            raise ContextOverflow(
+                f"prompt: {tokens} tokens, a prefix of {prefix} and {new or 1} new tokens exceed {positions}the "
+                f"{self.cache_tokens} tokens of the engine's cache; "
+                + (f"ask for at most {room} new tokens" if room > 0 else "shorten the prompt")
+            )
+        return room if new is None else new
+
+    async def answer(self, request: Request) -> AsyncIterator[Piece]:
+        """The answer, piece by piece as it is made. Closing the iterator early cancels the request.
+
+        Raises:
+            PrefixAttnError: those of `new_tokens`; EngineFailed.
+        """
+        new = self.new_tokens(request)
+        if self.failure is not None:
+            raise EngineFailed(self.failure)
+        name = uuid.uuid4().hex
+        outputs: asyncio.Queue[Any] = asyncio.Queue()
+        self._manager.register_result_handler(name, outputs.put_nowait)
+        finished = False
+        try:
+            sampling = request.sampling.arguments(self.vocabulary)
+            added = self._manager.add_request(
+                request.tokens, name, new, streaming=True, task=request.task, eos_token_id=self.ends or -1, **sampling
+            )
+            if added is None:
+                raise EngineFailed(self.failure or "the engine is stopping")
+            seen = 0
+            while not finished:
+                output = await outputs.get()
+                finished = output.is_finished()
+                if output.error is not None:
+                    raise EngineFailed(output.error)
+                made = output.generated_tokens
+                ended = bool(made) and made[-1] in self.ends
+                yield Piece(made[seen:], ("stop" if ended else "length") if finished else None)
+                seen = len(made)
+        finally:
+            if not finished:
+                self._manager.cancel_request(name)
+                with self._manager.output_router._lock:
+                    self._manager.output_router.result_handlers.pop(name, None)

@@ -1,0 +1,185 @@
+"""The part of OpenAI's HTTP API that is served: what a request may hold, and what is sent back.
+
+A field that would change the answer and is not served is refused unless it has the value that changes nothing.
+
+Source: the OpenAPI description of the OpenAI API, completions and chat completions.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from prefix_attn.serving.sampling import Sampling
+
+#: Fields that are not served, with the values that ask for nothing.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "best_of": (None, 1), "echo": (None, False), "suffix": (None, ""), "seed": (None,), "logit_bias": (None, {}),
+    "presence_penalty": (None, 0), "frequency_penalty": (None, 0), "logprobs": (None, False), "top_logprobs": (None,),
+    "tools": (None, []), "tool_choice": (None, "none", "auto"), "response_format": (None, {"type": "text"}),
+}  # fmt: skip
+
+#: Fields that are accepted because they cannot change an answer.
+IGNORED = ("user", "metadata", "store")
+
+Stop = Annotated[str, Field(min_length=1)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+
+
+class Asked(BaseModel):
+    """What both kinds of requests have in common.
+
+    ``model`` is the name of a task, or of the base model for no prefix. ``top_k`` (0 keeps all tokens) is our own.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    n: int = Field(1, ge=1, le=128)
+    stop: Stop | list[Stop] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_served(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        for name, neutral in NEUTRAL.items():
+            if given.get(name) not in neutral:
+                raise ValueError(f"{name} is not served; leave it out")
+        return {name: x for name, x in given.items() if name not in NEUTRAL and name not in IGNORED}
+
+    def sampling(self, defaults: Sampling) -> Sampling:
+        """How tokens are chosen; what the request leaves open is as the model's own config has it."""
+        return defaults.but(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+
+    @property
+    def stops(self) -> list[str]:
+        return [] if self.stop is None else [self.stop] if isinstance(self.stop, str) else self.stop
+
+
+class CompletionAsked(Asked):
+    """``POST /v1/completions``: a text, or its tokens, or a list of either."""
+
+    prompt: str | list[int] | list[str] | list[list[int]] = Field(min_length=1)
+    max_tokens: int = Field(16, ge=1)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One by one."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        numbers = [x for x in self.prompt if isinstance(x, int)]
+        return [numbers] if numbers else [x for x in self.prompt if not isinstance(x, int)]
+
+    @property
+    def new_tokens(self) -> int:
+        return self.max_tokens
+
+
+class Part(BaseModel):
+    """A part of a message, of which only text is served."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates want it."""
+        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return {"role": self.role, "content": text}
+
+
+class ChatAsked(Asked):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_maximum(self) -> Self:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ; give one")
+        return self
+
+    @property
+    def new_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class Answers:
+    """What is sent back for one HTTP request: whole, or as events of a stream."""
+
+    def __init__(self, asked: CompletionAsked | ChatAsked, request_id: str) -> None:
+        self._chat = isinstance(asked, ChatAsked)
+        kind = "chat.completion" if self._chat else "text_completion"
+        self._head = {
+            "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{request_id}", "created": int(time.time()),
+            "model": asked.model,
+        }  # fmt: skip
+        self._kind, self._chunk = kind, f"{kind}.chunk" if self._chat else kind
+
+    def whole(self, choices: list[tuple[str, str]], usage: dict[str, int]) -> dict[str, Any]:
+        """The response, of the text and the finish of every choice."""
+        made = []
+        for index, (text, finish) in enumerate(choices):
+            content = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+            made.append({"index": index, **content, "logprobs": None, "finish_reason": finish})
+        return {**self._head, "object": self._kind, "choices": made, "usage": usage}
+
+    def event(self, index: int, text: str, finish: str | None, first: bool) -> str:
+        """One event of a stream: more text of a choice."""
+        if self._chat:
+            role = {"role": "assistant"} if first else {}
+            content: dict[str, Any] = {"delta": {**role, **({"content": text} if text or first else {})}}
+        else:
+            content = {"text": text}
+        choice = {"index": index, **content, "logprobs": None, "finish_reason": finish}
+        return event({**self._head, "object": self._chunk, "choices": [choice]})
+
+    def usage_event(self, usage: dict[str, int]) -> str:
+        """The event that ends a stream whose request asked for it."""
+        return event({**self._head, "object": self._chunk, "choices": [], "usage": usage})
+
+
+def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
+    """Tokens of the prompts and the answers; those of prefixes are in neither."""
+    return {
+        "prompt_tokens": prompt_tokens, "completion_tokens": new_tokens, "total_tokens": prompt_tokens + new_tokens,
+    }  # fmt: skip
+
+
+def error(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's form of an error."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def event(content: dict[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+END_OF_STREAM = "data: [DONE]\n\n"

@@ -1,0 +1,73 @@
+"""The text of an answer while its tokens arrive: whole characters, and nothing from a stop string on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+#: Tokens of the prompt that are decoded with the first of the answer, since a token's text may depend on its neighbours
+#: (a space in front of it).
+CONTEXT = 6
+
+#: What a tokenizer gives for bytes that are no whole character yet.
+PARTIAL = "\N{REPLACEMENT CHARACTER}"
+
+
+class AnswerText:
+    """Text that continues a prompt, token by token.
+
+    Args:
+        tokenizer: its ``decode(tokens, skip_special_tokens=True)`` is called for a few tokens at a time.
+        prompt: tokens of the prompt.
+        stops: strings that end the answer and are no part of it; none is empty.
+
+    Attributes:
+        stopped: a stop string was found; more tokens change nothing.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
+        self._decode = tokenizer.decode
+        self._tokens = list(prompt[-CONTEXT:])
+        self._start, self._done = 0, len(self._tokens)
+        self._stops = stops
+        self._held = ""  # may be the beginning of a stop string
+        self.stopped = False
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """The text that these tokens complete."""
+        self._tokens += tokens
+        text = self._text(self._start, len(self._tokens))
+        if text.endswith(PARTIAL):
+            return ""
+        return self._checked(self._new(text), last=False)
+
+    def end(self) -> str:
+        """What is left when no more tokens come."""
+        return self._checked(self._new(self._text(self._start, len(self._tokens))), last=True)
+
+    def _text(self, start: int, end: int) -> str:
+        text: str = self._decode(self._tokens[start:end], skip_special_tokens=True)
+        return text
+
+    def _new(self, text: str) -> str:
+        """The end of ``text`` that was not returned yet; from now on, its tokens are the context of the next."""
+        new = text[len(self._text(self._start, self._done)) :]
+        self._start, self._done = self._done, len(self._tokens)
+        return new
+
+    def _checked(self, new: str, last: bool) -> str:
+        if self.stopped:
+            return ""
+        text, self._held = self._held + new, ""
+        found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return text[: min(found)[1]]  # that of the stop string which was whole first
+        kept = 0 if last else max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of a text with which a stop string may begin."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

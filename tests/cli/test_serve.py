@@ -1,0 +1,73 @@
+"""``prefix-attn serve``: the command, in a process of its own, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from prefix_attn.cli.example import ANSWERS, INPUT, Example
+from tests.cli.conftest import Run
+from tests.serving.engines import OLD, needs_engine
+
+PROMPT = f"{INPUT}>"
+
+
+@needs_engine
+def test_the_command_serves_until_it_is_interrupted(example: Example) -> None:
+    adapters = [f"--adapter={task}={folder}" for task, folder in example.adapters[:2]]
+    command = [sys.executable, "-m", "prefix_attn", "serve", "--model", example.model, *adapters, "--port", "0"]
+    command += ["--cache-tokens", "512", "--name", "letters", "--prefixes", str(example.folder / "adapters")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        assert server.stdout is not None
+        said = ""
+        while not (running := re.search(r"running on (http://[\d.:]+)", said)):
+            line = server.stderr.readline()
+            assert line, said
+            said += line
+        with httpx.Client(base_url=running[1], timeout=60) as client:
+            client.put("/v1/prefixes/sort", json={"path": "sort"}).raise_for_status()
+            for task in ("upper", "reverse", "sort"):
+                answer = client.post("/v1/completions", json={"model": task, "prompt": PROMPT}).json()
+                assert answer["choices"][0]["text"] == ANSWERS[task]
+            models = [model["id"] for model in client.get("/v1/models").json()["data"]]
+        assert models == ["letters", "upper", "reverse", "sort"]
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=60) == 0
+        welcome = server.stdout.read()
+    assert welcome.startswith("letters, and 2 tasks: upper, reverse\n")
+    assert "running requests may hold 512 tokens" in welcome
+
+
+def test_without_any_prefix(run: Run, example: Example) -> None:
+    result = run("serve", "--model", example.model)
+    assert result.exit_code == 2
+    assert "--adapter" in result.stderr
+
+
+@needs_engine
+def test_a_task_that_is_called_like_the_model(run: Run, example: Example) -> None:
+    (task, folder), *_ = example.adapters
+    result = run("serve", "--model", example.model, "--adapter", f"{task}={folder}", "--name", task)
+    assert result.exit_code == 2
+    assert "give the base model another" in result.stderr
+
+
+def test_without_the_extra(run: Run, example: Example, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    result = run("serve", "--model", example.model, "--prefixes", tmp_path)
+    assert result.exit_code == 2
+    assert "pip install 'prefix-attn[serve]'" in result.stderr
+
+
+@pytest.mark.skipif(not OLD, reason="this transformers has the engine")
+def test_older_transformers_are_refused(run: Run, example: Example, tmp_path: Path) -> None:
+    result = run("serve", "--model", example.model, "--prefixes", tmp_path)
+    assert result.exit_code == 2
+    assert "5.23" in result.stderr

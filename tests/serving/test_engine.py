@@ -1,0 +1,233 @@
+"""The engine: what ``generate`` answers, for requests of many tasks at once; what would stop it for all is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import prefix_attn as pa
+from prefix_attn.cli.example import ANSWERS, INPUT
+from prefix_attn.serving import Engine, EngineFailed, Request, Sampling
+from tests.hf.conftest import make_bank
+from tests.hf.families import tiny_model
+from tests.seq2seq import tiny_seq2seq
+from tests.serving.conftest import Served
+from tests.serving.engines import OLD, needs_engine
+
+PROMPT = f"{INPUT}>"
+
+
+async def answer(engine: Engine, request: Request) -> tuple[list[int], str]:
+    tokens: list[int] = []
+    async for piece in engine.answer(request):
+        assert piece.tokens or piece.finish
+        tokens += piece.tokens
+        finish = piece.finish
+    assert finish is not None
+    return tokens, finish
+
+
+def answers(engine: Engine, *requests: Request) -> list[tuple[list[int], str]]:
+    async def together() -> list[tuple[list[int], str]]:
+        return await asyncio.gather(*(answer(engine, request) for request in requests))
+
+    return asyncio.run(together())
+
+
+@needs_engine
+def test_all_tasks_and_none_at_once(served: Served, engine: Engine) -> None:
+    tokens = served.tokenizer(PROMPT)["input_ids"]
+    made = answers(engine, *(Request(tokens, task) for task in (*ANSWERS, None)))
+    texts = [served.tokenizer.decode(out, skip_special_tokens=True) for out, _ in made]
+    assert texts[:-1] == list(ANSWERS.values())
+    assert texts[-1].startswith(served.alone(PROMPT, None))
+    assert {finish for _, finish in made[:-1]} == {"stop"}
+    assert (engine.running, engine.waiting, engine.failure) == (0, 0, None)
+
+
+@needs_engine
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "gpt_oss"])
+def test_tokens_are_those_of_generate(family: str) -> None:
+    model = tiny_model(family)
+    pa.patch(model, make_bank(model))
+    prompts = [[5, 6, 7], [9] * 20, [3]]
+    asked = [Request(prompt, task, 12) for prompt in prompts for task in (None, "five", "twelve")]
+    with Engine(model, cache_tokens=2048) as engine:
+        made = answers(engine, *asked)
+    for request, (tokens, _) in zip(asked, made, strict=True):
+        given = {} if request.task is None else {"task_ids": [request.task]}
+        out = model.generate(torch.tensor([request.tokens]), max_new_tokens=12, do_sample=False, **given)
+        assert tokens == out[0, len(request.tokens) :].tolist()
+
+
+@needs_engine
+def test_rows_choose_in_their_own_way(served: Served, engine: Engine) -> None:
+    """Greedy rows beside others, and top_k = 1, which is greedy too where no two tokens are equal."""
+    tokens = served.tokenizer(PROMPT)["input_ids"]
+    hot = [Request(tokens, "upper", 40, Sampling(temperature=50.0)) for _ in range(4)]
+    made = answers(
+        engine, Request(tokens, "upper"), *hot, Request(tokens, "upper", sampling=Sampling(1.0, top_k=1)),
+        Request(tokens, "upper", sampling=Sampling(1.0, top_p=0.01)),
+    )  # fmt: skip
+    texts = [served.tokenizer.decode(out, skip_special_tokens=True) for out, _ in made]
+    assert texts[0] == texts[5] == texts[6] == ANSWERS["upper"]
+    assert len(set(texts[1:5])) > 1
+
+
+@needs_engine
+def test_a_model_that_samples(served: Served) -> None:
+    served.model.generation_config.update(do_sample=True, temperature=0.5, top_k=3)
+    engine = Engine(served.model, cache_tokens=256)
+    assert engine.defaults == Sampling(0.5, 1.0, 3)
+
+
+@needs_engine
+@pytest.mark.parametrize(
+    ("request_", "error", "words"),
+    [
+        (Request([]), pa.ShapeError, "at least one token"),
+        (Request([5, 99_999]), pa.ShapeError, r"expected tokens of 0 to \d+, got 99999"),
+        (Request([-1]), pa.ShapeError, "got -1"),
+        (Request([5], new_tokens=0), pa.ShapeError, "new_tokens: expected at least 1, got 0"),
+        (Request([5], "sumarise"), pa.UnknownTask, "'upper'.*'sumarise'"),
+        (Request([5] * 10, "upper", 60), pa.ContextOverflow, "10 tokens, a prefix of 6 and 60 .* at most 49 new"),
+        (Request([5] * 10, None, 60), pa.ContextOverflow, "at most 55 new"),
+        (Request([5] * 70, "upper"), pa.ContextOverflow, "shorten the prompt"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(
+    engine: Engine, request_: Request, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        answers(engine, request_)
+    assert answers(engine, Request([5], "upper", 2)), "the engine goes on"
+
+
+@needs_engine
+def test_as_many_tokens_as_there_is_room(served: Served, engine: Engine) -> None:
+    """64 positions: the answer may have one more than there are, for the last is not fed back."""
+    engine.ends = []
+    for task, prefix in ((None, 0), ("upper", served.bank.prefix_len("upper"))):
+        ((tokens, finish),) = answers(engine, Request([5] * 40, task))
+        assert (len(tokens), finish) == (64 - prefix - 40 + 1, "length")
+
+
+@needs_engine
+def test_a_cache_smaller_than_the_context(served: Served) -> None:
+    model = tiny_model("gpt_neox", max_position_embeddings=4096)
+    pa.patch(model, make_bank(model))
+    with Engine(model, cache_tokens=192) as engine:
+        assert engine.cache_tokens == 192
+        with pytest.raises(pa.ContextOverflow, match="192 tokens of the engine's cache; ask for at most 93 new"):
+            answers(engine, Request([5] * 100, "five", 100))
+        made = answers(engine, *(Request([5] * 100, task, 93) for task in ("five", "nine", None)))
+    assert [len(tokens) for tokens, _ in made] == [93] * 3, "they wait for one another"
+
+
+@needs_engine
+def test_a_request_that_nobody_reads_any_more_is_cancelled(served: Served, engine: Engine) -> None:
+    engine.ends = []
+
+    async def leave() -> None:
+        pieces = engine.answer(Request([5] * 4, "upper"))
+        async for _ in pieces:
+            break
+        await pieces.aclose()  # type: ignore[attr-defined]
+        await settled(lambda: engine.running == 0)
+
+    asyncio.run(leave())
+    served.bank.remove("upper")
+    assert served.bank.lengths[0] == -1, "nobody holds it"
+
+
+async def settled(done: Callable[[], bool]) -> None:
+    """Wait until the engine's thread has come to it."""
+    for _ in range(200):
+        if done():
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("the engine did not settle")
+
+
+@needs_engine
+def test_tasks_change_while_requests_run(served: Served, engine: Engine) -> None:
+    tokens = served.tokenizer(PROMPT)["input_ids"]
+
+    async def swap() -> tuple[list[int], list[int]]:
+        old: list[int] = []
+        async for piece in engine.answer(Request(tokens, "upper")):
+            if not old:
+                served.bank.add("upper", served.bank.key_values("reverse"), replace=True)
+                new = asyncio.create_task(answer(engine, Request(tokens, "upper")))
+            old += piece.tokens
+        return old, (await new)[0]
+
+    decode: Any = served.tokenizer.decode
+    assert [decode(x, skip_special_tokens=True) for x in asyncio.run(swap())] == [ANSWERS["upper"], ANSWERS["reverse"]]
+
+
+@needs_engine
+def test_an_engine_that_fails_says_so(served: Served, engine: Engine) -> None:
+    pa.unpatch(served.model)  # what else could happen to a model behind an engine's back
+    with pytest.raises(EngineFailed, match="unpatched"):
+        answers(engine, Request([5], "upper"))
+    with pytest.raises(EngineFailed, match=r"the engine stopped: .*unpatched"):
+        answers(engine, Request([5], "upper"))
+    assert "unpatched" in str(engine.failure)
+
+
+@needs_engine
+def test_an_engine_that_does_not_run(served: Served) -> None:
+    engine = Engine(served.model, cache_tokens=256)
+    with pytest.raises(EngineFailed, match="not started"):
+        answers(engine, Request([5]))
+    with engine:
+        assert answers(engine, Request([5], None, 1))
+    with pytest.raises(EngineFailed, match="was stopped"):
+        answers(engine, Request([5]))
+
+
+@needs_engine
+def test_requests_that_run_when_the_engine_stops_fail(served: Served) -> None:
+    engine = Engine(served.model, cache_tokens=256)
+    engine.start()
+    engine.ends = []
+
+    async def stop() -> None:
+        with contextlib.suppress(StopAsyncIteration):
+            async for _ in engine.answer(Request([5], None)):
+                await asyncio.to_thread(engine.stop)
+
+    with pytest.raises(EngineFailed):
+        asyncio.run(stop())
+
+
+@needs_engine
+def test_settings_that_the_engine_has_no_part_for(served: Served) -> None:
+    served.model.generation_config.repetition_penalty = 1.1
+    with pytest.raises(pa.UnsupportedModel, match=r"\{'repetition_penalty': 1.1\}.*--plain"):
+        Engine(served.model, cache_tokens=256)
+    with Engine(served.model, cache_tokens=256, plain=True) as engine:
+        assert answers(engine, Request([5], None, 2))
+
+
+def test_encoder_decoders_are_refused() -> None:
+    model = tiny_seq2seq("t5")
+    with pytest.raises(pa.UnsupportedModel, match="decoder-only"):
+        Engine(pa.patch(model, pa.PrefixBank.for_model(model)))
+
+
+@pytest.mark.skipif(not OLD, reason="this transformers has the engine")
+def test_older_transformers_are_refused(served: Served) -> None:
+    with pytest.raises(pa.UnsupportedModel, match=r"5\.23"):
+        Engine(served.model)
+
+
+def test_a_model_that_is_not_patched() -> None:
+    with pytest.raises(pa.UnsupportedModel, match="expected a patched model"):
+        Engine(tiny_model("llama"))

@@ -1,0 +1,92 @@
+"""Text that arrives token by token: the tokenizer's own text of all tokens, up to a stop string."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from prefix_attn.serving.text import CONTEXT, AnswerText
+
+
+def byte_level() -> Any:
+    """A token a byte, so that most characters take several."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({"<eos>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+def words() -> Any:
+    """A token a word with the space in front of it, which the decoder drops where the text begins."""
+    vocabulary = {"▁one": 0, "▁two": 1, "▁three": 2, "!": 3, "<eos>": 4}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="!"))
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+BYTES, WORDS = byte_level(), words()
+
+
+def in_pieces(text: AnswerText, tokens: list[int], cuts: list[int]) -> list[str]:
+    """What comes out when tokens go in between cuts; then what is left."""
+    places = sorted({0, len(tokens), *(cut % (len(tokens) + 1) for cut in cuts)})
+    pieces = [text.add(tokens[a:b]) for a, b in itertools.pairwise(places)]
+    return [*pieces, text.end()]
+
+
+@settings(max_examples=200, deadline=None)
+@given(prompt=st.text(), answer=st.text(), cuts=st.lists(st.integers(0, 99)))
+def test_pieces_join_to_the_text(prompt: str, answer: str, cuts: list[int]) -> None:
+    asked, made = (BYTES(x)["input_ids"] for x in (prompt, answer))
+    pieces = in_pieces(AnswerText(BYTES, asked), [*made, 0], cuts)
+    assert "".join(pieces) == answer
+    assert all("\N{REPLACEMENT CHARACTER}" not in piece or "\N{REPLACEMENT CHARACTER}" in answer for piece in pieces)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    answer=st.text("abc", max_size=20), stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+    cuts=st.lists(st.integers(0, 99)),
+)  # fmt: skip
+def test_nothing_from_a_stop_string_on(answer: str, stops: list[str], cuts: list[int]) -> None:
+    """However the text is cut into tokens: the stop string that is whole first decides, of several the longest."""
+    text = AnswerText(BYTES, [], stops)
+    got = "".join(in_pieces(text, BYTES(answer)["input_ids"], cuts))
+    wholes = (answer[:n] for n in range(len(answer) + 1) if answer[:n].endswith(tuple(stops)))
+    whole = next(wholes, None) if stops else None
+    assert text.stopped == (whole is not None)
+    longest = max((len(stop) for stop in stops if whole is not None and whole.endswith(stop)), default=0)
+    assert got == (answer if whole is None else whole[: len(whole) - longest])
+
+
+def test_a_stop_string_over_several_pieces() -> None:
+    text = AnswerText(BYTES, [], ["STOP", "END"])
+    tokens = BYTES("go STO STOP more")["input_ids"]
+    pieces = [text.add([token]) for token in tokens]
+    assert pieces[:3] == ["g", "o", " "]
+    assert pieces[3:6] == ["", "", ""], "may be a stop string"
+    assert "".join(pieces) == "go STO "
+    assert text.end() == ""
+
+
+@pytest.mark.parametrize("length", [0, 1, CONTEXT, CONTEXT + 5])
+def test_a_space_between_prompt_and_answer_stays(length: int) -> None:
+    asked = [0] * length
+    text = AnswerText(WORDS, asked)
+    pieces = [text.add([token]) for token in (1, 2, 3, 0, 4)]
+    assert "".join([*pieces, text.end()]) == WORDS.decode([*asked, 1, 2, 3, 0])[len(WORDS.decode(asked)) :]
+    assert pieces == ["two" if length == 0 else " two", " three", "!", " one", ""]
+
+
+def test_bytes_that_never_become_a_character_come_at_the_end() -> None:
+    text = AnswerText(BYTES, [])
+    euro = BYTES("€")["input_ids"]
+    assert [text.add([token]) for token in euro[:2]] == ["", ""]
+    assert text.end() == "\N{REPLACEMENT CHARACTER}"
