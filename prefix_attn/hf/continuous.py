@@ -84,12 +84,7 @@ class InitContinuousBatching(Method):
             raise UnsupportedModel(
                 f"continuous batching: expected the model on one device, got {self.bank.base.placement}; call generate"
             )
-        version = tuple(int(x) for x in transformers.__version__.split(".")[:2])
-        if version < SINCE:
-            raise UnsupportedModel(
-                f"continuous batching: expected transformers {SINCE[0]}.{SINCE[1]} or newer, got "
-                f"{transformers.__version__}, whose engine works otherwise; call generate"
-            )
+        refuse_old_engines()
         kept = getattr(self.model, "_cached_continuous_batching_manager", None)
         if kept is None:
             config = _checked_config(continuous_batching_config or ContinuousBatchingConfig())
@@ -102,6 +97,15 @@ class InitContinuousBatching(Method):
                 "model.destroy_cached_continuous_batching_manager() first"
             )
         return kept
+
+
+def refuse_old_engines() -> None:
+    """Raise `UnsupportedModel` where transformers is older than the engine that this was written for."""
+    if tuple(int(x) for x in transformers.__version__.split(".")[:2]) < SINCE:
+        raise UnsupportedModel(
+            f"continuous batching: expected transformers {SINCE[0]}.{SINCE[1]} or newer, got "
+            f"{transformers.__version__}, whose engine works otherwise; call generate"
+        )
 
 
 def _checked_config(config: Any) -> Any:

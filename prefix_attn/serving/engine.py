@@ -16,6 +16,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import ContextOverflow, PrefixAttnError, ShapeError, UnsupportedModel
+from prefix_attn.hf.continuous import refuse_old_engines
 from prefix_attn.serving.sampling import EACH_ITS_OWN, Sampling, add_greedy
 
 #: Tokens of a page of the cache.
@@ -77,6 +78,7 @@ class Engine:
         if model.config.is_encoder_decoder:
             raise UnsupportedModel(f"{type(model).__name__}: expected a decoder-only model; transformers has no "
                                    "continuous batching for encoder-decoders, call generate")  # fmt: skip
+        refuse_old_engines()
         bank = getattr(getattr(model, "init_continuous_batching", None), "bank", None)
         if bank is None:
             raise UnsupportedModel(f"{type(model).__name__}: expected a patched model; call prefix_attn.patch(model, "

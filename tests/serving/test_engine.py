@@ -216,6 +216,7 @@ def test_settings_that_the_engine_has_no_part_for(served: Served) -> None:
         assert answers(engine, Request([5], None, 2))
 
 
+@needs_engine
 def test_encoder_decoders_are_refused() -> None:
     model = tiny_seq2seq("t5")
     with pytest.raises(pa.UnsupportedModel, match="decoder-only"):
@@ -228,6 +229,7 @@ def test_older_transformers_are_refused(served: Served) -> None:
         Engine(served.model)
 
 
+@needs_engine
 def test_a_model_that_is_not_patched() -> None:
     with pytest.raises(pa.UnsupportedModel, match="expected a patched model"):
         Engine(tiny_model("llama"))
