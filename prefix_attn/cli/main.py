@@ -63,6 +63,10 @@ def main(
         prefix-attn generate --model MODEL --adapter sum=adapters/sum \\
             --input requests.jsonl --output answers.jsonl
 
+    Serve them over HTTP:
+
+        prefix-attn serve --model MODEL --adapter sum=adapters/sum
+
     Every command explains itself with `--help`.
     """
 
