@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import prefix_attn as pa
 from prefix_attn.backends import triton as backend
 from prefix_attn.training import TrainablePrefixes
 from tests.hf.conftest import TASKS, make_bank, padded_inputs
 from tests.hf.families import tiny_model
+from tests.hf.threads import ChangesTheBank
+from tests.serving.engines import needs_engine
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
@@ -92,6 +95,30 @@ def test_prefixes_learn_what_they_learn_on_the_cpu(family: str, kernel_calls: li
     for ours, theirs in zip(*reversed(gradients), strict=True):
         assert theirs.abs().max() > 0
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=float(1e-3 * theirs.abs().max()))
+
+
+@needs_engine
+def test_continuous_batching(model: Any, kernel_calls: list[int]) -> None:
+    """Prompts of several lengths in one step beside requests that decode; the graphs of the engine stay off."""
+    prompts = [[5, 6, 7], [9] * 40, [3], [8, 4]]
+    out = model.generate_batch(
+        prompts, task_ids=TASKS, generation_config=GenerationConfig(**GREEDY, eos_token_id=-1, pad_token_id=0),
+        continuous_batching_config=ContinuousBatchingConfig(page_size=16, num_blocks=64, max_batch_tokens=32),
+    )  # fmt: skip
+    assert 1 in kernel_calls
+    for result, prompt, task in zip(out.values(), prompts, TASKS, strict=True):
+        alone = model.generate(torch.tensor([prompt], device=DEVICE), **GREEDY, eos_token_id=None, task_ids=[task])
+        assert result.error is None
+        assert result.generated_tokens == alone[0, len(prompt) :].tolist()
+
+
+def test_a_generation_ends_with_the_prefixes_it_began_with(model: Any) -> None:
+    """Also where another thread removes them: on a GPU a row without its prefix would be NaN."""
+    inputs, bank = on_device(padded_inputs()), model._prefix_attn.bank
+    expected = model.generate(**inputs, **GREEDY, task_ids=TASKS)
+    changes = [ChangesTheBank(bank, inputs["input_ids"].shape[1])]
+    assert torch.equal(model.generate(**inputs, **GREEDY, task_ids=TASKS, stopping_criteria=changes), expected)
+    assert "five" not in bank
 
 
 def test_static_cache(model: Any, kernel_calls: list[int]) -> None:

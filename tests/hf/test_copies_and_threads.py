@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 import prefix_attn as pa
 from tests.hf.conftest import TASKS, padded_inputs
 from tests.hf.shrink import tiny_random_model
 from tests.hf.survey import random_bank
-from tests.hf.threads import wrong_in_threads
+from tests.hf.threads import ChangesTheBank, wrong_in_threads
 
 #: As a keyword; with positions in a table; by the thread's scope; as prefixes made of the bank's; as copies in a cache.
 FAMILIES = ("llama", "opt", "nemotron", "deepseek_v3", "gptj")
@@ -54,21 +53,6 @@ def test_two_threads_with_different_tasks(patched: Any) -> None:
     wanted = {name: generate(patched, tasks) for name, tasks in calls.items()}
     assert not torch.equal(wanted["one"], wanted["none"])
     assert wrong_in_threads(lambda name: generate(patched, calls[name]), wanted) == []
-
-
-class ChangesTheBank(transformers.StoppingCriteria):  # type: ignore[misc]
-    """Stops nothing; at the second token it removes a task, replaces another, and makes the bank's memory grow."""
-
-    def __init__(self, bank: pa.PrefixBank, tokens: int) -> None:
-        self.bank = bank
-        self.tokens = tokens
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        if input_ids.shape[1] == self.tokens + 2:
-            values = [(k.repeat(1, 5, 1), v.repeat(1, 5, 1)) for k, v in self.bank.key_values("twelve")]
-            self.bank.remove("five")
-            self.bank.add("nine", values, replace=True)
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
 def test_a_generation_ends_with_the_prefixes_it_began_with(patched: Any) -> None:
