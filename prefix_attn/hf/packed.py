@@ -126,6 +126,6 @@ def _starts(lengths: list[int]) -> list[int]:
 
 
 def _gathered(packed: Tensor, index: Tensor) -> Tensor:
-    """``[1, heads, tokens, D]`` at ``index [R, n]`` as ``[R, heads, n, D]``; in memory a token's heads stay together."""
-    tokens = packed[0].transpose(0, 1)  # [tokens, heads, D], as the cache keeps them
+    """``[1, heads, tokens, D]`` at ``index [R, n]`` as ``[R, heads, n, D]``."""
+    tokens = packed[0].transpose(0, 1)  # [tokens, heads, D], as they lie in the cache: whole rows are copied
     return tokens.index_select(0, index.flatten()).view(*index.shape, *tokens.shape[1:]).transpose(1, 2)

@@ -17,7 +17,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import ContextOverflow, PrefixAttnError, ShapeError, UnsupportedModel
 from prefix_attn.hf.continuous import refuse_old_engines
-from prefix_attn.serving.sampling import EACH_ITS_OWN, Sampling, add_greedy
+from prefix_attn.serving.sampling import Sampling, install
 
 #: Tokens of a page of the cache.
 PAGE = 64
@@ -92,16 +92,14 @@ class Engine:
         self.defaults = Sampling.of(model.generation_config)
         ends = model.generation_config.eos_token_id
         self.ends: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-        self.vocabulary: int = model.get_output_embeddings().weight.shape[0]
         self._inputs: int = model.get_input_embeddings().weight.shape[0]
         config = ContinuousBatchingConfig(
             page_size=PAGE,
             num_blocks=None if cache_tokens is None else max(-(-cache_tokens // PAGE), 1),
-            per_request_processors=True,
         )
-        wanted = GenerationConfig(eos_token_id=self.ends or -1, pad_token_id=0, **EACH_ITS_OWN)
+        wanted = GenerationConfig(eos_token_id=self.ends or -1, pad_token_id=0, do_sample=True)
         self._manager = model.init_continuous_batching(wanted, config)
-        add_greedy(self._manager.logit_processor)
+        install(self._manager.logit_processor)
         self._manager.warmup()  # makes the cache, so that too little memory is known here
         # not in older versions, where there is no manager either
         from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
@@ -188,10 +186,10 @@ class Engine:
         self._manager.register_result_handler(name, outputs.put_nowait)
         finished = False
         try:
-            sampling = request.sampling.arguments(self.vocabulary)
             added = self._manager.add_request(
-                request.tokens, name, new, streaming=True, task=request.task, eos_token_id=self.ends or -1, **sampling
-            )
+                request.tokens, name, new, streaming=True, task=request.task, eos_token_id=self.ends or -1,
+                **request.sampling.arguments(),
+            )  # fmt: skip
             if added is None:
                 raise EngineFailed(self.failure or "the engine is stopping")
             seen = 0

@@ -7,12 +7,13 @@ Temperature 0 is greedy: the most likely token, the first of equals.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
 from prefix_attn.errors import ShapeError
@@ -57,39 +58,103 @@ class Sampling:
         """With these instead, but for those that are None."""
         return replace(self, **{name: x for name, x in asked.items() if x is not None})
 
-    def arguments(self, vocabulary: int) -> dict[str, Any]:
-        """What the engine's processors take of a request, for logits of so many tokens."""
+    def arguments(self) -> dict[str, Any]:
+        """What `PROCESSORS` take of a request; without those that change nothing for it."""
         if self.temperature == 0:
-            return {"greedy": True, "temperature": 1.0, "top_k": vocabulary, "top_p": 1.0}
-        top_k = min(self.top_k or vocabulary, vocabulary)
-        return {"greedy": False, "temperature": float(self.temperature), "top_k": top_k, "top_p": float(self.top_p)}
+            return {"greedy": 1}
+        given = {"temperature": float(self.temperature), "top_k": self.top_k, "top_p": float(self.top_p)}
+        return {name: x for name, x in given.items() if x != PROCESSORS[name].default}
 
 
-#: Makes transformers build the processors that take a request's own values in the place of these.
-EACH_ITS_OWN = {"do_sample": True, "temperature": 0.5, "top_k": 2, "top_p": 0.5}
+class Processor(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
+    """Changes the scores ``[requests, vocabulary]`` of requests by a value that each has for itself.
 
+    transformers has such processors, too; these do nothing in a step in which no request asks for it, where those sort
+    the whole vocabulary for every request.
+    """
 
-class Greedy(ContinuousBatchingLogitsProcessor):  # type: ignore[misc]
-    """Leaves the most likely token of a request that is greedy, the first of equals."""
-
-    supported_kwargs = {"greedy": bool}  # noqa: RUF012, as transformers declares it
     ignored_kwargs = ()
+    name: str
+    dtype: torch.dtype
+    default: float
+
+    def __init__(self) -> None:
+        self.supported_kwargs = {self.name: float if self.dtype.is_floating_point else int}
+        self.values: list[float] = []  # of the requests of this step
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
-        int32_tensor.fill_(0)
+        int32_tensor.copy_(self._bits([self.default]).expand_as(int32_tensor))
 
     def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
-        greedy = [future.state.logit_processor_kwargs.get("greedy", False) for future in requests_with_new_token]
-        return torch.tensor(greedy, dtype=torch.int32)
+        arguments = [future.state.logit_processor_kwargs for future in requests_with_new_token]
+        self.values = [given.get(self.name, self.default) for given in arguments]
+        return self._bits(self.values)
+
+    def _bits(self, values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=self.dtype).view(torch.int32)
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        greedy = tensor_arg[: scores.shape[0]].bool()  # [requests]
+        if all(value == self.default for value in self.values):
+            return scores
+        return self.process(scores, tensor_arg[: scores.shape[0], None].view(self.dtype))
+
+    @abstractmethod
+    def process(self, scores: Tensor, values: Tensor) -> Tensor:
+        """The scores of one step; values: ``[requests, 1]``."""
+
+
+class Temperature(Processor):
+    """Divides by it."""
+
+    name, dtype, default = "temperature", torch.float32, 1.0
+
+    def process(self, scores: Tensor, values: Tensor) -> Tensor:
+        return scores / values
+
+
+class TopK(Processor):
+    """Leaves the so many most likely tokens, and those that are as likely as the last of them; 0 leaves all."""
+
+    name, dtype, default = "top_k", torch.int32, 0
+
+    def process(self, scores: Tensor, values: Tensor) -> Tensor:
+        most = min(int(max(self.values)), scores.shape[1])
+        best = scores.topk(most).values  # [requests, most]
+        last = best.gather(1, (values - 1).clamp(0, most - 1).long())
+        return scores.masked_fill((scores < last) & (values > 0), float("-inf"))
+
+
+class TopP(Processor):
+    """Leaves the fewest of the most likely tokens that have this probability together."""
+
+    name, dtype, default = "top_p", torch.float32, 1.0
+
+    def process(self, scores: Tensor, values: Tensor) -> Tensor:
+        ordered, tokens = scores.sort(descending=True)
+        probabilities = ordered.softmax(1)
+        before = probabilities.cumsum(1) - probabilities  # of the tokens that are more likely
+        cut = (before >= values) & (values < 1)
+        cut[:, 0] = False
+        return scores.masked_fill(torch.zeros_like(cut).scatter_(1, tokens, cut), float("-inf"))
+
+
+class Greedy(Processor):
+    """Leaves the most likely token, the first of equals."""
+
+    name, dtype, default = "greedy", torch.int32, 0
+
+    def process(self, scores: Tensor, values: Tensor) -> Tensor:
         best = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.argmax(1, keepdim=True), True)
-        return scores.masked_fill(greedy[:, None] & ~best, float("-inf"))
+        return scores.masked_fill((values > 0) & ~best, float("-inf"))
 
 
-def add_greedy(processors: Any) -> None:
-    """Put `Greedy` behind the processors of an engine that has not been started."""
-    processors.logits_processor.append(Greedy())
-    processors.tensors_required += 1
+#: In their order, by the name of their value.
+PROCESSORS: dict[str, type[Processor]] = {kind.name: kind for kind in (Temperature, TopK, TopP, Greedy)}
+
+
+def install(processors: Any) -> None:
+    """Give an engine that has not been started these processors instead of its own."""
+    processors.logits_processor = LogitsProcessorList([kind() for kind in PROCESSORS.values()])
+    processors.tensors_required = len(PROCESSORS)
+    processors.do_processing = True
     processors._retrieve_processors_kwargs()
