@@ -7,6 +7,7 @@ while others run models with it.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from prefix_attn.bank.plans import LatestPlans, Plans
 from prefix_attn.bank.text import text_kv
 from prefix_attn.bank.uses import CHANGING, Uses
 from prefix_attn.bank.window import SlidingWindow
-from prefix_attn.errors import IncompatiblePrefix, ShapeError, UnknownTask
+from prefix_attn.errors import DTypeError, IncompatiblePrefix, ShapeError, UnknownTask
 from prefix_attn.plan import BatchPlan
 from prefix_attn.types import PrefixKV, align
 
@@ -200,15 +201,19 @@ class PrefixBank:
 
         Raises:
             UnknownTask: one of the ids is not in the bank.
+            DTypeError: something that is no id.
         """
+        ids = {*task_ids}
+        if names := [task for task in ids if not isinstance(task, int)]:
+            raise DTypeError(f"task_ids: expected ids (`PrefixBank.task_ids` gives those of names), got {names[0]!r}")
         with CHANGING:
-            checked_ids(list(task_ids), self._ids, self.lengths, self._device)
-            self._uses.begin({task for task in task_ids if task >= 0})
+            checked_ids(list(ids), self._ids, self.lengths, self._device)
+            self._uses.begin(ids - {-1})
 
     def release(self, task_ids: Iterable[int]) -> None:
         """End what `hold` began for the same ids."""
         with CHANGING:
-            for task_id in self._uses.end({task for task in task_ids if task >= 0}):
+            for task_id in self._uses.end({*task_ids} - {-1}):
                 self._free(task_id)
 
     def _drop(self, task_id: int) -> None:
@@ -285,7 +290,8 @@ class PrefixBank:
         """
         ids, distinct = self.task_ids(tasks), None
         if not isinstance(tasks, Tensor):
-            distinct = len({self._ids[x] if isinstance(x, str) else x for x in tasks} - {None, -1})
+            named = self._ids  # read once: another thread may write it
+            distinct = len({named.get(x, x) if isinstance(x, str) else x for x in tasks} - {None, -1})
         return self.plans(ids, part, distinct)[self.device]
 
     def plans(self, task_ids: Tensor, part: str = DECODER, distinct: int | None = None) -> Plans:
@@ -447,10 +453,28 @@ class PrefixBank:
         Raises:
             UnknownTask: no such task; lists the choices.
         """
-        task_id = self._id(task) if isinstance(task, str) else task
-        if task_id < 0:
-            raise UnknownTask(f"task: expected one of {self.names}, or an id, got {task!r}")
-        return self._parts[part].read(int(self.task_ids([task_id])))
+        with CHANGING:
+            task_id = self._id(task) if isinstance(task, str) else task
+            if task_id < 0:
+                raise UnknownTask(f"task: expected one of {self.names}, or an id, got {task!r}")
+            return self._parts[part].read(int(self.task_ids([task_id])))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrefixBank:
+        """The tasks that have a name: nobody holds those of a copy."""
+        with CHANGING:
+            twin = type(self).__new__(type(self))
+            memo[id(self)] = twin
+            twin.__setstate__({name: copy.deepcopy(x, memo) for name, x in vars(self).items() if name != "_uses"})
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: x for name, x in vars(self).items() if name != "_uses"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _uses=Uses())
+        for task_id, task in enumerate(self._tasks):
+            if task is None and self._parts[DECODER].lengths[task_id] >= 0:
+                self._free(task_id)
 
     def __len__(self) -> int:
         return len(self._ids)

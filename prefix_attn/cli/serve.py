@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,23 +76,29 @@ def serve(
     from prefix_attn.cli.models import load_bank, load_model, load_tokenizer
     from prefix_attn.hf import patch
 
-    tokenizer, loaded = load_tokenizer(model), load_model(model, dtype, device)
-    tasks = load_bank(loaded, adapters, bank)
-    engine = Engine(patch(loaded, tasks), cache_tokens, plain)
-    app = create_app(engine, tokenizer, name or Path(model).name, prefixes)
-    server = uvicorn.Server(uvicorn.Config(app, host, port))
-    with engine, suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended
-        console.out.print(welcome(engine, name or Path(model).name), soft_wrap=True)
-        server.run()
+    base = name or (Path(model).resolve().name if Path(model).is_dir() else model.rpartition("/")[2])
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server(
+        (host, port), family=family
+    ) as listening:  # before loading, so that a taken port is known
+        tokenizer, loaded = load_tokenizer(model), load_model(model, dtype, device)
+        tasks = load_bank(loaded, adapters, bank)
+        engine = Engine(patch(loaded, tasks), cache_tokens, plain)
+        server = uvicorn.Server(uvicorn.Config(create_app(engine, tokenizer, base, prefixes)))
+        where = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
+        with engine, suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended
+            console.out.print(welcome(engine, base, where), soft_wrap=True)
+            server.run([listening])
 
 
-def welcome(engine: Any, base: str) -> str:
-    """What is served, in two lines."""
+def welcome(engine: Any, base: str, where: str) -> str:
+    """What is served, and where."""
     from prefix_attn.bank.memory import readable
 
     count, names = len(engine.bank), ", ".join(engine.bank.names) or "none yet"
     size = readable(engine.bank.memory_usage.total)
     return escape(
         f"{base}, and {count} task{'' if count == 1 else 's'}: {names}\n"
-        f"Prefixes take {size}; running requests may hold {engine.cache_tokens:,} tokens."
+        f"Prefixes take {size}; running requests may hold {engine.cache_tokens:,} tokens.\n"
+        f"{where}/v1"
     )

@@ -14,7 +14,11 @@ The bank may change while the engine runs: a request holds its prefix from the m
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from queue import Empty
 from typing import Any
 
 import torch
@@ -85,6 +89,12 @@ class InitContinuousBatching(Method):
                 f"continuous batching: expected the model on one device, got {self.bank.base.placement}; call generate"
             )
         refuse_old_engines()
+        sources = self.model.__dict__["_prefix_attn"].hook.sources
+        if sources is not None and sources.made:
+            raise UnsupportedModel(
+                f"{type(self.model).__name__}: continuous batching does not reach the keys that this family makes of "
+                "what the bank holds; call generate"
+            )
         kept = getattr(self.model, "_cached_continuous_batching_manager", None)
         if kept is None:
             config = _checked_config(continuous_batching_config or ContinuousBatchingConfig())
@@ -138,10 +148,11 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
     def __init__(self, bank: PrefixBank, *args: Any) -> None:
         self.bank = bank
         self._task_of: dict[str, int] = {}  # of the requests that are not over, by their id; children included
+        self._cancelled: set[str] = set()  # of them, those that nobody waits for
         self._request_counter: int
         super().__init__(*args)
         _refuse_what_would_replay(self.continuous_batching_config)  # as the engine has completed it
-        self.output_router = _Outputs(self._over)
+        self.output_router = _Outputs(self)
 
     def switch_to_cb_friendly_attn(self, *_: Any, **__: Any) -> None:
         """Nothing to switch: the patched model's attention reads the paged cache itself."""
@@ -158,7 +169,8 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
         """As in transformers, with a task.
 
         Raises:
-            UnknownTask, ContextOverflow: the task or the length. (For a request of `add_requests` the output says so.)
+            PrefixAttnError: UnknownTask or ContextOverflow, or a ``request_id`` that runs already. (For a request of
+                `add_requests` the output says so.)
         """
         if request_id is None:
             with self._request_lock:
@@ -167,6 +179,8 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
         new = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
         family = [request_id, *self._children(request_id)]
         try:
+            if request_id in self._task_of:
+                raise PrefixAttnError(f"request_id: expected one that no running request has, got {request_id!r}")
             task_id = int(self.bank.task_ids([getattr(input_ids, "task", task)]))
             new = self._room(task_id, len(input_ids), new)
             for name in family:
@@ -200,6 +214,7 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
         """Release the prefix of a request; if it is not complete, also of children that it will not have."""
         children = [] if complete else [name for name in self._children(request_id) if not self._runs(name)]
         for name in (request_id, *children):
+            self._cancelled.discard(name)
             task_id = self._task_of.pop(name, None)
             if task_id is not None:
                 self.bank.release([task_id])
@@ -211,9 +226,32 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
         scheduler = getattr(self.batch_processor, "scheduler", None)
         return scheduler is not None and not scheduler.request_is_cancelled(request_id)
 
+    def cancel_request(self, request_id: str) -> None:
+        """As in transformers; nothing more is delivered for it."""
+        if request_id in self._task_of:
+            self._cancelled.add(request_id)
+        super().cancel_request(request_id)
+
+    def start(self) -> None:
+        """As in transformers, but for requests that were left over when the thread stopped."""
+        if not self.is_running():
+            for state in _drained(self.input_queue):
+                if state.request_id in self._task_of:
+                    self.input_queue.put(state)
+        super().start()
+
+    def _run_generation_loop(self) -> None:
+        try:
+            super()._run_generation_loop()
+        finally:
+            # Some may be between the queue and the batch, or come to the queue when nobody reads it any more.
+            reason = self.background_thread_status.fatal_error or "the engine was stopped"
+            for name in list(self._task_of):
+                self.output_router.fail_and_deliver(RequestState(name, []), PrefixAttnError(str(reason)))
+
     def _create_batch_processor(self) -> Any:
         processor = super()._create_batch_processor()
-        processor.scheduler.clear_cancelled_requests = _Cancelled(processor.scheduler, self._over)
+        processor.scheduler.clear_cancelled_requests = _ClearCancelled(processor.scheduler, self)
         return processor
 
     def _generation_step(self) -> None:
@@ -235,34 +273,75 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
 
 
 class _Outputs(OutputRouter):  # type: ignore[misc]
-    """Where the engine puts outputs; tells ``over`` which requests ended, and whether complete."""
+    """Where the engine puts outputs: to the event loop that waits for each, or into the queue.
 
-    def __init__(self, over: Callable[[str, bool], None]) -> None:
+    transformers' own sends all outputs of a step to one of the loops, and fails where that is closed.
+    """
+
+    def __init__(self, manager: Manager) -> None:
         super().__init__()
-        self._tell = over
+        self._manager = manager
 
     def deliver(self, output: GenerationOutput) -> None:
         self.deliver_batch([output])
 
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
+        calls: dict[Any, list[Callable[[], None]]] = defaultdict(list)
         for output in outputs:
+            cancelled = output.request_id in self._manager._cancelled
             if output.is_finished():
-                self._tell(output.request_id, output.error is None)
-        super().deliver_batch(outputs)
+                self._manager._over(output.request_id, output.error is None)
+            with self._lock:
+                callback, loop = self.result_handlers.get(output.request_id, (None, None))
+            if callback is not None:
+                calls[loop].append(partial(callback, output))
+            elif not cancelled:
+                self.output_queue.put(output)
+        for loop, of_loop in calls.items():
+            try:
+                loop.call_soon_threadsafe(_call_all, of_loop)
+            except RuntimeError:  # the loop is closed: nobody waits any more
+                for call in of_loop:
+                    self.forget(call.args[0].request_id)  # type: ignore[attr-defined]
+
+    def forget(self, request_id: str) -> None:
+        """Deliver nothing more of a request, and cancel it."""
+        with self._lock:
+            self.result_handlers.pop(request_id, None)
+        self._manager.cancel_request(request_id)
 
 
-class _Cancelled:
-    """The scheduler's ``clear_cancelled_requests``, which tells ``over`` what it has removed."""
+def _call_all(calls: list[Callable[[], None]]) -> None:
+    for call in calls:
+        call()
 
-    def __init__(self, scheduler: Any, over: Callable[[str], None]) -> None:
+
+class _ClearCancelled:
+    """The scheduler's ``clear_cancelled_requests``, which tells the manager what it has removed.
+
+    A request and its cancellation come by two queues. One that is overtaken is cancelled when it arrives.
+    """
+
+    def __init__(self, scheduler: Any, manager: Manager) -> None:
         self._scheduler = scheduler
-        self._over = over
+        self._manager = manager
 
     def __call__(self) -> list[RequestState]:
+        for name in list(self._manager._cancelled):
+            self._scheduler.set_request_cancellation(name)
         states: list[RequestState] = type(self._scheduler).clear_cancelled_requests(self._scheduler)
         for state in states:
-            self._over(state.request_id)
+            self._manager._over(state.request_id)
         return states
+
+
+def _drained(queue: Any) -> list[Any]:
+    """All that a queue holds."""
+    items = []
+    with suppress(Empty):
+        while True:
+            items.append(queue.get_nowait())
+    return items
 
 
 class _WithTasks:

@@ -93,7 +93,8 @@ class PackedRows:
             lengths = [past + r.q_len for past, r in zip(kept, self.requests, strict=True)]
             alike: dict[int, list[int]] = defaultdict(list)
             for i, r in enumerate(self.requests):
-                alike[(r.q_len - 1).bit_length()].append(i)
+                if r.q_len:  # none: of one token and several sequences, which the engine keeps for their own steps
+                    alike[(r.q_len - 1).bit_length()].append(i)
             first_q, first_k = _starts([r.q_len for r in self.requests]), _starts(lengths)
             self._groups[window] = [self._group(rows, first_q, first_k, lengths, device) for rows in alike.values()]
         return self._groups[window]

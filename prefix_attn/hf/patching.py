@@ -142,7 +142,7 @@ def layers_read_the_bank(model: Any) -> bool:
     if not isinstance(state, DecoderPatch):
         return False
     assert state.hook.sources is not None, "the patch has been checked"
-    return not any(source.made for found in state.hook.sources.sources.values() for source in found)
+    return not state.hook.sources.made
 
 
 def _refuse(model: Any) -> None:

@@ -107,6 +107,11 @@ class Sources:
                 "through transformers' attention interface"
             )
 
+    @property
+    def made(self) -> bool:
+        """Whether some layer reads keys that the model makes of what the bank holds."""
+        return bool(self._made)
+
     def attach(self) -> None:
         """Tell each attention module what it reads."""
         for module, sources in self.sources.items():

@@ -1,6 +1,6 @@
 """The HTTP server: OpenAI's API, where the name of a model is the name of a task.
 
-GET  /v1/models                  the base model and every task
+GET  /v1/models, /v1/models/NAME the base model and every task
 POST /v1/completions             a prompt as it is
 POST /v1/chat/completions        messages, through the tokenizer's chat template
 GET  /v1/prefixes                tokens, bytes and source of every prefix
@@ -13,23 +13,29 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict
+from starlette.exceptions import HTTPException
 
 from prefix_attn.bank.uses import CHANGING
-from prefix_attn.errors import ContextOverflow, PrefixAttnError, UnknownTask, UnsupportedModel
+from prefix_attn.errors import ContextOverflow, PrefixAttnError, ShapeError, UnknownTask, UnsupportedModel
 from prefix_attn.serving import protocol
 from prefix_attn.serving.engine import Engine, EngineFailed, Request
 from prefix_attn.serving.metrics import Metrics
 from prefix_attn.serving.protocol import Answers, ChatAsked, CompletionAsked
-from prefix_attn.serving.text import AnswerText
+from prefix_attn.serving.text import AnswerText, Detokenizer
+
+T = TypeVar("T")
+
+#: Answers that one HTTP request may ask for.
+MOST_CHOICES = 1024
 
 
 class PrefixAsked(BaseModel):
@@ -58,22 +64,26 @@ def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None 
     app = FastAPI(title="prefix_attn", docs_url="/docs", redoc_url=None)
     app.add_exception_handler(PrefixAttnError, _refused)
     app.add_exception_handler(RequestValidationError, _malformed)
+    app.add_exception_handler(HTTPException, _not_served)
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        entry = {"object": "model", "created": 0, "owned_by": "prefix_attn"}
-        tasks = [{"id": name, "root": base, "parent": base, **entry} for name in engine.bank.names]
-        return {"object": "list", "data": [{"id": base, "root": base, "parent": None, **entry}, *tasks]}
+        return {"object": "list", "data": [server.model(name) for name in (base, *engine.bank.names)]}
+
+    @app.get("/v1/models/{name}")
+    def one_model(name: str) -> dict[str, Any]:
+        server.task(name)
+        return server.model(name)
 
     @app.post("/v1/completions")
     async def completions(asked: CompletionAsked, http: HTTPRequest) -> Response:
         task = server.task(asked.model)
-        return await server.answer(asked, http, task, [server.tokens(prompt, task) for prompt in asked.prompts])
+        return await server.answer(asked, http, task, await server.in_thread(server.tokens, asked, task))
 
     @app.post("/v1/chat/completions")
     async def chat_completions(asked: ChatAsked, http: HTTPRequest) -> Response:
         task = server.task(asked.model)
-        return await server.answer(asked, http, task, [server.chat_tokens(asked, task)])
+        return await server.answer(asked, http, task, await server.in_thread(server.chat_tokens, asked, task))
 
     @app.get("/v1/prefixes")
     def listed() -> list[dict[str, Any]]:
@@ -85,7 +95,10 @@ def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None 
         path = server.readable(asked.path)
         if name == base:
             raise UnsupportedModel(f"name: {name!r} is the base model; choose another")
-        engine.bank.load(name, path, replace=True)
+        try:
+            engine.bank.load(name, path, replace=True)
+        except OSError as error:
+            raise UnsupportedModel(f"path: cannot read {asked.path!r}: {error.strerror or error}") from error
         return server.described(name)
 
     @app.delete("/v1/prefixes/{name}", status_code=204)
@@ -119,28 +132,48 @@ class _Server:
     def __init__(self, engine: Engine, tokenizer: Any, base: str, prefixes: Path | None) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
+        self.decode = Detokenizer(tokenizer)
         self.base = base
         self.prefixes = None if prefixes is None else prefixes.resolve()
         self.metrics = Metrics(engine, base)
+        self._tokenizing = asyncio.Lock()  # tokenizers are not made for several threads
+
+    async def in_thread(
+        self, tokenize: Callable[[Any, str | None], list[list[int]]], asked: Any, task: str | None
+    ) -> list[list[int]]:
+        """Tokens of all prompts, while the event loop goes on."""
+        async with self._tokenizing:
+            return await asyncio.to_thread(tokenize, asked, task)
+
+    def model(self, name: str) -> dict[str, Any]:
+        """A task, or the base model, as an entry of OpenAI's list."""
+        parent = None if name == self.base else self.base
+        return {
+            "id": name, "object": "model", "created": 0, "owned_by": "prefix_attn", "root": self.base, "parent": parent,
+        }  # fmt: skip
 
     def task(self, name: str) -> str | None:
         """The task that a request's ``model`` names; None for the base model."""
+        if self.base in self.engine.bank:
+            raise UnknownTask(f"model: a task was added that is called like the base model, {self.base!r}; remove it")
         if name == self.base:
             return None
         if name not in self.engine.bank:
             raise UnknownTask(f"model: expected one of {[self.base, *self.engine.bank.names]}, got {name!r}")
         return name
 
-    def tokens(self, prompt: str | list[int], task: str | None) -> list[int]:
-        """Of a prompt; behind a prefix that is a text, without another opening of the sequence."""
-        if not isinstance(prompt, str):
-            return prompt
-        tokens: list[int] = self.tokenizer(prompt, add_special_tokens=not self._opened(task), verbose=False)[
-            "input_ids"
+    def tokens(self, asked: CompletionAsked, task: str | None) -> list[list[int]]:
+        """Of every prompt; behind a prefix that is a text, without another opening of the sequence."""
+        opens = not self._opened(task)
+        return [
+            self.tokenizer(prompt, add_special_tokens=opens, verbose=False)["input_ids"]
+            if isinstance(prompt, str)
+            else prompt
+            for prompt in asked.prompts
         ]
-        return tokens
 
-    def chat_tokens(self, asked: ChatAsked, task: str | None) -> list[int]:
+    def chat_tokens(self, asked: ChatAsked, task: str | None) -> list[list[int]]:
+        """Of a conversation, through the chat template."""
         if not self.tokenizer.chat_template:
             raise UnsupportedModel("messages: the model's tokenizer has no chat template; use /v1/completions")
         messages = [message.plain() for message in asked.messages]
@@ -149,8 +182,8 @@ class _Server:
         except Exception as error:  # a template's own refusal, of many types: of roles that do not take turns, say
             raise UnsupportedModel(f"messages: the chat template refuses them: {error}") from error
         tokens: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        bos = self.tokenizer.bos_token_id
-        return tokens[1:] if self._opened(task) and tokens[:1] == [bos] else tokens
+        twice = self._opened(task) and tokens[:1] == [self.tokenizer.bos_token_id]
+        return [tokens[1:] if twice else tokens]
 
     def _opened(self, task: str | None) -> bool:
         return task is not None and self.engine.bank.source(task) == "text"
@@ -159,21 +192,26 @@ class _Server:
         self, asked: CompletionAsked | ChatAsked, http: HTTPRequest, task: str | None, prompts: Sequence[list[int]]
     ) -> Response:
         """All choices of a request; as a stream if it wants one. What cannot be answered is refused before any is."""
-        sampling = asked.sampling(self.engine.defaults)
-        choices = []
-        for tokens in prompts:
-            request = Request(tokens, task, asked.new_tokens, sampling)
+        if len(prompts) * asked.n > MOST_CHOICES:
+            raise ShapeError(
+                f"prompt: expected at most {MOST_CHOICES} answers a request, got {len(prompts)} prompts times n = "
+                f"{asked.n}; send several requests"
+            )
+        requests = [Request(tokens, task, asked.new_tokens, asked.sampling(self.engine.defaults)) for tokens in prompts]
+        for request in requests:
             self.engine.new_tokens(request)
-            choices += [_Choice(request, AnswerText(self.tokenizer, tokens, asked.stops)) for _ in range(asked.n)]
+        choices = [_Choice(request, AnswerText(self.decode, request.tokens, asked.stops))
+                   for request in requests for _ in range(asked.n)]  # fmt: skip
         if self.engine.failure is not None:
             raise EngineFailed(self.engine.failure)
         answers, prompt_tokens = Answers(asked, uuid.uuid4().hex), sum(map(len, prompts))
+        self.metrics.prompt(task, prompt_tokens)
         if asked.stream:
             with_usage = asked.stream_options is not None and asked.stream_options.include_usage
             return StreamingResponse(
                 self._events(choices, answers, prompt_tokens, with_usage), media_type="text/event-stream"
             )
-        whole = await unless_gone(http, asyncio.gather(*(self._whole(choice) for choice in choices)))
+        whole = await unless_gone(http, together([self._whole(choice) for choice in choices]))
         if whole is None:
             return Response(status_code=499)  # nobody reads it
         new_tokens = sum(tokens for _, _, tokens in whole)
@@ -190,15 +228,16 @@ class _Server:
     async def _pieces(self, choice: _Choice) -> AsyncIterator[tuple[str, str | None, int]]:
         """More text, the finish with the last, and the number of tokens until then."""
         request, text = choice
-        watched, outcome = self.metrics.answer(request.task, len(request.tokens)), "cancelled"
+        watched, outcome = self.metrics.answer(request.task), "cancelled"
         pieces = self.engine.answer(request)
         try:
             async for tokens, finish in pieces:
                 watched.add(len(tokens))
                 more = text.add(tokens)
                 if finish is not None or text.stopped:
+                    more += text.end()
                     outcome = "stop" if text.stopped else str(finish)
-                    yield more + text.end(), outcome, watched.tokens
+                    yield more, outcome, watched.tokens
                     return
                 yield more, None, watched.tokens
         except PrefixAttnError:
@@ -256,10 +295,24 @@ class _Server:
         """A path below the folder that changes may come from."""
         if self.prefixes is None:
             raise UnsupportedModel("prefixes: this server was started without a folder that changes may come from")
-        found = (self.prefixes / path).resolve()
+        try:
+            found = (self.prefixes / path).resolve()
+        except (OSError, ValueError, RuntimeError) as error:  # too long, no path, a loop of links
+            raise UnsupportedModel(f"path: expected one below the server's folder of prefixes, but: {error}") from error
         if not found.is_relative_to(self.prefixes):
             raise UnsupportedModel(f"path: expected one below the server's folder of prefixes, got {path!r}")
         return found
+
+
+async def together(answers: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All of them; if one fails, the others are cancelled."""
+    tasks = [asyncio.ensure_future(answer) for answer in answers]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def unless_gone(http: HTTPRequest, answer: Awaitable[list[Any]]) -> list[Any] | None:
@@ -289,6 +342,12 @@ def _refused(_: HTTPRequest, refusal: Exception) -> JSONResponse:
         return JSONResponse(protocol.error(message, "invalid_request_error", "model_not_found"), 404)
     code = "context_length_exceeded" if isinstance(refusal, ContextOverflow) else None
     return JSONResponse(protocol.error(message, "invalid_request_error", code), 400)
+
+
+def _not_served(_: HTTPRequest, error: Exception) -> JSONResponse:
+    """Paths and methods that there are not, and bodies that are no JSON."""
+    assert isinstance(error, HTTPException)
+    return JSONResponse(protocol.error(str(error.detail), "invalid_request_error"), error.status_code)
 
 
 def _malformed(_: HTTPRequest, error: Exception) -> JSONResponse:

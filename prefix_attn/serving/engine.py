@@ -29,7 +29,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "sequence_bias": (None,), "min_length": (None, 0), "min_new_tokens": (None, 0), "forced_bos_token_id": (None,),
     "forced_eos_token_id": (None,), "exponential_decay_length_penalty": (None,), "min_p": (None, 0.0),
     "typical_p": (None, 1.0), "epsilon_cutoff": (None, 0.0), "eta_cutoff": (None, 0.0), "guidance_scale": (None, 1.0),
-    "watermarking_config": (None,), "num_beams": (None, 1), "stop_strings": (None, []),
+    "watermarking_config": (None,), "num_beams": (None, 1), "stop_strings": (None, []), "top_h": (None,),
+    "penalty_alpha": (None, 0.0), "dola_layers": (None,), "max_time": (None,), "token_healing": (None, False),
 }  # fmt: skip
 
 
@@ -79,10 +80,7 @@ class Engine:
             raise UnsupportedModel(f"{type(model).__name__}: expected a decoder-only model; transformers has no "
                                    "continuous batching for encoder-decoders, call generate")  # fmt: skip
         refuse_old_engines()
-        bank = getattr(getattr(model, "init_continuous_batching", None), "bank", None)
-        if bank is None:
-            raise UnsupportedModel(f"{type(model).__name__}: expected a patched model; call prefix_attn.patch(model, "
-                                   "bank) first")  # fmt: skip
+        bank = _bank_of(model)
         settings = {name: getattr(model.generation_config, name, None) for name in NEUTRAL}
         asked = {name: x for name, x in settings.items() if x not in NEUTRAL[name]}
         if asked and not plain:
@@ -132,16 +130,18 @@ class Engine:
     @property
     def running(self) -> int:
         """Requests that are in the batch."""
-        return len(self._scheduler.active_requests)
+        return 0 if self._scheduler is None else len(self._scheduler.active_requests)
 
     @property
     def waiting(self) -> int:
         """Requests that wait for room in the batch."""
-        return len(self._scheduler.waiting_requests) + int(self._manager.input_queue.qsize())
+        queued = int(self._manager.input_queue.qsize())
+        return queued if self._scheduler is None else len(self._scheduler.waiting_requests) + queued
 
     @property
     def _scheduler(self) -> Any:
-        return self._manager.batch_processor.scheduler
+        """None while the engine does not run."""
+        return getattr(self._manager.batch_processor, "scheduler", None)
 
     def new_tokens(self, request: Request) -> int:
         """How many tokens the answer may have.
@@ -204,6 +204,31 @@ class Engine:
                 seen = len(made)
         finally:
             if not finished:
-                self._manager.cancel_request(name)
-                with self._manager.output_router._lock:
-                    self._manager.output_router.result_handlers.pop(name, None)
+                self._manager.output_router.forget(name)
+
+
+def _bank_of(model: Any) -> PrefixBank:
+    """The bank that a model is patched with.
+
+    Raises:
+        UnsupportedModel: it is not patched, or cannot be batched, or its batches are somebody else's.
+    """
+    name = type(model).__name__
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UnsupportedModel(
+            f"{name}: its active PEFT adapter is a prompt or a prefix itself; load that into the bank instead"
+        )
+    if getattr(model, "_prefix_attn", None) is None:
+        raise UnsupportedModel(f"{name}: expected a patched model; call prefix_attn.patch(model, bank) first")
+    bank: PrefixBank | None = getattr(model.init_continuous_batching, "bank", None)
+    if bank is None:
+        raise UnsupportedModel(
+            f"{name}: this family is served in the slow way, with copies of the prefixes in its cache; continuous "
+            "batching has no such caches, call generate"
+        )
+    if getattr(model, "_cached_continuous_batching_manager", None) is not None:
+        raise UnsupportedModel(
+            f"{name}: a persistent manager of generate_batch was kept; call "
+            "model.destroy_cached_continuous_batching_manager() first"
+        )
+    return bank

@@ -40,9 +40,16 @@ class Metrics:
             "prefix_attn_next_token_seconds", "From one token to the next, in the mean of an answer.", **times
         )
 
-    def answer(self, task: str | None, prompt_tokens: int) -> Timed:
+    def prompt(self, task: str | None, tokens: int) -> None:
+        """A prompt has come, for one answer or several."""
+        self.prompt_tokens.labels(self._name(task)).inc(tokens)
+
+    def answer(self, task: str | None) -> Timed:
         """Begin to watch an answer."""
-        return Timed(self, task if task is not None else self._base, prompt_tokens)
+        return Timed(self, self._name(task))
+
+    def _name(self, task: str | None) -> str:
+        return self._base if task is None else task
 
     def text(self) -> bytes:
         """In the format that Prometheus reads."""
@@ -52,11 +59,10 @@ class Metrics:
 class Timed:
     """One answer, from the request on."""
 
-    def __init__(self, metrics: Metrics, task: str, prompt_tokens: int) -> None:
+    def __init__(self, metrics: Metrics, task: str) -> None:
         self._metrics, self._task = metrics, task
         self._began = self._first = self._last = perf_counter()
         self.tokens = 0
-        metrics.prompt_tokens.labels(task).inc(prompt_tokens)
 
     def add(self, tokens: int) -> None:
         """More tokens have come."""

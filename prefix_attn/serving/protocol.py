@@ -12,27 +12,44 @@ import time
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from prefix_attn.serving.sampling import Sampling
 
-#: Fields that are not served, with the values that ask for nothing.
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "best_of": (None, 1), "echo": (None, False), "suffix": (None, ""), "seed": (None,), "logit_bias": (None, {}),
-    "presence_penalty": (None, 0), "frequency_penalty": (None, 0), "logprobs": (None, False), "top_logprobs": (None,),
-    "tools": (None, []), "tool_choice": (None, "none", "auto"), "response_format": (None, {"type": "text"}),
+#: Fields that are not served, with the values that ask for nothing; null is one for every field.
+NEUTRAL: Mapping[str, Any] = {
+    "best_of": 1, "echo": False, "suffix": "", "seed": None, "logit_bias": {}, "presence_penalty": 0,
+    "frequency_penalty": 0, "top_logprobs": None, "tools": [], "tool_choice": "none",
+    "response_format": {"type": "text"}, "logprobs": False,
 }  # fmt: skip
 
 #: Fields that are accepted because they cannot change an answer.
-IGNORED = ("user", "metadata", "store")
+IGNORED = ("user", "metadata", "store", "parallel_tool_calls")
 
-Stop = Annotated[str, Field(min_length=1)]
+
+def _without_nulls(given: Any) -> Any:
+    """A JSON object but for its nulls, which ask for the default."""
+    return {name: x for name, x in given.items() if x is not None} if isinstance(given, dict) else given
+
+
+def _real(text: str) -> str:
+    """Of real characters: half a surrogate pair cannot be tokenised."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"expected real characters, got half a surrogate pair at {error.start}") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_real)]
+Stop = Annotated[Text, Field(min_length=1)]
 
 
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     include_usage: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class Asked(BaseModel):
@@ -57,8 +74,10 @@ class Asked(BaseModel):
     def _refuse_what_is_not_served(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
+        given = _without_nulls(given)
         for name, neutral in NEUTRAL.items():
-            if given.get(name) not in neutral:
+            asked = given.get(name)
+            if asked is not None and (asked != neutral or isinstance(asked, bool) != isinstance(neutral, bool)):
                 raise ValueError(f"{name} is not served; leave it out")
         return {name: x for name, x in given.items() if name not in NEUTRAL and name not in IGNORED}
 
@@ -74,7 +93,7 @@ class Asked(BaseModel):
 class CompletionAsked(Asked):
     """``POST /v1/completions``: a text, or its tokens, or a list of either."""
 
-    prompt: str | list[int] | list[str] | list[list[int]] = Field(min_length=1)
+    prompt: Text | list[int] | list[Text] | list[list[int]] = Field(min_length=1)
     max_tokens: int = Field(16, ge=1)
 
     @property
@@ -96,20 +115,24 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
-    name: str | None = None
+    content: Text | list[Part]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_nothing(cls, given: Any) -> Any:
+        return _without_nulls(given)
 
     def plain(self) -> dict[str, str]:
-        """As chat templates want it."""
+        """As chat templates want it; they call a developer the system."""
         text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class ChatAsked(Asked):
@@ -174,6 +197,7 @@ def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
 
 def error(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
     """OpenAI's form of an error."""
+    message = message.encode(errors="backslashreplace").decode()  # what was sent may be in it, whatever that is
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 

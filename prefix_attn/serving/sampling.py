@@ -2,7 +2,8 @@
 
     p = softmax(logits / temperature), cut to the top_k most likely tokens, then to the fewest of probability top_p
 
-Temperature 0 is greedy: the most likely token, the first of equals.
+Temperature 0 is greedy: the most likely token, the first of equals. One so small that dividing by it could leave the
+range of floats is refused: for every request of the batch it would be the end.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 
 from prefix_attn.errors import ShapeError
 
+#: The least temperature that is not 0.
+LEAST = 0.001
+
 #: Of ``generate``, where a config that samples leaves them open.
 AS_GENERATE: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 
@@ -25,7 +29,7 @@ AS_GENERATE: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 @dataclass(frozen=True)
 class Sampling:
     """Attributes:
-    temperature: at least 0, which is greedy.
+    temperature: 0, which is greedy, or at least 0.001.
     top_p: more than 0, at most 1, which keeps all tokens.
     top_k: at least 0, which keeps all tokens.
 
@@ -39,7 +43,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, valid, expected in (
-            ("temperature", 0 <= self.temperature < float("inf"), "a finite number, at least 0"),
+            (
+                "temperature",
+                self.temperature == 0 or LEAST <= self.temperature < float("inf"),
+                f"0 (greedy) or a finite number of at least {LEAST}",
+            ),
             ("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1"),
             ("top_k", self.top_k >= 0, "an integer, at least 0"),
         ):

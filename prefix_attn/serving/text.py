@@ -13,11 +13,24 @@ CONTEXT = 6
 PARTIAL = "\N{REPLACEMENT CHARACTER}"
 
 
+class Detokenizer:
+    """The text of a few tokens, as it is within a longer one: special tokens are left out, and nothing is tidied up."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        self.special = {*tokenizer.all_special_ids, *(token for token, content in added if content.special)}
+
+    def __call__(self, tokens: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        return text
+
+
 class AnswerText:
     """Text that continues a prompt, token by token.
 
     Args:
-        tokenizer: its ``decode(tokens, skip_special_tokens=True)`` is called for a few tokens at a time.
+        decode: the tokenizer's.
         prompt: tokens of the prompt.
         stops: strings that end the answer and are no part of it; none is empty.
 
@@ -25,9 +38,9 @@ class AnswerText:
         stopped: a stop string was found; more tokens change nothing.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
-        self._decode = tokenizer.decode
-        self._tokens = list(prompt[-CONTEXT:])
+    def __init__(self, decode: Detokenizer, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
+        self._decode = decode
+        self._tokens = [token for token in prompt if token not in decode.special][-CONTEXT:]
         self._start, self._done = 0, len(self._tokens)
         self._stops = stops
         self._held = ""  # may be the beginning of a stop string
@@ -35,7 +48,9 @@ class AnswerText:
 
     def add(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete."""
-        self._tokens += tokens
+        self._tokens += (token for token in tokens if token not in self._decode.special)
+        if len(self._tokens) == self._done:
+            return ""
         text = self._text(self._start, len(self._tokens))
         if text.endswith(PARTIAL):
             return ""
@@ -46,8 +61,7 @@ class AnswerText:
         return self._checked(self._new(self._text(self._start, len(self._tokens))), last=True)
 
     def _text(self, start: int, end: int) -> str:
-        text: str = self._decode(self._tokens[start:end], skip_special_tokens=True)
-        return text
+        return self._decode(self._tokens[start:end])
 
     def _new(self, text: str) -> str:
         """The end of ``text`` that was not returned yet; from now on, its tokens are the context of the next."""

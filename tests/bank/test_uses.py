@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from collections import Counter
 from typing import Any
@@ -56,6 +58,32 @@ def test_a_removed_task_stays_for_those_who_hold_it(bank: PrefixBank) -> None:
 def test_a_task_that_nobody_removed_stays(bank: PrefixBank) -> None:
     bank.hold([0, 2])
     bank.release([0, 2])
+    assert bank.lengths == [5, 6, 7]
+
+
+def test_an_iterator_of_ids(bank: PrefixBank) -> None:
+    bank.hold(x for x in (0, -1))
+    bank.remove("a")
+    assert bank.lengths[0] == 5
+    bank.release(x for x in (0, -1))
+    assert bank.lengths[0] == -1
+
+
+@pytest.mark.parametrize("wrong", ["a", ["a"], [None], [0.5]])
+def test_what_is_no_id_is_not_held(bank: PrefixBank, wrong: Any) -> None:
+    with pytest.raises(pa.DTypeError, match="expected ids"):
+        bank.hold(wrong)
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda bank: pickle.loads(pickle.dumps(bank))])
+def test_nobody_holds_the_tasks_of_a_copy(bank: PrefixBank, twin_of: Any) -> None:
+    bank.hold([0, 1])
+    bank.remove("a")
+    twin = twin_of(bank)
+    assert (twin.names, twin.lengths) == (["b", "c"], [-1, 6, 7])
+    assert bits(read(twin, "b")) == bits(read(bank, "b"))
+    twin.remove("b")
+    assert twin.lengths == [-1, -1, 7]
     assert bank.lengths == [5, 6, 7]
 
 
@@ -138,7 +166,12 @@ def test_readers_never_see_a_change_half_done(bank: PrefixBank) -> None:
 
     def look() -> None:
         while not done.is_set():
-            layer = bank.layer(1)
+            layer, twin = bank.layer(1), copy.deepcopy(bank)
+            bank.key_values("c")
+            bank.plan(["c", None])
+            if len(twin.lengths) != len(twin.lens) or twin.names[-1] not in ("c", "x"):
+                wrong.append("a torn copy")
+                return
             if kept(bank, 0) != wanted or int((layer.starts + layer.lens.clamp(min=0)).max()) > layer.k.shape[1]:
                 wrong.append("other bits, or a span outside the memory")
                 return

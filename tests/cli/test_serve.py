@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,25 +24,28 @@ def test_the_command_serves_until_it_is_interrupted(example: Example) -> None:
     command = [sys.executable, "-m", "prefix_attn", "serve", "--model", example.model, *adapters, "--port", "0"]
     command += ["--cache-tokens", "512", "--name", "letters", "--prefixes", str(example.folder / "adapters")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr is not None
         assert server.stdout is not None
-        said = ""
-        while not (running := re.search(r"running on (http://[\d.:]+)", said)):
-            line = server.stderr.readline()
-            assert line, said
-            said += line
-        with httpx.Client(base_url=running[1], timeout=60) as client:
-            client.put("/v1/prefixes/sort", json={"path": "sort"}).raise_for_status()
+        welcome = [server.stdout.readline() for _ in range(3)]
+        assert welcome[0] == "letters, and 2 tasks: upper, reverse\n"
+        assert "running requests may hold 512 tokens" in welcome[1]
+        with httpx.Client(base_url=welcome[2].strip(), timeout=60) as client:
+            client.put("prefixes/sort", json={"path": "sort"}).raise_for_status()
             for task in ("upper", "reverse", "sort"):
-                answer = client.post("/v1/completions", json={"model": task, "prompt": PROMPT}).json()
+                answer = client.post("completions", json={"model": task, "prompt": PROMPT}).json()
                 assert answer["choices"][0]["text"] == ANSWERS[task]
-            models = [model["id"] for model in client.get("/v1/models").json()["data"]]
+            models = [model["id"] for model in client.get("models").json()["data"]]
         assert models == ["letters", "upper", "reverse", "sort"]
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=60) == 0
-        welcome = server.stdout.read()
-    assert welcome.startswith("letters, and 2 tasks: upper, reverse\n")
-    assert "running requests may hold 512 tokens" in welcome
+
+
+@needs_engine
+def test_a_port_that_is_taken(run: Run, example: Example, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = run("serve", "--model", example.model, "--prefixes", tmp_path, "--port", port)
+    assert result.exit_code == 2
+    assert "ddress already in use" in result.stderr
 
 
 def test_without_any_prefix(run: Run, example: Example) -> None:

@@ -176,6 +176,7 @@ def test_an_engine_that_fails_says_so(served: Served, engine: Engine) -> None:
     pa.unpatch(served.model)  # what else could happen to a model behind an engine's back
     with pytest.raises(EngineFailed, match="unpatched"):
         answers(engine, Request([5], "upper"))
+    asyncio.run(settled(lambda: engine.failure is not None))
     with pytest.raises(EngineFailed, match=r"the engine stopped: .*unpatched"):
         answers(engine, Request([5], "upper"))
     assert "unpatched" in str(engine.failure)

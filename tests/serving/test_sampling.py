@@ -17,7 +17,8 @@ from prefix_attn.serving.sampling import PROCESSORS, Sampling
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"temperature": -0.1}, "temperature: expected a finite number, at least 0, got -0.1"),
+        ({"temperature": -0.1}, r"temperature: expected 0 \(greedy\) or a finite number of at least 0.001, got -0.1"),
+        ({"temperature": 1e-30}, "temperature"),
         ({"temperature": float("inf")}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0.0}, "top_p: expected a number above 0, at most 1, got 0.0"),

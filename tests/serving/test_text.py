@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from prefix_attn.serving.text import CONTEXT, AnswerText
+from prefix_attn.serving.text import CONTEXT, AnswerText, Detokenizer
 
 
 def byte_level() -> Any:
@@ -25,13 +25,16 @@ def byte_level() -> Any:
 
 def words() -> Any:
     """A token a word with the space in front of it, which the decoder drops where the text begins."""
-    vocabulary = {"▁one": 0, "▁two": 1, "▁three": 2, "!": 3, "<eos>": 4}
+    vocabulary = {"▁one": 0, "▁two": 1, "▁three": 2, "!": 3, "<eos>": 4, "<x>": 5}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="!"))
     tokenizer.decoder = decoders.Metaspace()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    made.add_special_tokens({"additional_special_tokens": ["<x>"]})
+    return made
 
 
 BYTES, WORDS = byte_level(), words()
+READ, READ_WORDS = Detokenizer(BYTES), Detokenizer(WORDS)
 
 
 def in_pieces(text: AnswerText, tokens: list[int], cuts: list[int]) -> list[str]:
@@ -45,7 +48,7 @@ def in_pieces(text: AnswerText, tokens: list[int], cuts: list[int]) -> list[str]
 @given(prompt=st.text(), answer=st.text(), cuts=st.lists(st.integers(0, 99)))
 def test_pieces_join_to_the_text(prompt: str, answer: str, cuts: list[int]) -> None:
     asked, made = (BYTES(x)["input_ids"] for x in (prompt, answer))
-    pieces = in_pieces(AnswerText(BYTES, asked), [*made, 0], cuts)
+    pieces = in_pieces(AnswerText(READ, asked), [*made, 0], cuts)
     assert "".join(pieces) == answer
     assert all("\N{REPLACEMENT CHARACTER}" not in piece or "\N{REPLACEMENT CHARACTER}" in answer for piece in pieces)
 
@@ -57,7 +60,7 @@ def test_pieces_join_to_the_text(prompt: str, answer: str, cuts: list[int]) -> N
 )  # fmt: skip
 def test_nothing_from_a_stop_string_on(answer: str, stops: list[str], cuts: list[int]) -> None:
     """However the text is cut into tokens: the stop string that is whole first decides, of several the longest."""
-    text = AnswerText(BYTES, [], stops)
+    text = AnswerText(READ, [], stops)
     got = "".join(in_pieces(text, BYTES(answer)["input_ids"], cuts))
     wholes = (answer[:n] for n in range(len(answer) + 1) if answer[:n].endswith(tuple(stops)))
     whole = next(wholes, None) if stops else None
@@ -67,7 +70,7 @@ def test_nothing_from_a_stop_string_on(answer: str, stops: list[str], cuts: list
 
 
 def test_a_stop_string_over_several_pieces() -> None:
-    text = AnswerText(BYTES, [], ["STOP", "END"])
+    text = AnswerText(READ, [], ["STOP", "END"])
     tokens = BYTES("go STO STOP more")["input_ids"]
     pieces = [text.add([token]) for token in tokens]
     assert pieces[:3] == ["g", "o", " "]
@@ -79,14 +82,29 @@ def test_a_stop_string_over_several_pieces() -> None:
 @pytest.mark.parametrize("length", [0, 1, CONTEXT, CONTEXT + 5])
 def test_a_space_between_prompt_and_answer_stays(length: int) -> None:
     asked = [0] * length
-    text = AnswerText(WORDS, asked)
+    text = AnswerText(READ_WORDS, asked)
     pieces = [text.add([token]) for token in (1, 2, 3, 0, 4)]
     assert "".join([*pieces, text.end()]) == WORDS.decode([*asked, 1, 2, 3, 0])[len(WORDS.decode(asked)) :]
     assert pieces == ["two" if length == 0 else " two", " three", "!", " one", ""]
 
 
 def test_bytes_that_never_become_a_character_come_at_the_end() -> None:
-    text = AnswerText(BYTES, [])
+    text = AnswerText(READ, [])
     euro = BYTES("€")["input_ids"]
     assert [text.add([token]) for token in euro[:2]] == ["", ""]
     assert text.end() == "\N{REPLACEMENT CHARACTER}"
+
+
+@given(st.lists(st.integers(0, 5), max_size=8), st.lists(st.integers(0, 5), max_size=8), st.lists(st.integers(0, 99)))
+def test_special_tokens_leave_no_trace(asked: list[int], made: list[int], cuts: list[int]) -> None:
+    pieces = in_pieces(AnswerText(READ_WORDS, asked), made, cuts)
+    before = WORDS.decode(asked, skip_special_tokens=True)
+    assert before + "".join(pieces) == WORDS.decode(asked + made, skip_special_tokens=True)
+
+
+def test_nothing_is_tidied_up() -> None:
+    """A tokenizer may want to write `n't` without the space in front of it, which would change text that was sent."""
+    tidy = byte_level()
+    tidy.clean_up_tokenization_spaces = True
+    text = AnswerText(Detokenizer(tidy), [])
+    assert "".join([*(text.add([token]) for token in tidy(" 'n do n't .")["input_ids"]), text.end()]) == " 'n do n't ."
