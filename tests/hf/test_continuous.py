@@ -151,6 +151,25 @@ def test_a_request_that_the_engine_drops_holds_nothing(llama: Any) -> None:
 
 
 @needs_engine
+def test_a_name_that_a_running_request_has(llama: Any) -> None:
+    with llama.continuous_batching_context_manager(**engine()) as manager:
+        manager.add_request(prompts()[0], request_id="mine", task="five")
+        with pytest.raises(pa.PrefixAttnError, match="no running request has, got 'mine'"):
+            manager.add_request(prompts()[1], request_id="mine", task="nine")
+        assert manager.get_result(timeout=60).generated_tokens == alone(llama, prompts()[0], "five")
+    assert manager._task_of == {}
+
+
+@needs_engine
+def test_sequences_of_one_token_beside_others(llama: Any) -> None:
+    """The engine keeps the one token for the sequences themselves, so that its first step has none of it."""
+    options = engine(num_return_sequences=2, do_sample=True, top_k=1)
+    out = list(llama.generate_batch([[5], [6, 7]], task_ids=["five", "nine"], **options).values())
+    for result, (prompt, task) in zip(out, [([5], "five")] * 2 + [([6, 7], "nine")] * 2, strict=True):
+        assert result.generated_tokens == alone(llama, prompt, task)
+
+
+@needs_engine
 def test_generation_stops_at_the_models_context(llama: Any) -> None:
     """128 positions: a prompt of 100 behind a prefix of 12 has room for 17 new tokens, the last of which is not fed."""
     given = [[5] * 100]

@@ -169,6 +169,9 @@ def test_a_chat_behind_a_text_is_not_opened_again(client: TestClient, served: Se
         ({"n": 0}, 400, "n: ", None),
         ({"seed": 7}, 400, "seed is not served; leave it out", None),
         ({"logprobs": 5}, 400, "logprobs is not served", None),
+        ({"logprobs": 0}, 400, "logprobs is not served", None),
+        ({"best_of": True}, 400, "best_of is not served", None),
+        ({"prompt": ["a"] * 300, "n": 4}, 400, "at most 1024 answers a request", None),
         ({"presence_penalty": 0.5}, 400, "presence_penalty is not served", None),
         ({"temprature": 0.5}, 400, "temprature: Extra inputs are not permitted", None),
     ],
@@ -185,7 +188,30 @@ def test_what_is_not_served_is_refused(
 
 def test_what_changes_nothing_is_accepted(client: TestClient) -> None:
     neutral = {"seed": None, "logprobs": False, "presence_penalty": 0.0, "user": "someone", "best_of": 1}
+    neutral |= dict.fromkeys(("n", "stop", "stream", "stream_options", "max_tokens", "temperature", "top_p", "tools"))
     assert texts(complete(client, **neutral)) == ["HOT TEA"]
+
+
+def test_a_conversation_as_clients_send_it(client: TestClient, served: Served) -> None:
+    """With the nulls of an answer before, and a developer, whom chat templates call the system."""
+    served.tokenizer.chat_template = TEMPLATE.replace(
+        "{{ m.content }}", "{{ m.content if m.role != 'system' else '' }}"
+    )
+    nulls = dict.fromkeys(("refusal", "tool_calls", "function_call", "audio", "annotations", "name"))
+    messages = [
+        {"role": "developer", "content": "be brief"}, {"role": "user", "content": "hot"},
+        {"role": "assistant", "content": " te"} | nulls, {"role": "user", "content": "a"},
+    ]  # fmt: skip
+    content = client.post(CHAT, json={"model": "upper", "messages": messages, "parallel_tool_calls": False}).json()
+    assert content["choices"][0]["message"]["content"] == "HOT TEA"
+
+
+def test_a_stop_string_in_what_comes_last(client: TestClient) -> None:
+    """Whole only with the last token that the length allows."""
+    stopped = complete(client, max_tokens=3, stop=["OT"])
+    assert (texts(stopped), stopped["choices"][0]["finish_reason"]) == (["H"], "stop")
+    held = complete(client, max_tokens=3, stop=["T T"])
+    assert (texts(held), held["choices"][0]["finish_reason"]) == (["HOT"], "length")
 
 
 def test_chats_that_cannot_be_had(client: TestClient, served: Served) -> None:
@@ -222,6 +248,9 @@ def test_changes_that_are_refused(client: TestClient, served: Served) -> None:
     assert "does not exist" in put("/v1/prefixes/x", json={"path": "missing"}).json()["error"]["message"]
     assert "below the server's folder" in put("/v1/prefixes/x", json={"path": "../new"}).json()["error"]["message"]
     assert "below the server's folder" in put("/v1/prefixes/x", json={"path": "/etc"}).json()["error"]["message"]
+    for path in ("a\0b", "x" * 5000, "\ud800"):
+        response = put("/v1/prefixes/x", content=json.dumps({"path": path}))
+        assert (response.status_code, "error" in response.json()) == (400, True)
     assert "is the base model" in put("/v1/prefixes/base", json={"path": "new"}).json()["error"]["message"]
     assert client.delete("/v1/prefixes/missing").status_code == 404
     assert served.bank.names == names
@@ -240,18 +269,48 @@ def test_a_task_that_is_called_like_the_base_model(served: Served, engine: Engin
         create_app(engine, served.tokenizer, "upper")
 
 
+def test_a_task_that_is_called_like_the_base_model_later(client: TestClient, served: Served) -> None:
+    served.bank.add("base", served.bank.key_values("upper"))
+    for model in ("base", "upper"):
+        status, message, _ = refusal(client, COMPLETIONS, model=model, prompt=PROMPT)
+        assert (status, "'base'; remove it" in message) == (404, True)
+
+
+def test_one_model(client: TestClient) -> None:
+    upper = client.get("/v1/models/upper").json()
+    assert (upper["id"], upper["object"], upper["root"], upper["parent"]) == ("upper", "model", "base", "base")
+    assert client.get("/v1/models/base").json()["parent"] is None
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status"),
+    [
+        ("GET", "/v1/models/missing", None, 404), ("GET", "/v1/engines", None, 404), ("GET", COMPLETIONS, None, 405),
+        ("POST", COMPLETIONS, "{", 400), ("POST", COMPLETIONS, "[" * 20_000, 400), ("POST", COMPLETIONS, "[]", 400),
+        ("POST", COMPLETIONS, '{"\\ud800": 1}', 400), ("POST", COMPLETIONS, '{"model": "\\ud800", "prompt": "a"}', 404),
+        ("POST", COMPLETIONS, '{"model": "upper", "prompt": "\\ud800"}', 400),
+    ],
+)  # fmt: skip
+def test_every_error_has_the_form_of_openai(
+    client: TestClient, method: str, path: str, content: str | None, status: int
+) -> None:
+    response = client.request(method, path, content=content, headers={"content-type": "application/json"})
+    assert response.status_code == status
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
 def test_metrics(client: TestClient) -> None:
-    complete(client, prompt=[PROMPT, "abc>"])
+    complete(client, prompt=[PROMPT, "abc>"], n=2)
     complete(client, model="base", prompt=f"sort|{PROMPT}", max_tokens=4)
     refusal(client, COMPLETIONS, prompt=PROMPT, max_tokens=300)
     lines = client.get("/metrics").text.splitlines()
     for line in (
-        'prefix_attn_requests_total{outcome="stop",task="upper"} 2.0',
+        'prefix_attn_requests_total{outcome="stop",task="upper"} 4.0',
         'prefix_attn_requests_total{outcome="length",task="base"} 1.0',
         'prefix_attn_prompt_tokens_total{task="upper"} 14.0',
-        'prefix_attn_new_tokens_total{task="upper"} 12.0',
-        "prefix_attn_first_token_seconds_count 3.0",
-        "prefix_attn_next_token_seconds_count 3.0",
+        'prefix_attn_new_tokens_total{task="upper"} 24.0',
+        "prefix_attn_first_token_seconds_count 5.0",
+        "prefix_attn_next_token_seconds_count 5.0",
         "prefix_attn_running 0.0",
         "prefix_attn_waiting 0.0",
         'prefix_attn_prefix_bytes{task="upper"} 12288.0',
@@ -266,6 +325,14 @@ def test_an_engine_that_failed(client: TestClient, served: Served) -> None:
     assert (status, "unpatched" in message) == (503, True)
     assert client.get("/health").status_code == 503
     assert refusal(client, COMPLETIONS, prompt=PROMPT, stream=True)[0] == 503
+
+
+def test_an_engine_that_was_stopped(client: TestClient, engine: Engine) -> None:
+    engine.stop()
+    assert client.get("/health").status_code == 503
+    assert "prefix_attn_running 0.0" in client.get("/metrics").text.splitlines()
+    engine.start()
+    assert texts(complete(client)) == ["HOT TEA"]
 
 
 def test_an_engine_that_fails_in_a_stream(client: TestClient, served: Served) -> None:

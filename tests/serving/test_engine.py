@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
 
 import prefix_attn as pa
 from prefix_attn.cli.example import ANSWERS, INPUT
 from prefix_attn.serving import Engine, EngineFailed, Request, Sampling
+from prefix_attn.serving.engine import NEUTRAL
 from tests.hf.conftest import make_bank
 from tests.hf.families import tiny_model
+from tests.hf.shrink import tiny_random_model
+from tests.hf.survey import random_bank
 from tests.seq2seq import tiny_seq2seq
 from tests.serving.conftest import Served
 from tests.serving.engines import OLD, needs_engine
@@ -209,12 +216,155 @@ def test_requests_that_run_when_the_engine_stops_fail(served: Served) -> None:
 
 
 @needs_engine
-def test_settings_that_the_engine_has_no_part_for(served: Served) -> None:
-    served.model.generation_config.repetition_penalty = 1.1
-    with pytest.raises(pa.UnsupportedModel, match=r"\{'repetition_penalty': 1.1\}.*--plain"):
+def test_requests_that_come_while_the_engine_stops_end(served: Served) -> None:
+    """Between the queue and the batch, or in the queue when nobody reads it any more: they fail, and hold nothing."""
+    engine = Engine(served.model, cache_tokens=256)
+    for delay in range(12):
+        engine.start()
+
+        async def ask(delay: int = delay) -> None:
+            asked = [asyncio.create_task(answer(engine, Request([5], "upper", 40))) for _ in range(3)]
+            await asyncio.sleep(delay / 1000)
+            await asyncio.to_thread(engine.stop)
+            for one in await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 20):
+                assert isinstance(one, (EngineFailed, tuple))
+
+        asyncio.run(ask())
+        assert engine._manager._task_of == {}
+    served.bank.remove("upper")
+    assert served.bank.lengths[0] == -1
+
+
+@needs_engine
+def test_several_event_loops(engine: Engine) -> None:
+    """Each gets its own answers; one that was closed in the middle stops nobody."""
+    engine.ends = []
+    gone = asyncio.new_event_loop()
+    gone.run_until_complete(engine.answer(Request([5], None)).__anext__())
+    gone.close()
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda task: answers(engine, Request([5], task, 40))[0], ("upper", None, "sort", None)))
+    assert [len(tokens) for tokens, _ in made] == [40] * 4
+    assert made[1] == made[3]
+    assert engine.failure is None
+    asyncio.run(settled(lambda: engine.running == 0))
+
+
+@needs_engine
+def test_cancelled_requests_leave_nothing_behind(engine: Engine) -> None:
+    """Whenever it happens, also before the engine has seen the request."""
+    engine.ends = []
+
+    async def leave(pieces: int) -> None:
+        async for _ in (answer := engine.answer(Request([5], "upper"))):
+            pieces -= 1
+            if pieces <= 0:
+                break
+        await answer.aclose()  # type: ignore[attr-defined]
+
+    async def all_leave() -> None:
+        await asyncio.gather(*(leave(i % 5) for i in range(30)))
+        for _ in range(10):
+            task = asyncio.create_task(leave(9))
+            await asyncio.sleep(0)
+            task.cancel()
+        await settled(lambda: engine.running == engine.waiting == 0)
+
+    asyncio.run(all_leave())
+    manager = engine._manager
+    assert manager._task_of == {}
+    assert manager._cancelled == set()
+    assert manager.output_router.result_handlers == {}
+    assert manager.output_router.output_queue.empty()
+
+
+@needs_engine
+def test_a_cancellation_that_overtakes_its_request(served: Served, engine: Engine) -> None:
+    manager = engine._manager
+    with manager.pause():
+        manager.bank.hold([0])
+        manager._task_of["late"] = 0
+        manager.cancel_request("late")
+    asyncio.run(settled(lambda: manager.cancel_queue.empty()))
+    assert manager._cancelled == {"late"}
+    ContinuousBatchingManager.add_request(manager, [5, 6], "late", 50)
+    asyncio.run(settled(lambda: not manager._task_of))
+    assert manager._cancelled == set()
+    assert manager.output_router.output_queue.empty()
+
+
+@needs_engine
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("repetition_penalty", 1.1), ("no_repeat_ngram_size", 2), ("bad_words_ids", [[5]]), ("suppress_tokens", [5]),
+        ("begin_suppress_tokens", [5]), ("sequence_bias", [[[5], 1.0]]), ("min_length", 3), ("min_new_tokens", 3),
+        ("forced_bos_token_id", 5), ("forced_eos_token_id", 2), ("min_p", 0.1), ("typical_p", 0.9), ("top_h", 0.2),
+        ("epsilon_cutoff", 0.1), ("eta_cutoff", 0.1), ("guidance_scale", 2.0), ("num_beams", 2), ("max_time", 1.0),
+        ("stop_strings", ["x"]), ("token_healing", True), ("exponential_decay_length_penalty", (3, 1.1)),
+    ],
+)  # fmt: skip
+def test_settings_that_the_engine_has_no_part_for(served: Served, name: str, value: object) -> None:
+    setattr(served.model.generation_config, name, value)
+    with pytest.raises(pa.UnsupportedModel, match=rf"\{{'{name}': .*--plain"):
         Engine(served.model, cache_tokens=256)
+
+
+@needs_engine
+def test_a_plain_engine_does_without(served: Served) -> None:
+    served.model.generation_config.repetition_penalty = 1.1
     with Engine(served.model, cache_tokens=256, plain=True) as engine:
         assert answers(engine, Request([5], None, 2))
+
+
+#: Settings that the engine itself reads, or that change no token of a greedy or sampled answer of one row.
+ELSEWHERE = {
+    "do_sample", "temperature", "top_p", "top_k", "eos_token_id", "bos_token_id", "pad_token_id", "max_length",
+    "max_new_tokens", "use_cache", "cache_implementation", "cache_config", "compile_config", "disable_compile",
+    "continuous_batching_config", "prefill_chunk_size", "low_memory", "early_stopping", "length_penalty",
+    "num_return_sequences", "num_beam_groups", "diversity_penalty", "constraints", "force_words_ids",
+    "renormalize_logits", "remove_invalid_values",
+    "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
+    "decoder_start_token_id", "encoder_no_repeat_ngram_size", "is_assistant", "num_assistant_tokens",
+    "num_assistant_tokens_schedule", "assistant_confidence_threshold", "prompt_lookup_num_tokens",
+    "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind",
+    "speculation_type", "use_mtp", "assistant_ensemble_weight", "max_cache_len", "transformers_version",
+}  # fmt: skip
+
+
+@needs_engine
+def test_every_setting_of_transformers_is_known() -> None:
+    """A new one must be looked at before it is passed over."""
+    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    assert known - ELSEWHERE - set(NEUTRAL) == set()
+
+
+@needs_engine
+@pytest.mark.parametrize(("family", "words"), [("deepseek_v3", "keys that this family makes"), ("gptj", "slow way")])
+def test_families_that_cannot_be_batched(family: str, words: str) -> None:
+    model = tiny_random_model(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pa.SlowModel)
+        pa.patch(model, random_bank(model))
+    with pytest.raises(pa.UnsupportedModel, match=words):
+        Engine(model)
+
+
+@needs_engine
+def test_a_manager_that_was_kept(served: Served) -> None:
+    served.model.generate_batch([[5]], task_ids=["upper"], persistent_manager=True, max_new_tokens=2)
+    with pytest.raises(pa.UnsupportedModel, match="destroy_cached"):
+        Engine(served.model)
+    served.model.destroy_cached_continuous_batching_manager()
+    assert Engine(served.model, cache_tokens=256).cache_tokens == 256
+
+
+@needs_engine
+def test_a_prefix_of_peft_in_front_of_the_model(served: Served) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(pa.UnsupportedModel, match="load that into the bank"):
+        Engine(peft.get_peft_model(served.model, config))
 
 
 @needs_engine
