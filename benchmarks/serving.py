@@ -1,12 +1,12 @@
 """Requests of many tasks that arrive together: answered by the engine of `prefix_attn.serving`, and by PEFT.
 
-    python -m benchmarks.serving        # five minutes; appends to benchmarks/results/<device>/serving.jsonl
+    python -m benchmarks.serving        # four minutes; appends to benchmarks/results/<device>/serving.jsonl
 
 A random model of GPT-2's size in float32; every request asks for its own number of tokens, greedily. The engine puts
 all into one batch and lets each leave when it has its tokens. PEFT takes one task after the other, in the order in
 which they arrive, the requests of a task as one batch, which runs until the longest is done. Beside them what
-transformers' continuous batching does for the same prompts without any prefix: less is not to be had of it. All give
-each request the tokens that the others give it, or carry no time.
+transformers' continuous batching does for the same prompts without any prefix. PEFT and the engine give each request the same
+tokens, or carry no time.
 """
 
 from __future__ import annotations
@@ -200,7 +200,9 @@ def row_of(
 
 
 def table(rows: list[ServingRow]) -> Table:
-    shown = Table("tasks", "", "tokens/s", "until a request is answered, s", "until its first token, s")
+    shown = Table(
+        "tasks", "", "tokens/s", "answered, s", "first token, s", title="Means over the requests, from their arrival"
+    )
     for row in rows:
         cells = [row.status, "", ""]
         if row.status == "ok":

@@ -47,6 +47,18 @@ def test_the_numbers_stand_in_the_results() -> None:
         assert held == pytest.approx([ours["prefix_bytes"] / 2**20, peft["prefix_bytes"] / 2**20], rel=0.005)
 
 
+def test_the_numbers_of_serving_stand_in_the_results() -> None:
+    file = re.findall(r"`(benchmarks/results/[^`]*serving\.jsonl)`", README)[0]
+    latest = {(row["tasks"], row["provider"]): row for row in map(json.loads, (ROOT / file).read_text().splitlines())}
+    for tasks in sorted({tasks for tasks, _ in latest}):
+        ways = ("prefix_attn, engine", "peft, task by task", "transformers, no prefix")
+        ours, peft, without = (latest[tasks, way] for way in ways)
+        assert {row["status"] for row in (ours, peft, without)} == {"ok"}
+        rates = " | ".join(f"{row['new_tokens'] / row['seconds']:.0f}" for row in (ours, peft, without))
+        waits = " | ".join(f"{row['answer_s']:.1f}" for row in (ours, peft))
+        assert f"| {ours['requests']} | {tasks} | {rates} | {waits} |" in README
+
+
 def test_the_numbers_of_a_gpu_stand_in_the_results() -> None:
     """Decode with Llama-3's heads over 64 own keys; each row of the table against the file that the text names."""
     file = re.findall(r"`(benchmarks/results/nvidia[^`]*\.jsonl)`", README)[0]
