@@ -5,8 +5,8 @@
 A random model of GPT-2's size in float32; every request asks for its own number of tokens, greedily. The engine puts
 all into one batch and lets each leave when it has its tokens. PEFT takes one task after the other, in the order in
 which they arrive, the requests of a task as one batch, which runs until the longest is done. Beside them what
-transformers' continuous batching does for the same prompts without any prefix. PEFT and the engine give each request the same
-tokens, or carry no time.
+transformers' continuous batching does for the same prompts without any prefix. PEFT must give each request the tokens
+that the engine gives it, or carries no time.
 """
 
 from __future__ import annotations
