@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "serving": LEAVES | {"bank", "hf"},
     "benchmarks": LEAVES
     | {"tolerance", "kernels", "ops", "regime", "backends", "dispatch", "cost", "attention", "bank", "hf", "training"}
-    | {"string_tasks"},
+    | {"serving", "string_tasks"},
     "cli": LEAVES | {"attention", "bank", "hf", "training", "serving", "dispatch", "cost", "benchmarks"},
 }
 

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from prefix_attn.bank import format as files
 from prefix_attn.bank.base import Base
+from prefix_attn.bank.description import describe
 from prefix_attn.bank.format import Provenance
 from prefix_attn.bank.geometry import DECODER, Geometry, LayerKV
 from prefix_attn.bank.ids import checked_ids
-from prefix_attn.bank.memory import MemoryUsage, readable
+from prefix_attn.bank.memory import MemoryUsage
 from prefix_attn.bank.names import check_name
 from prefix_attn.bank.parts import KeyValues, Part, Reserve, prepared_parts
 from prefix_attn.bank.peft import CONFIG as PEFT_CONFIG
@@ -483,25 +484,4 @@ class PrefixBank:
         return name in self._ids
 
     def __repr__(self) -> str:
-        usage = self.memory_usage
-        kind = str(self.dtype).removeprefix("torch.")
-        count = f"{len(self)} task{'' if len(self) == 1 else 's'}"
-        layers = (
-            self._base.geometry
-            if len(self._parts) == 1
-            else "; ".join(f"{name}: {part.geometry}" for name, part in self._parts.items())
-        )
-        shard = self._base.shard
-        held = f"rank {shard.rank} of {shard.size}, " if shard.size > 1 else ""
-        head = f"PrefixBank({count}, {layers}, {kind} on {self._base.placement}, {held}"
-        width = max((len(name) for name in self._ids), default=0)
-        sizes = usage.tasks.items()
-        rows = [f"  {name:{width}}  {self._tokens(name)} tokens  {readable(size)}" for name, size in sizes]
-        hides = [f"  {self.sliding_window.describe(self.num_layers)}"] if self.sliding_window else []
-        return "\n".join([head + f"{readable(usage.total)} of {readable(usage.allocated)})", *rows, *hides])
-
-    def _tokens(self, name: str) -> str:
-        """A task's tokens, part by part where there are several."""
-        if len(self._parts) == 1:
-            return f"{self.prefix_len(name):>6}"
-        return " + ".join(f"{self.prefix_len(name, part):>4} {part}" for part in self._parts)
+        return describe(self)

@@ -328,7 +328,10 @@ class _ClearCancelled:
 
     def __call__(self) -> list[RequestState]:
         for name in list(self._manager._cancelled):
-            self._scheduler.set_request_cancellation(name)
+            if name in self._manager._task_of:
+                self._scheduler.set_request_cancellation(name)
+            else:  # over before it was cancelled
+                self._manager._cancelled.discard(name)
         states: list[RequestState] = type(self._scheduler).clear_cancelled_requests(self._scheduler)
         for state in states:
             self._manager._over(state.request_id)
