@@ -173,8 +173,9 @@ def measure(
             answers = found[provider] = way()
         except Exception as e:  # whatever a way raises is its answer
             status = f"refused: {type(e).__name__}: {first_line(e)}"
-        if provider == PEFT and OURS in found and (wrong := differing(found[OURS], answers)):
-            status = f"wrong: {wrong} of {requests} answers are not those of {OURS}"
+        if provider == PEFT and status == "ok":
+            wrong = differing(found[OURS], answers) if OURS in found else requests
+            status = f"wrong: {wrong} of {requests} answers are not those of {OURS}" if wrong else status
         rows.append(row_of(load, model, provider, versions[provider], status, answers, environment))
     return rows
 

@@ -183,9 +183,9 @@ class PrefixBank:
         return self._insert(name, key_values, Provenance(TEXT), "text", replace)
 
     def remove(self, name: str) -> None:
-        """Remove a task: its id becomes an error for good, its space is free for others.
+        """Remove a task: its name is gone at once; its id becomes an error for good, and its space free for others.
 
-        Generations that are running with it keep it until they end (`hold`); none can begin.
+        Where generations are running with it, the latter when the last of them has ended (`hold`).
 
         Raises:
             UnknownTask: no such task; lists the choices.
@@ -383,7 +383,7 @@ class PrefixBank:
 
     @property
     def memory_usage(self) -> MemoryUsage:
-        """Exact bytes per task, in total, and allocated; print it."""
+        """Exact bytes per task, in total, and allocated; print it. Tasks that were removed while held are allocated."""
         with CHANGING:
             parts = [(part.geometry.token_bytes(self._base.dtype), part.lengths) for part in self._parts.values()]
             tasks = {name: sum(token * lengths[i] for token, lengths in parts) for name, i in self._ids.items()}
@@ -418,12 +418,17 @@ class PrefixBank:
     def _save(self, folder: Path, others: Mapping[str, str]) -> None:
         self._base.shard.check_whole("save_pretrained")
         folder.mkdir(parents=True, exist_ok=True)
-        names = files.file_names(self.names, others)
-        for i, task in enumerate(self._tasks):
-            if task is not None:
+        with CHANGING:
+            tasks = {i: task for i, task in enumerate(self._tasks) if task is not None}
+            self.hold(tasks)
+        try:
+            names = files.file_names([task.name for task in tasks.values()], others)
+            for i, task in tasks.items():
                 key_values = {name: part.read(i) for name, part in self._parts.items()}
                 files.write_prefix(folder / names[task.name], key_values, self._base, task.provenance)
-        files.write_index(folder, names)
+            files.write_index(folder, names)
+        finally:
+            self.release(tasks)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], model: Any, check_base: bool = True) -> PrefixBank:
@@ -468,8 +473,11 @@ class PrefixBank:
             twin.__setstate__({name: copy.deepcopy(x, memo) for name, x in vars(self).items() if name != "_uses"})
         return twin
 
+    def __copy__(self) -> PrefixBank:
+        return copy.deepcopy(self)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: x for name, x in vars(self).items() if name != "_uses"}
+        return {name: x for name, x in vars(copy.deepcopy(self)).items() if name != "_uses"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _uses=Uses())

@@ -34,7 +34,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all networks.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     cache_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that running requests may hold together; else what memory allows.")
+        int | None, typer.Option(min=1, help="Size of the cache that running requests share; else what memory allows.")
     ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Do without penalties and the like that the model's config asks for.")
@@ -60,7 +60,7 @@ def serve(
         curl -X PUT localhost:8000/v1/prefixes/sum -H 'content-type: application/json' -d '{"path": "sum-v2"}'
         curl -X DELETE localhost:8000/v1/prefixes/cls
 
-    Ctrl-C waits for requests that run; a second one does not. Exit code: 0, or 2 if the command could not run.
+    Ctrl-C waits for requests that run; a second one breaks them off. Exit code: 0, or 2 if the command could not run.
     """
     adapters = [named_path(text) for text in adapter or []]
     if not adapters and bank is None and prefixes is None:

@@ -178,9 +178,9 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
                 self._request_counter += 1
         new = self.generation_config.max_new_tokens if max_new_tokens is None else max_new_tokens
         family = [request_id, *self._children(request_id)]
+        if any(name in self._task_of for name in family):
+            raise PrefixAttnError(f"request_id: expected one that no running request has, got {request_id!r}")
         try:
-            if request_id in self._task_of:
-                raise PrefixAttnError(f"request_id: expected one that no running request has, got {request_id!r}")
             task_id = int(self.bank.task_ids([getattr(input_ids, "task", task)]))
             new = self._room(task_id, len(input_ids), new)
             for name in family:
@@ -189,7 +189,7 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
         except PrefixAttnError as error:
             if not isinstance(input_ids, Prompt):
                 raise
-            for name in family:
+            for name in family:  # none of them was begun
                 self.output_router.fail_and_deliver(RequestState(name, list(input_ids)), error)
             return request_id
         added: str | None = None
@@ -224,13 +224,33 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
 
     def _runs(self, request_id: str) -> bool:
         scheduler = getattr(self.batch_processor, "scheduler", None)
-        return scheduler is not None and not scheduler.request_is_cancelled(request_id)
+        if scheduler is None:
+            return False
+        return request_id in scheduler.active_requests or request_id in scheduler.waiting_requests
 
     def cancel_request(self, request_id: str) -> None:
-        """As in transformers; nothing more is delivered for it."""
+        """As in transformers; what the engine still makes for it is dropped, and its handler forgotten."""
         if request_id in self._task_of:
-            self._cancelled.add(request_id)
+            self._cancelled.add(request_id)  # first: an output without a handler is then known to be nobody's
+        with self.output_router._lock:
+            self.output_router.result_handlers.pop(request_id, None)
         super().cancel_request(request_id)
+
+    def _clear_cancelled(self, scheduler: Any) -> list[RequestState]:
+        """The scheduler's ``clear_cancelled_requests``, after which the prefixes are released.
+
+        Requests and cancellations travel in two queues: a request that its cancellation overtakes is cancelled when it
+        arrives.
+        """
+        for name in list(self._cancelled):
+            if name in self._task_of:
+                scheduler.set_request_cancellation(name)
+            else:  # over before it was cancelled
+                self._cancelled.discard(name)
+        states: list[RequestState] = type(scheduler).clear_cancelled_requests(scheduler)
+        for state in states:
+            self._over(state.request_id)
+        return states
 
     def start(self) -> None:
         """As in transformers, but for requests that were left over when the thread stopped."""
@@ -251,7 +271,7 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
 
     def _create_batch_processor(self) -> Any:
         processor = super()._create_batch_processor()
-        processor.scheduler.clear_cancelled_requests = _ClearCancelled(processor.scheduler, self)
+        processor.scheduler.clear_cancelled_requests = partial(self._clear_cancelled, processor.scheduler)
         return processor
 
     def _generation_step(self) -> None:
@@ -288,54 +308,27 @@ class _Outputs(OutputRouter):  # type: ignore[misc]
     def deliver_batch(self, outputs: list[GenerationOutput]) -> None:
         calls: dict[Any, list[Callable[[], None]]] = defaultdict(list)
         for output in outputs:
-            cancelled = output.request_id in self._manager._cancelled
-            if output.is_finished():
-                self._manager._over(output.request_id, output.error is None)
+            # In this order: `Manager.cancel_request` says that a request is cancelled before it takes the handler.
             with self._lock:
                 callback, loop = self.result_handlers.get(output.request_id, (None, None))
+            dropped = output.request_id in self._manager._cancelled
+            if output.is_finished():
+                self._manager._over(output.request_id, output.error is None)
             if callback is not None:
                 calls[loop].append(partial(callback, output))
-            elif not cancelled:
+            elif not dropped:
                 self.output_queue.put(output)
         for loop, of_loop in calls.items():
             try:
                 loop.call_soon_threadsafe(_call_all, of_loop)
             except RuntimeError:  # the loop is closed: nobody waits any more
                 for call in of_loop:
-                    self.forget(call.args[0].request_id)  # type: ignore[attr-defined]
-
-    def forget(self, request_id: str) -> None:
-        """Deliver nothing more of a request, and cancel it."""
-        with self._lock:
-            self.result_handlers.pop(request_id, None)
-        self._manager.cancel_request(request_id)
+                    self._manager.cancel_request(call.args[0].request_id)  # type: ignore[attr-defined]
 
 
 def _call_all(calls: list[Callable[[], None]]) -> None:
     for call in calls:
         call()
-
-
-class _ClearCancelled:
-    """The scheduler's ``clear_cancelled_requests``, which tells the manager what it has removed.
-
-    A request and its cancellation come by two queues. One that is overtaken is cancelled when it arrives.
-    """
-
-    def __init__(self, scheduler: Any, manager: Manager) -> None:
-        self._scheduler = scheduler
-        self._manager = manager
-
-    def __call__(self) -> list[RequestState]:
-        for name in list(self._manager._cancelled):
-            if name in self._manager._task_of:
-                self._scheduler.set_request_cancellation(name)
-            else:  # over before it was cancelled
-                self._manager._cancelled.discard(name)
-        states: list[RequestState] = type(self._scheduler).clear_cancelled_requests(self._scheduler)
-        for state in states:
-            self._manager._over(state.request_id)
-        return states
 
 
 def _drained(queue: Any) -> list[Any]:

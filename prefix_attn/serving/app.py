@@ -1,38 +1,36 @@
 """The HTTP server: OpenAI's API, where the name of a model is the name of a task.
 
-GET  /v1/models, /v1/models/NAME the base model and every task
-POST /v1/completions             a prompt as it is
-POST /v1/chat/completions        messages, through the tokenizer's chat template
-GET  /v1/prefixes                tokens, bytes and source of every prefix
-PUT  /v1/prefixes/NAME           add or replace one, from a file or folder the server may read: {"path": "..."}
-DELETE /v1/prefixes/NAME         remove one
-GET  /health, /metrics           whether the engine runs; numbers for Prometheus
+GET     /v1/models, /v1/models/NAME   the base model and every task
+POST    /v1/completions               a prompt as it is
+POST    /v1/chat/completions          messages, through the tokenizer's chat template
+GET     /v1/prefixes                  tokens, bytes and source of every prefix
+PUT     /v1/prefixes/NAME             add or replace one, from a file or folder of the server's: {"path": "..."}
+DELETE  /v1/prefixes/NAME             remove one
+GET     /health, /metrics             whether the engine runs; numbers for Prometheus
 """
 
 from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict
-from starlette.exceptions import HTTPException
 
 from prefix_attn.bank.uses import CHANGING
-from prefix_attn.errors import ContextOverflow, PrefixAttnError, ShapeError, UnknownTask, UnsupportedModel
+from prefix_attn.errors import PrefixAttnError, ShapeError, UnknownTask, UnsupportedModel
 from prefix_attn.serving import protocol
 from prefix_attn.serving.engine import Engine, EngineFailed, Request
 from prefix_attn.serving.metrics import Metrics
 from prefix_attn.serving.protocol import Answers, ChatAsked, CompletionAsked
+from prefix_attn.serving.refusals import answer_in_form, error_body
 from prefix_attn.serving.text import AnswerText, Detokenizer
-
-T = TypeVar("T")
+from prefix_attn.serving.waiting import together, unless_gone
 
 #: Answers that one HTTP request may ask for.
 MOST_CHOICES = 1024
@@ -62,15 +60,13 @@ def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None 
         raise UnknownTask(f"base: expected a name that no task has, got {base!r}; give the base model another")
     server = _Server(engine, tokenizer, base, prefixes)
     app = FastAPI(title="prefix_attn", docs_url="/docs", redoc_url=None)
-    app.add_exception_handler(PrefixAttnError, _refused)
-    app.add_exception_handler(RequestValidationError, _malformed)
-    app.add_exception_handler(HTTPException, _not_served)
+    answer_in_form(app)
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
         return {"object": "list", "data": [server.model(name) for name in (base, *engine.bank.names)]}
 
-    @app.get("/v1/models/{name}")
+    @app.get("/v1/models/{name:path}")
     def one_model(name: str) -> dict[str, Any]:
         server.task(name)
         return server.model(name)
@@ -92,7 +88,7 @@ def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None 
 
     @app.put("/v1/prefixes/{name}")
     def put(name: str, asked: PrefixAsked) -> dict[str, Any]:
-        path = server.readable(asked.path)
+        path = server.below(server.changes_from(), asked.path)
         if name == base:
             raise UnsupportedModel(f"name: {name!r} is the base model; choose another")
         try:
@@ -103,13 +99,13 @@ def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None 
 
     @app.delete("/v1/prefixes/{name}", status_code=204)
     def delete(name: str) -> None:
-        server.readable(".")
+        server.changes_from()
         engine.bank.remove(name)
 
     @app.get("/health")
     def health() -> JSONResponse:
         if engine.failure is not None:
-            return JSONResponse(protocol.error(engine.failure, "server_error"), 503)
+            return JSONResponse(error_body(engine.failure, "server_error"), 503)
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
@@ -136,7 +132,7 @@ class _Server:
         self.base = base
         self.prefixes = None if prefixes is None else prefixes.resolve()
         self.metrics = Metrics(engine, base)
-        self._tokenizing = asyncio.Lock()  # tokenizers are not made for several threads
+        self._tokenizing = asyncio.Lock()  # two encodings must not overlap
 
     async def in_thread(
         self, tokenize: Callable[[Any, str | None], list[list[int]]], asked: Any, task: str | None
@@ -271,7 +267,7 @@ class _Server:
             while left:
                 event = await events.get()
                 if isinstance(event, Exception):
-                    yield protocol.event(protocol.error(str(event), "server_error"))
+                    yield protocol.event(error_body(str(event), "server_error"))
                     return
                 left -= event is None
                 if event is not None:
@@ -291,69 +287,18 @@ class _Server:
             tokens, source = bank.prefix_len(name), bank.source(name)
             return {"name": name, "tokens": tokens, "bytes": bank.memory_usage.tasks[name], "source": source}
 
-    def readable(self, path: str) -> Path:
-        """A path below the folder that changes may come from."""
+    def changes_from(self) -> Path:
+        """The folder that changes may come from; UnsupportedModel where there is none."""
         if self.prefixes is None:
             raise UnsupportedModel("prefixes: this server was started without a folder that changes may come from")
+        return self.prefixes
+
+    def below(self, folder: Path, path: str) -> Path:
+        """A path below a folder, links followed; UnsupportedModel for any other."""
         try:
-            found = (self.prefixes / path).resolve()
+            found = (folder / path).resolve()
         except (OSError, ValueError, RuntimeError) as error:  # too long, no path, a loop of links
             raise UnsupportedModel(f"path: expected one below the server's folder of prefixes, but: {error}") from error
-        if not found.is_relative_to(self.prefixes):
+        if not found.is_relative_to(folder):
             raise UnsupportedModel(f"path: expected one below the server's folder of prefixes, got {path!r}")
         return found
-
-
-async def together(answers: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All of them; if one fails, the others are cancelled."""
-    tasks = [asyncio.ensure_future(answer) for answer in answers]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def unless_gone(http: HTTPRequest, answer: Awaitable[list[Any]]) -> list[Any] | None:
-    """The answer, or None, and the answer cancelled, when the client hangs up."""
-    wanted = asyncio.ensure_future(answer)
-    gone = asyncio.ensure_future(_hung_up(http))
-    try:
-        await asyncio.wait((wanted, gone), return_when=asyncio.FIRST_COMPLETED)
-        return await wanted if wanted.done() else None
-    finally:
-        for future in (wanted, gone):
-            future.cancel()
-        await asyncio.gather(wanted, gone, return_exceptions=True)
-
-
-async def _hung_up(http: HTTPRequest) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _refused(_: HTTPRequest, refusal: Exception) -> JSONResponse:
-    """What the package refuses, with the status that clients of OpenAI's API expect."""
-    message = str(refusal)
-    if isinstance(refusal, EngineFailed):
-        return JSONResponse(protocol.error(message, "server_error"), 503)
-    if isinstance(refusal, UnknownTask):
-        return JSONResponse(protocol.error(message, "invalid_request_error", "model_not_found"), 404)
-    code = "context_length_exceeded" if isinstance(refusal, ContextOverflow) else None
-    return JSONResponse(protocol.error(message, "invalid_request_error", code), 400)
-
-
-def _not_served(_: HTTPRequest, error: Exception) -> JSONResponse:
-    """Paths and methods that there are not, and bodies that are no JSON."""
-    assert isinstance(error, HTTPException)
-    return JSONResponse(protocol.error(str(error.detail), "invalid_request_error"), error.status_code)
-
-
-def _malformed(_: HTTPRequest, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    lines = []
-    for part in error.errors():
-        place = ".".join(str(x) for x in part["loc"][1:])
-        lines.append(f"{place}: {part['msg'].removeprefix('Value error, ')}".removeprefix(": "))
-    return JSONResponse(protocol.error("; ".join(lines), "invalid_request_error"), 400)

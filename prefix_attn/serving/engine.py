@@ -40,11 +40,13 @@ class EngineFailed(PrefixAttnError):
 
 @dataclass(frozen=True)
 class Request:
-    """Attributes:
-    tokens: of the prompt, at least one.
-    task: a name in the bank; None for no prefix.
-    new_tokens: the most to answer with; None for as many as the model's context holds.
-    sampling: how they are chosen.
+    """A prompt to be answered.
+
+    Attributes:
+        tokens: of the prompt, at least one.
+        task: a name in the bank; None for no prefix.
+        new_tokens: the most to answer with; None for as many as the model's context holds.
+        sampling: how they are chosen.
     """
 
     tokens: Sequence[int]
@@ -66,7 +68,8 @@ class Engine:
     Args:
         model: patched (`prefix_attn.patch`), decoder-only. Its bank may change while the engine runs; a request ends
             with the prefix it began with.
-        cache_tokens: tokens that all running requests together may hold; by default what memory allows.
+        cache_tokens: tokens of the cache that all running requests share, rounded up to pages; by default what memory
+            allows. (Layers that slide have pages of their own, so that the cache may hold more.)
         plain: do without what the model's generation config asks for and the engine cannot do, such as a penalty of
             repetitions; where there is such a thing, False refuses the model.
 
@@ -154,11 +157,11 @@ class Engine:
         tokens, new = len(request.tokens), request.new_tokens
         if not tokens:
             raise ShapeError("prompt: expected at least one token, got none")
-        unknown = [token for token in request.tokens if not 0 <= token < self._inputs]
+        unknown = [token for token in request.tokens if not (isinstance(token, int) and 0 <= token < self._inputs)]
         if unknown:
-            raise ShapeError(f"prompt: expected tokens of 0 to {self._inputs - 1}, got {unknown[0]}")
-        if new is not None and new < 1:
-            raise ShapeError(f"new_tokens: expected at least 1, got {new}")
+            raise ShapeError(f"prompt: expected tokens of 0 to {self._inputs - 1}, got {unknown[0]!r}")
+        if new is not None and not (isinstance(new, int) and new >= 1):
+            raise ShapeError(f"new_tokens: expected an integer of at least 1, got {new!r}")
         prefix = 0 if request.task is None else self.bank.prefix_len(request.task)
         limit = self.bank.context_limit
         # The last new token is not fed back, so it needs neither a position nor a place.
@@ -204,7 +207,7 @@ class Engine:
                 seen = len(made)
         finally:
             if not finished:
-                self._manager.output_router.forget(name)
+                self._manager.cancel_request(name)
 
 
 def _bank_of(model: Any) -> PrefixBank:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -42,11 +42,13 @@ def _real(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_real)]
+T = TypeVar("T")
+Several = Annotated[list[T], Field(min_length=1)]
 Stop = Annotated[Text, Field(min_length=1)]
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
@@ -58,7 +60,7 @@ class Asked(BaseModel):
     ``model`` is the name of a task, or of the base model for no prefix. ``top_k`` (0 keeps all tokens) is our own.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str
     temperature: float | None = Field(None, ge=0, le=2)
@@ -93,7 +95,7 @@ class Asked(BaseModel):
 class CompletionAsked(Asked):
     """``POST /v1/completions``: a text, or its tokens, or a list of either."""
 
-    prompt: Text | list[int] | list[Text] | list[list[int]] = Field(min_length=1)
+    prompt: Text | Several[int] | Several[Text] | Several[list[int]]
     max_tokens: int = Field(16, ge=1)
 
     @property
@@ -112,14 +114,14 @@ class CompletionAsked(Asked):
 class Part(BaseModel):
     """A part of a message, of which only text is served."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["text"]
     text: Text
 
 
 class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[Part]
@@ -193,12 +195,6 @@ def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
     return {
         "prompt_tokens": prompt_tokens, "completion_tokens": new_tokens, "total_tokens": prompt_tokens + new_tokens,
     }  # fmt: skip
-
-
-def error(message: str, kind: str, code: str | None = None) -> dict[str, Any]:
-    """OpenAI's form of an error."""
-    message = message.encode(errors="backslashreplace").decode()  # what was sent may be in it, whatever that is
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 def event(content: dict[str, Any]) -> str:

@@ -28,10 +28,12 @@ AS_GENERATE: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 
 @dataclass(frozen=True)
 class Sampling:
-    """Attributes:
-    temperature: 0, which is greedy, or at least 0.001.
-    top_p: more than 0, at most 1, which keeps all tokens.
-    top_k: at least 0, which keeps all tokens.
+    """How one request's tokens are chosen.
+
+    Attributes:
+        temperature: 0, which is greedy, or at least 0.001.
+        top_p: more than 0, at most 1, which keeps all tokens.
+        top_k: at least 0, which keeps all tokens.
 
     Raises:
         ShapeError: one is out of its range.
@@ -49,7 +51,7 @@ class Sampling:
                 f"0 (greedy) or a finite number of at least {LEAST}",
             ),
             ("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1"),
-            ("top_k", self.top_k >= 0, "an integer, at least 0"),
+            ("top_k", 0 <= self.top_k < 2**31, "an integer from 0 to 2147483647"),
         ):
             if not valid:
                 raise ShapeError(f"{name}: expected {expected}, got {getattr(self, name)!r}")

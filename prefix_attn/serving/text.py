@@ -65,7 +65,10 @@ class AnswerText:
 
     def _new(self, text: str) -> str:
         """The end of ``text`` that was not returned yet; from now on, its tokens are the context of the next."""
-        new = text[len(self._text(self._start, self._done)) :]
+        done = self._text(self._start, self._done)
+        if not text.startswith(done):  # the prompt ends within a character, which the answer completes
+            done = done.rstrip(PARTIAL)
+        new = text[len(done) :]
         self._start, self._done = self._done, len(self._tokens)
         return new
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import threading
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,7 +77,7 @@ def test_what_is_no_id_is_not_held(bank: PrefixBank, wrong: Any) -> None:
         bank.hold(wrong)
 
 
-@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda bank: pickle.loads(pickle.dumps(bank))])
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, copy.copy, lambda bank: pickle.loads(pickle.dumps(bank))])
 def test_nobody_holds_the_tasks_of_a_copy(bank: PrefixBank, twin_of: Any) -> None:
     bank.hold([0, 1])
     bank.remove("a")
@@ -179,11 +181,37 @@ def test_readers_never_see_a_change_half_done(bank: PrefixBank) -> None:
     threads = [threading.Thread(target=look) for _ in range(2)]
     for thread in threads:
         thread.start()
-    bank.remove("a")
-    for seed in range(150):
-        bank.add("x", random_kv(bank.geometry, 1 + seed % 50, seed), replace=True)
-    done.set()
-    for thread in threads:
-        thread.join()
+    try:
+        bank.remove("a")
+        for seed in range(150):
+            bank.add("x", random_kv(bank.geometry, 1 + seed % 50, seed), replace=True)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
     assert wrong == []
     assert torch.equal(bank.lens, torch.tensor(bank.lengths, dtype=torch.int32))
+
+
+def test_a_bank_is_saved_while_it_changes(bank: PrefixBank, tmp_path: Path) -> None:
+    """As it was at one moment."""
+    done = threading.Event()
+
+    def change() -> None:
+        for seed in itertools.count():
+            bank.add("x", random_kv(bank.geometry, 1 + seed % 50, seed), replace=True)
+            bank.remove("x")
+            if done.is_set():
+                return
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for i in range(8):
+            bank.save_pretrained(tmp_path / str(i))
+            saved = PrefixBank.from_pretrained(tmp_path / str(i), MODEL)
+            assert saved.names[:3] == ["a", "b", "c"]
+    finally:
+        done.set()
+        thread.join()
+    assert len([length for length in bank.lengths if length >= 0]) == 3

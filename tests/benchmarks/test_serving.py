@@ -54,3 +54,18 @@ def test_answers_that_differ_carry_no_time(model: Any, monkeypatch: pytest.Monke
     rows = serving.measure(model, 4, 2, 5, Environment.read(torch.device("cpu"), "test"))
     assert [row.status for row in rows] == ["ok", f"wrong: 1 of 4 answers are not those of {OURS}", "ok"]
     assert rows[1].seconds == rows[1].answer_s == 0
+
+
+@pytest.mark.parametrize("refused", ["ours", "theirs"])
+def test_a_way_that_cannot_answer(model: Any, monkeypatch: pytest.MonkeyPatch, refused: str) -> None:
+    """And PEFT, whose answers nobody can check then, carries no time either."""
+
+    def out_of_memory(self: Load) -> list[Answered]:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Load, refused, out_of_memory)
+    ours, peft, without = serving.measure(model, 4, 2, 5, Environment.read(torch.device("cpu"), "test"))
+    assert without.status == "ok"
+    assert (ours.status == "ok") == (refused == "theirs")
+    assert peft.status != "ok"
+    assert peft.seconds == 0

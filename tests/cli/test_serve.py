@@ -6,6 +6,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2 as httpx
@@ -18,12 +20,21 @@ from tests.serving.engines import OLD, needs_engine
 PROMPT = f"{INPUT}>"
 
 
+@contextmanager
+def killed_at_last(process: subprocess.Popen[str]) -> Iterator[None]:
+    """So that a test that fails does not wait for it."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
 @needs_engine
 def test_the_command_serves_until_it_is_interrupted(example: Example) -> None:
     adapters = [f"--adapter={task}={folder}" for task, folder in example.adapters[:2]]
     command = [sys.executable, "-m", "prefix_attn", "serve", "--model", example.model, *adapters, "--port", "0"]
     command += ["--cache-tokens", "512", "--name", "letters", "--prefixes", str(example.folder / "adapters")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, killed_at_last(server):
         assert server.stdout is not None
         welcome = [server.stdout.readline() for _ in range(3)]
         assert welcome[0] == "letters, and 2 tasks: upper, reverse\n"

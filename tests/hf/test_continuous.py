@@ -156,7 +156,26 @@ def test_a_name_that_a_running_request_has(llama: Any) -> None:
         manager.add_request(prompts()[0], request_id="mine", task="five")
         with pytest.raises(pa.PrefixAttnError, match="no running request has, got 'mine'"):
             manager.add_request(prompts()[1], request_id="mine", task="nine")
+        manager.add_request(prompts()[1], request_id="req_0", task="nine", max_new_tokens=40)
+        with pytest.raises(pa.PrefixAttnError, match="got 'req_0'"):  # the name that transformers would give the first
+            manager.add_requests([prompts()[2]], task_ids=["five"])
         assert manager.get_result(timeout=60).generated_tokens == alone(llama, prompts()[0], "five")
+    assert manager._task_of == {}
+
+
+@needs_engine
+def test_a_name_that_a_running_sequence_has(llama: Any) -> None:
+    options = engine(num_return_sequences=2, do_sample=True, top_k=1, max_new_tokens=90, eos_token_id=-1)
+    with llama.continuous_batching_context_manager(**options) as manager:
+        manager.add_request(prompts()[0], request_id="mine", task="five", streaming=True)
+        while "mine__child#0" not in {manager.get_result(timeout=60).request_id}:
+            pass
+        manager.cancel_request("mine")
+        with pytest.raises(pa.PrefixAttnError, match="no running request has, got 'mine'"):
+            manager.add_request(prompts()[0], request_id="mine", task="nine")
+        while not (result := manager.get_result(timeout=60)).is_finished():
+            pass
+    assert result.request_id == "mine__child#0"
     assert manager._task_of == {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import prefix_attn as pa
 from prefix_attn.cli.example import ANSWERS, INPUT
 from prefix_attn.serving import Engine, create_app
 from tests.serving.conftest import EXAMPLE, Served
-from tests.serving.engines import needs_engine
+from tests.serving.engines import needs_engine, settled
 
 pytestmark = needs_engine
 PROMPT = f"{INPUT}>"
@@ -89,6 +90,12 @@ def test_several_prompts_and_answers(client: TestClient, served: Served) -> None
     assert texts(complete(client, prompt=[tokens, [tokens[0], *tokens[2:]]])) == ["ABC", "BC"]
 
 
+def test_an_empty_prompt_is_the_opening_of_the_sequence(client: TestClient, served: Served) -> None:
+    content = complete(client, model="base", prompt="", max_tokens=3)
+    assert content["usage"]["prompt_tokens"] == 1
+    assert texts(content) == texts(complete(client, model="base", prompt=[""], max_tokens=3))
+
+
 def test_lengths_and_stops(client: TestClient) -> None:
     cut = complete(client, max_tokens=3)
     assert (texts(cut), cut["choices"][0]["finish_reason"]) == (["HOT"], "length")
@@ -158,7 +165,11 @@ def test_a_chat_behind_a_text_is_not_opened_again(client: TestClient, served: Se
     [
         ({"model": "uper"}, 404, "model: expected one of ['base', 'upper'", "model_not_found"),
         ({"max_tokens": 300}, 400, "ask for at most 50 new tokens", "context_length_exceeded"),
-        ({"prompt": ""}, 400, "prompt: ", None),
+        ({"prompt": [5, "6"]}, 400, "prompt", None),
+        ({"prompt": [True]}, 400, "prompt", None),
+        ({"max_tokens": "2"}, 400, "max_tokens: Input should be a valid integer", None),
+        ({"temperature": True}, 400, "temperature: Input should be a valid number", None),
+        ({"top_k": 2**40}, 400, "top_k: expected an integer from 0", None),
         ({"prompt": []}, 400, "prompt", None),
         ({"prompt": [1, "a"]}, 400, "prompt", None),
         ({"prompt": [99_999]}, 400, "got 99999", None),
@@ -318,13 +329,22 @@ def test_metrics(client: TestClient) -> None:
         assert line in lines
 
 
-def test_an_engine_that_failed(client: TestClient, served: Served) -> None:
+def test_an_engine_that_failed(client: TestClient, served: Served, engine: Engine) -> None:
     assert client.get("/health").json() == {"status": "ok"}
     pa.unpatch(served.model)
     status, message, _ = refusal(client, COMPLETIONS, prompt=PROMPT)
     assert (status, "unpatched" in message) == (503, True)
+    asyncio.run(settled(lambda: engine.failure is not None))
     assert client.get("/health").status_code == 503
     assert refusal(client, COMPLETIONS, prompt=PROMPT, stream=True)[0] == 503
+
+
+def test_a_bug_has_the_form_of_openai_too(served: Served, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "new_tokens", lambda *_: 1 // 0)
+    app = create_app(engine, served.tokenizer, "org/base")
+    with TestClient(app, raise_server_exceptions=False) as client:
+        assert refusal(client, COMPLETIONS, prompt=PROMPT)[:2] == (500, "internal error: ZeroDivisionError")
+        assert client.get("/v1/models/org/base").json()["id"] == "org/base"
 
 
 def test_an_engine_that_was_stopped(client: TestClient, engine: Engine) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,7 +24,7 @@ from tests.hf.shrink import tiny_random_model
 from tests.hf.survey import random_bank
 from tests.seq2seq import tiny_seq2seq
 from tests.serving.conftest import Served
-from tests.serving.engines import OLD, needs_engine
+from tests.serving.engines import OLD, needs_engine, settled
 
 PROMPT = f"{INPUT}>"
 
@@ -87,6 +87,13 @@ def test_rows_choose_in_their_own_way(served: Served, engine: Engine) -> None:
 
 
 @needs_engine
+def test_the_largest_top_k(engine: Engine) -> None:
+    made = answers(engine, Request([5], "upper", 2, Sampling(1.0, top_k=2**31 - 1)))
+    assert len(made[0][0]) <= 2
+    assert engine.failure is None
+
+
+@needs_engine
 def test_a_model_that_samples(served: Served) -> None:
     served.model.generation_config.update(do_sample=True, temperature=0.5, top_k=3)
     engine = Engine(served.model, cache_tokens=256)
@@ -100,7 +107,9 @@ def test_a_model_that_samples(served: Served) -> None:
         (Request([]), pa.ShapeError, "at least one token"),
         (Request([5, 99_999]), pa.ShapeError, r"expected tokens of 0 to \d+, got 99999"),
         (Request([-1]), pa.ShapeError, "got -1"),
-        (Request([5], new_tokens=0), pa.ShapeError, "new_tokens: expected at least 1, got 0"),
+        (Request([5.7, 6]), pa.ShapeError, "got 5.7"),  # type: ignore[list-item]
+        (Request([5], new_tokens=2.5), pa.ShapeError, "got 2.5"),  # type: ignore[arg-type]
+        (Request([5], new_tokens=0), pa.ShapeError, "new_tokens: expected an integer of at least 1, got 0"),
         (Request([5], "sumarise"), pa.UnknownTask, "'upper'.*'sumarise'"),
         (Request([5] * 10, "upper", 60), pa.ContextOverflow, "10 tokens, a prefix of 6 and 60 .* at most 49 new"),
         (Request([5] * 10, None, 60), pa.ContextOverflow, "at most 55 new"),
@@ -145,20 +154,11 @@ def test_a_request_that_nobody_reads_any_more_is_cancelled(served: Served, engin
         async for _ in pieces:
             break
         await pieces.aclose()  # type: ignore[attr-defined]
-        await settled(lambda: engine.running == 0)
+        await settled(lambda: not engine._manager._task_of)
 
     asyncio.run(leave())
     served.bank.remove("upper")
     assert served.bank.lengths[0] == -1, "nobody holds it"
-
-
-async def settled(done: Callable[[], bool]) -> None:
-    """Wait until the engine's thread has come to it."""
-    for _ in range(200):
-        if done():
-            return
-        await asyncio.sleep(0.05)
-    raise AssertionError("the engine did not settle")
 
 
 @needs_engine
@@ -268,12 +268,19 @@ def test_cancelled_requests_leave_nothing_behind(engine: Engine) -> None:
             task = asyncio.create_task(leave(9))
             await asyncio.sleep(0)
             task.cancel()
-        await settled(lambda: engine.running == engine.waiting == 0)
+        await settled(lambda: not manager._task_of)
 
-    asyncio.run(all_leave())
     manager = engine._manager
-    assert manager._task_of == {}
-    assert manager._cancelled == set()
+    cancel = ContinuousBatchingManager.cancel_request
+
+    def slowly(self: Any, name: str) -> None:  # outputs come while a request is being cancelled
+        time.sleep(0.002)
+        cancel(self, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ContinuousBatchingManager, "cancel_request", slowly)
+        asyncio.run(all_leave())
+    asyncio.run(settled(lambda: not manager._cancelled))
     assert manager.output_router.result_handlers == {}
     assert manager.output_router.output_queue.empty()
 

@@ -23,7 +23,8 @@ from prefix_attn.serving.sampling import PROCESSORS, Sampling
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0.0}, "top_p: expected a number above 0, at most 1, got 0.0"),
         ({"top_p": 1.5}, "top_p"),
-        ({"top_k": -1}, "top_k: expected an integer, at least 0, got -1"),
+        ({"top_k": 2**31}, "top_k"),
+        ({"top_k": -1}, "top_k: expected an integer from 0 to 2147483647, got -1"),
     ],
 )
 def test_what_is_out_of_range(given: dict[str, Any], words: str) -> None:

@@ -88,6 +88,13 @@ def test_a_space_between_prompt_and_answer_stays(length: int) -> None:
     assert pieces == ["two" if length == 0 else " two", " three", "!", " one", ""]
 
 
+def test_a_prompt_that_ends_within_a_character() -> None:
+    """The answer that completes it has the character."""
+    euro = BYTES("€")["input_ids"]
+    text = AnswerText(READ, [*BYTES("a ")["input_ids"], *euro[:2]])
+    assert [text.add([euro[2]]), text.add(BYTES("b")["input_ids"]), text.end()] == ["€", "b", ""]
+
+
 def test_bytes_that_never_become_a_character_come_at_the_end() -> None:
     text = AnswerText(READ, [])
     euro = BYTES("€")["input_ids"]

@@ -1,0 +1,40 @@
+"""Waiting for several answers at once, and for clients that may hang up meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+T = TypeVar("T")
+
+
+async def together(answers: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """All of them; if one fails, the others are cancelled."""
+    tasks = [asyncio.ensure_future(answer) for answer in answers]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def unless_gone(http: Request, answer: Awaitable[list[Any]]) -> list[Any] | None:
+    """The answer, or None, and the answer cancelled, when the client hangs up."""
+    wanted = asyncio.ensure_future(answer)
+    gone = asyncio.ensure_future(_hung_up(http))
+    try:
+        await asyncio.wait((wanted, gone), return_when=asyncio.FIRST_COMPLETED)
+        return await wanted if wanted.done() else None
+    finally:
+        for future in (wanted, gone):
+            future.cancel()
+        await asyncio.gather(wanted, gone, return_exceptions=True)
+
+
+async def _hung_up(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
