@@ -26,13 +26,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from . import record
 from .compare import DeviceLost
+from .options import RESULTS, Commit, Out
 from .run import Outcome, make_bench, run_attention, run_generate
 
 #: Arguments of pytest for each stage that is one.
@@ -195,8 +195,8 @@ def chosen(stages: str) -> list[str]:
 def main(
     stages: Annotated[str, typer.Option(help=f"comma-separated, of {', '.join(STAGES)}")] = ",".join(STAGES),
     budget: Annotated[float, typer.Option(help="seconds for everything")] = 510,
-    out: Annotated[Path, typer.Option(help="folder for results")] = record.ROOT / "benchmarks" / "results",
-    commit: Annotated[str | None, typer.Option(help="what to call this checkout, if it is without git")] = None,
+    out: Out = RESULTS,
+    commit: Commit = None,
 ) -> None:
     """Run the stages on the first GPU and say what was found."""
     limits = Budget(budget, chosen(stages))

@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
 
@@ -23,6 +22,7 @@ import typer
 from rich import print
 
 from . import record
+from .options import RESULTS, Commit, Out
 from .peers.problem import Point, Problem
 from .pretended_gpu import pretend
 from .timing import HOST_CALLS, host_us
@@ -99,8 +99,8 @@ def measure(device: torch.device, repeats: int, environment: record.Environment)
 
 def main(
     repeats: Annotated[int, typer.Option(min=1, help="of 20 calls each, of which the fastest counts")] = 200,
-    out: Annotated[Path, typer.Option(help="folder for results")] = record.ROOT / "benchmarks" / "results",
-    commit: Annotated[str | None, typer.Option(help="what to call this checkout, if it is without git")] = None,
+    out: Out = RESULTS,
+    commit: Commit = None,
 ) -> None:
     """Time the host's part of one decode call, print it, and append a JSON line to <out>/<device>/launch.jsonl."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,7 +16,6 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, NamedTuple
 
@@ -30,6 +29,7 @@ from prefix_attn.serving import Engine, Request
 
 from . import record
 from .generate import Geometry, gpt2_sized, with_peft
+from .options import RESULTS, Commit, Out, Threads
 from .timing import first_line
 
 OURS, PEFT, WITHOUT = "prefix_attn, engine", "peft, task by task", "transformers, no prefix"
@@ -217,9 +217,9 @@ def main(
     requests: Annotated[int, typer.Option(min=1, help="that arrive together")] = 64,
     tasks: Annotated[str, typer.Option(help="how many tasks they belong to, one point for each")] = "1,8,64",
     prefix_tokens: Annotated[int, typer.Option(min=1, help="of each task's prefix")] = 100,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
-    out: Annotated[Path, typer.Option(help="folder for results")] = record.ROOT / "benchmarks" / "results",
-    commit: Annotated[str | None, typer.Option(help="what to call this checkout, if it is without git")] = None,
+    threads: Threads = 2,
+    out: Out = RESULTS,
+    commit: Commit = None,
 ) -> None:
     """Answer the same requests in every way, print a table, and append JSON lines to <out>/<device>/serving.jsonl."""
     torch.set_num_threads(threads)

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
@@ -34,6 +33,7 @@ from prefix_attn.training.loop import LEARNING_RATE, PROJECTED_LEARNING_RATE, ro
 from prefix_attn.training.prefixes import PROJECTION
 
 from . import record
+from .options import RESULTS, Commit, Out, Threads
 
 MODEL = record.ROOT / "examples" / "string_tasks" / "model"
 TOKENS, ROWS = 8, 16  # of a prefix; of a task in a batch
@@ -178,9 +178,9 @@ def table(rows: list[TrainingRow]) -> Table:
 def main(
     examples: Annotated[int, typer.Option(min=1, help="of each task")] = 1000,
     epochs: Annotated[int, typer.Option(min=1, help="passes over them")] = 10,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads")] = 2,
-    out: Annotated[Path, typer.Option(help="folder for results")] = record.ROOT / "benchmarks" / "results",
-    commit: Annotated[str | None, typer.Option(help="what to call this checkout, if it is without git")] = None,
+    threads: Threads = 2,
+    out: Out = RESULTS,
+    commit: Commit = None,
 ) -> None:
     """Train all ways, print a table, and append a JSON line for each to <out>/<device>/training.jsonl."""
     torch.set_num_threads(threads)

@@ -38,6 +38,7 @@ from prefix_attn.kernels.config import TileConfig
 from prefix_attn.plan import TILE_ROWS
 
 from . import compile_report
+from .options import Commit
 from .peers import Point, Problem
 from .peers.check import Reference
 from .record import Environment, first_gpu
@@ -282,7 +283,7 @@ def main(
     dtypes: Annotated[str, typer.Option(help="comma-separated names of PyTorch's")] = "bfloat16",
     budget: Annotated[float, typer.Option(help="seconds for everything")] = 480,
     processes: Annotated[int, typer.Option(help="compilations at a time")] = max(1, (os.cpu_count() or 2) - 2),
-    commit: Annotated[str | None, typer.Option(help="what to call this checkout, if it is without git")] = None,
+    commit: Commit = None,
 ) -> None:
     """Tune the first GPU."""
     types, dims = some_of(dtypes, ("float16", "bfloat16", "float32")), some_of(head_dims, map(str, HEADS))
