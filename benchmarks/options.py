@@ -1,10 +1,11 @@
-"""Options that several of the commands share."""
+"""Options that several of the commands share, and where they run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from . import record
@@ -15,3 +16,10 @@ RESULTS = record.ROOT / "benchmarks" / "results"
 Out = Annotated[Path, typer.Option(help="folder for results")]
 Commit = Annotated[str | None, typer.Option(help="what to call this checkout, if it is without git")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads")]
+
+
+def here(threads: int, commit: str | None) -> tuple[torch.device, record.Environment]:
+    """The device to run on, a GPU if there is one, with so many threads on a CPU; and what rows say of it."""
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device, record.Environment.read(device, commit)

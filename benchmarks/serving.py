@@ -29,7 +29,7 @@ from prefix_attn.serving import Engine, Request
 
 from . import record
 from .generate import Geometry, gpt2_sized, with_peft
-from .options import RESULTS, Commit, Out, Threads
+from .options import RESULTS, Commit, Out, Threads, here
 from .timing import first_line
 
 OURS, PEFT, WITHOUT = "prefix_attn, engine", "peft, task by task", "transformers, no prefix"
@@ -222,9 +222,7 @@ def main(
     commit: Commit = None,
 ) -> None:
     """Answer the same requests in every way, print a table, and append JSON lines to <out>/<device>/serving.jsonl."""
-    torch.set_num_threads(threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    environment = record.Environment.read(device, commit)
+    device, environment = here(threads, commit)
     model = gpt2_sized(prefix_tokens + PROMPT + LONGEST, device)
     path = out / environment.slug / "serving.jsonl"
     rows = []
