@@ -250,6 +250,9 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
         states: list[RequestState] = type(scheduler).clear_cancelled_requests(scheduler)
         for state in states:
             self._over(state.request_id)
+        if states or not scheduler.active_requests:
+            # When the cache is short the engine takes in nobody until somebody is finished, cancelled or not.
+            scheduler.block_new_requests = False
         return states
 
     def start(self) -> None:
@@ -276,10 +279,7 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
 
     def _generation_step(self) -> None:
         processor = self.batch_processor
-        if getattr(self.model.__dict__.get("_prefix_attn"), "bank", None) is not self.bank:
-            raise UnsupportedModel(
-                "continuous batching: the model was unpatched, or patched with another bank, meanwhile"
-            )
+        self._check_patch()
         futures = processor.inputs_and_outputs.requests_in_batch
         requests = [
             Request(
@@ -290,6 +290,13 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
             for future in futures
         ]
         processor._generation_step(_WithTasks(self.model, self.bank, requests))
+        self._check_patch()  # before anybody gets the step's tokens
+
+    def _check_patch(self) -> None:
+        if getattr(self.model.__dict__.get("_prefix_attn"), "bank", None) is not self.bank:
+            raise UnsupportedModel(
+                "continuous batching: the model was unpatched, or patched with another bank, meanwhile"
+            )
 
 
 class _Outputs(OutputRouter):  # type: ignore[misc]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +23,9 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict
 
+from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.uses import CHANGING
-from prefix_attn.errors import PrefixAttnError, ShapeError, UnknownTask, UnsupportedModel
+from prefix_attn.errors import ContextOverflow, PrefixAttnError, ShapeError, UnknownTask, UnsupportedModel
 from prefix_attn.serving import protocol
 from prefix_attn.serving.engine import Engine, EngineFailed, Request
 from prefix_attn.serving.metrics import Metrics
@@ -34,6 +36,9 @@ from prefix_attn.serving.waiting import together, unless_gone
 
 #: Answers that one HTTP request may ask for.
 MOST_CHOICES = 1024
+
+#: Characters that no token has more of, in the mean of a text.
+LONGEST_TOKEN = 256
 
 
 class PrefixAsked(BaseModel):
@@ -68,12 +73,12 @@ def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None 
 
     @app.get("/v1/models/{name:path}")
     def one_model(name: str) -> dict[str, Any]:
-        server.task(name)
-        return server.model(name)
+        return server.model(server.task(name).name or base)
 
     @app.post("/v1/completions")
     async def completions(asked: CompletionAsked, http: HTTPRequest) -> Response:
         task = server.task(asked.model)
+        server.check_count(len(asked.prompts), asked.n)
         return await server.answer(asked, http, task, await server.in_thread(server.tokens, asked, task))
 
     @app.post("/v1/chat/completions")
@@ -115,9 +120,28 @@ def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None 
     return app
 
 
+class _Task:
+    """A task as one HTTP request found it, for its tokens and all of its answers: its prefix is held while this lives.
+
+    Attributes:
+        name: None for the base model.
+        id: -1 for it.
+        opens: the prefix is a text, which opens the sequence.
+    """
+
+    def __init__(self, bank: PrefixBank, name: str | None) -> None:
+        self.name = name
+        with CHANGING:
+            self.id = int(bank.task_ids([name]))
+            self.opens = name is not None and bank.source(name) == "text"
+            bank.hold([self.id])
+        weakref.finalize(self, bank.release, [self.id])
+
+
 class _Choice(NamedTuple):
     """One answer to be made."""
 
+    task: _Task
     request: Request
     text: AnswerText
 
@@ -135,7 +159,7 @@ class _Server:
         self._tokenizing = asyncio.Lock()  # two encodings must not overlap
 
     async def in_thread(
-        self, tokenize: Callable[[Any, str | None], list[list[int]]], asked: Any, task: str | None
+        self, tokenize: Callable[[Any, _Task], list[list[int]]], asked: Any, task: _Task
     ) -> list[list[int]]:
         """Tokens of all prompts, while the event loop goes on."""
         async with self._tokenizing:
@@ -148,27 +172,39 @@ class _Server:
             "id": name, "object": "model", "created": 0, "owned_by": "prefix_attn", "root": self.base, "parent": parent,
         }  # fmt: skip
 
-    def task(self, name: str) -> str | None:
-        """The task that a request's ``model`` names; None for the base model."""
+    def task(self, name: str) -> _Task:
+        """What a request's ``model`` names."""
         if self.base in self.engine.bank:
             raise UnknownTask(f"model: a task was added that is called like the base model, {self.base!r}; remove it")
-        if name == self.base:
-            return None
-        if name not in self.engine.bank:
+        if name != self.base and name not in self.engine.bank:
             raise UnknownTask(f"model: expected one of {[self.base, *self.engine.bank.names]}, got {name!r}")
-        return name
+        return _Task(self.engine.bank, None if name == self.base else name)
 
-    def tokens(self, asked: CompletionAsked, task: str | None) -> list[list[int]]:
+    def check_count(self, prompts: int, n: int) -> None:
+        """Raise `ShapeError` if one request asks for too many answers."""
+        if prompts * n > MOST_CHOICES:
+            raise ShapeError(
+                f"prompt: expected at most {MOST_CHOICES} answers a request, got {prompts} prompts times n = {n}; send "
+                "several requests"
+            )
+
+    def check_length(self, text: str) -> None:
+        """Raise `ContextOverflow` for a text that cannot fit, before it is tokenised."""
+        limit = self.engine.bank.context_limit or self.engine.cache_tokens
+        if len(text) > LONGEST_TOKEN * limit:
+            raise ContextOverflow(f"prompt: {len(text)} characters are too many for the model's {limit} positions")
+
+    def tokens(self, asked: CompletionAsked, task: _Task) -> list[list[int]]:
         """Of every prompt; behind a prefix that is a text, without another opening of the sequence."""
-        opens = not self._opened(task)
-        return [
-            self.tokenizer(prompt, add_special_tokens=opens, verbose=False)["input_ids"]
-            if isinstance(prompt, str)
-            else prompt
-            for prompt in asked.prompts
-        ]
+        made = []
+        for prompt in asked.prompts:
+            if isinstance(prompt, str):
+                self.check_length(prompt)
+                prompt = self.tokenizer(prompt, add_special_tokens=not task.opens, verbose=False)["input_ids"]
+            made.append(prompt)
+        return made
 
-    def chat_tokens(self, asked: ChatAsked, task: str | None) -> list[list[int]]:
+    def chat_tokens(self, asked: ChatAsked, task: _Task) -> list[list[int]]:
         """Of a conversation, through the chat template."""
         if not self.tokenizer.chat_template:
             raise UnsupportedModel("messages: the model's tokenizer has no chat template; use /v1/completions")
@@ -177,31 +213,26 @@ class _Server:
             text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template's own refusal, of many types: of roles that do not take turns, say
             raise UnsupportedModel(f"messages: the chat template refuses them: {error}") from error
+        self.check_length(text)
         tokens: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        twice = self._opened(task) and tokens[:1] == [self.tokenizer.bos_token_id]
+        twice = task.opens and tokens[:1] == [self.tokenizer.bos_token_id]
         return [tokens[1:] if twice else tokens]
 
-    def _opened(self, task: str | None) -> bool:
-        return task is not None and self.engine.bank.source(task) == "text"
-
     async def answer(
-        self, asked: CompletionAsked | ChatAsked, http: HTTPRequest, task: str | None, prompts: Sequence[list[int]]
+        self, asked: CompletionAsked | ChatAsked, http: HTTPRequest, task: _Task, prompts: Sequence[list[int]]
     ) -> Response:
         """All choices of a request; as a stream if it wants one. What cannot be answered is refused before any is."""
-        if len(prompts) * asked.n > MOST_CHOICES:
-            raise ShapeError(
-                f"prompt: expected at most {MOST_CHOICES} answers a request, got {len(prompts)} prompts times n = "
-                f"{asked.n}; send several requests"
-            )
-        requests = [Request(tokens, task, asked.new_tokens, asked.sampling(self.engine.defaults)) for tokens in prompts]
+        requests = [
+            Request(tokens, task.id, asked.new_tokens, asked.sampling(self.engine.defaults)) for tokens in prompts
+        ]
         for request in requests:
             self.engine.new_tokens(request)
-        choices = [_Choice(request, AnswerText(self.decode, request.tokens, asked.stops))
+        choices = [_Choice(task, request, AnswerText(self.decode, request.tokens, asked.stops))
                    for request in requests for _ in range(asked.n)]  # fmt: skip
         if self.engine.failure is not None:
             raise EngineFailed(self.engine.failure)
         answers, prompt_tokens = Answers(asked, uuid.uuid4().hex), sum(map(len, prompts))
-        self.metrics.prompt(task, prompt_tokens)
+        self.metrics.prompt(task.name, prompt_tokens)
         if asked.stream:
             with_usage = asked.stream_options is not None and asked.stream_options.include_usage
             return StreamingResponse(
@@ -223,8 +254,8 @@ class _Server:
 
     async def _pieces(self, choice: _Choice) -> AsyncIterator[tuple[str, str | None, int]]:
         """More text, the finish with the last, and the number of tokens until then."""
-        request, text = choice
-        watched, outcome = self.metrics.answer(request.task), "cancelled"
+        task, request, text = choice
+        watched, outcome = self.metrics.answer(task.name), "cancelled"
         pieces = self.engine.answer(request)
         try:
             async for tokens, finish in pieces:

@@ -44,13 +44,13 @@ class Request:
 
     Attributes:
         tokens: of the prompt, at least one.
-        task: a name in the bank; None for no prefix.
+        task: a name in the bank, or an id of it; None for no prefix.
         new_tokens: the most to answer with; None for as many as the model's context holds.
         sampling: how they are chosen.
     """
 
     tokens: Sequence[int]
-    task: str | None = None
+    task: str | int | None = None
     new_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
 
@@ -162,7 +162,8 @@ class Engine:
             raise ShapeError(f"prompt: expected tokens of 0 to {self._inputs - 1}, got {unknown[0]!r}")
         if new is not None and not (isinstance(new, int) and new >= 1):
             raise ShapeError(f"new_tokens: expected an integer of at least 1, got {new!r}")
-        prefix = 0 if request.task is None else self.bank.prefix_len(request.task)
+        task_id = int(self.bank.task_ids([request.task]))
+        prefix = self.bank.lengths[task_id] if task_id >= 0 else 0
         limit = self.bank.context_limit
         # The last new token is not fed back, so it needs neither a position nor a place.
         room = min(self.cache_tokens, self.cache_tokens if limit is None else limit - prefix) - tokens + 1

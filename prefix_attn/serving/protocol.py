@@ -27,6 +27,10 @@ NEUTRAL: Mapping[str, Any] = {
 IGNORED = ("user", "metadata", "store", "parallel_tool_calls")
 
 
+#: More fields than there are.
+MOST_FIELDS = 100
+
+
 def _without_nulls(given: Any) -> Any:
     """A JSON object but for its nulls, which ask for the default."""
     return {name: x for name, x in given.items() if x is not None} if isinstance(given, dict) else given
@@ -43,7 +47,7 @@ def _real(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_real)]
 T = TypeVar("T")
-Several = Annotated[list[T], Field(min_length=1)]
+Several = Annotated[list[T], Field(min_length=1, fail_fast=True)]  # of a long list, one error is enough
 Stop = Annotated[Text, Field(min_length=1)]
 
 
@@ -67,7 +71,7 @@ class Asked(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
     n: int = Field(1, ge=1, le=128)
-    stop: Stop | list[Stop] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -77,6 +81,8 @@ class Asked(BaseModel):
         if not isinstance(given, dict):
             return given
         given = _without_nulls(given)
+        if len(given) > MOST_FIELDS:
+            raise ValueError(f"expected at most {MOST_FIELDS} fields, got {len(given)}")
         for name, neutral in NEUTRAL.items():
             asked = given.get(name)
             if asked is not None and (asked != neutral or isinstance(asked, bool) != isinstance(neutral, bool)):
@@ -95,7 +101,7 @@ class Asked(BaseModel):
 class CompletionAsked(Asked):
     """``POST /v1/completions``: a text, or its tokens, or a list of either."""
 
-    prompt: Text | Several[int] | Several[Text] | Several[list[int]]
+    prompt: Text | Several[int] | Several[Text] | Several[Several[int]]
     max_tokens: int = Field(16, ge=1)
 
     @property

@@ -182,6 +182,9 @@ def test_a_chat_behind_a_text_is_not_opened_again(client: TestClient, served: Se
         ({"logprobs": 5}, 400, "logprobs is not served", None),
         ({"logprobs": 0}, 400, "logprobs is not served", None),
         ({"best_of": True}, 400, "best_of is not served", None),
+        ({"stop": ["x"] * 17}, 400, "stop", None),
+        ({f"field{i}": 1 for i in range(200)}, 400, "expected at most 100 fields", None),
+        ({"prompt": "a" * 20_000}, 400, "20000 characters are too many", "context_length_exceeded"),
         ({"prompt": ["a"] * 300, "n": 4}, 400, "at most 1024 answers a request", None),
         ({"presence_penalty": 0.5}, 400, "presence_penalty is not served", None),
         ({"temprature": 0.5}, 400, "temprature: Extra inputs are not permitted", None),
@@ -195,6 +198,12 @@ def test_what_is_not_served_is_refused(
         assert got[0] == status
         assert words in got[1]
         assert got[2] == code
+
+
+def test_the_error_of_a_long_body_is_short(client: TestClient) -> None:
+    status, message, _ = refusal(client, COMPLETIONS, prompt=[1.5] * 50_000)
+    assert status == 400
+    assert len(message) < 2000
 
 
 def test_what_changes_nothing_is_accepted(client: TestClient) -> None:

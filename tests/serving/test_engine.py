@@ -162,6 +162,40 @@ def test_a_request_that_nobody_reads_any_more_is_cancelled(served: Served, engin
 
 
 @needs_engine
+def test_a_cancellation_makes_room_for_those_who_wait() -> None:
+    """When the cache is short the engine puts a request back, and takes in nobody until another is finished."""
+    model = tiny_model("llama", max_position_embeddings=512)
+    pa.patch(model, make_bank(model))
+    model.generation_config.eos_token_id = None
+    with Engine(model, cache_tokens=192) as engine:
+        scheduler = engine._scheduler
+
+        async def leave_the_other() -> list[int]:
+            first = engine.answer(Request([5] * 60, "five", 120))
+            await anext(first)
+            second = asyncio.create_task(answer(engine, Request([6] * 60, "nine", 120)))
+            await settled(lambda: scheduler.block_new_requests)
+            running = scheduler.active_requests
+            if len(running) == 1 and next(iter(running.values())).initial_tokens[0] == 5:
+                await first.aclose()  # type: ignore[attr-defined]
+            return (await asyncio.wait_for(second, 60))[0]
+
+        tokens = asyncio.run(leave_the_other())
+        alone = model.generate(torch.tensor([[6] * 60]), max_new_tokens=120, do_sample=False, task_ids=["nine"])
+        assert tokens == alone[0, 60:].tolist()
+        assert answers(engine, Request([7], None, 2))
+
+
+@needs_engine
+def test_a_patch_that_is_undone_in_a_step(served: Served, engine: Engine) -> None:
+    """The step's tokens are of a model that was half patched: nobody gets them."""
+    handle = served.model.model.layers[1].register_forward_pre_hook(lambda *_: pa.unpatch(served.model) and None)
+    with pytest.raises(EngineFailed, match="unpatched"):
+        answers(engine, Request([5], "upper", 1))
+    handle.remove()
+
+
+@needs_engine
 def test_tasks_change_while_requests_run(served: Served, engine: Engine) -> None:
     tokens = served.tokenizer(PROMPT)["input_ids"]
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -76,6 +77,36 @@ def test_many_clients_while_prefixes_change(url: str, served: Served, engine: En
     assert engine.failure is None
     alive = [length for length in served.bank.lengths if length >= 0]
     assert len(alive) == len(served.bank), "prefixes that were replaced are gone"
+
+
+def test_a_request_has_one_prefix(url: str, served: Served, tmp_path: Path) -> None:
+    """For its tokens and all its answers, while the task changes between a text, which opens the sequence, and none."""
+    bank = served.bank
+    bank.add_text("one", served.tokenizer, "sort|", served.model)
+    bank.save_pretrained(tmp_path)
+    stop = threading.Event()
+
+    def swap() -> None:
+        while not stop.is_set():
+            bank.load("one", EXAMPLE.folder / "adapters" / "upper", replace=True)
+            time.sleep(0.002)
+            bank.load("one", tmp_path / "one.safetensors", replace=True)
+            time.sleep(0.002)
+
+    swapper = threading.Thread(target=swap)
+    swapper.start()
+    try:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            for _ in range(60):
+                asked = {"model": "one", "prompt": [PROMPT] * 4}
+                content = client.post("/v1/completions", json=asked).raise_for_status().json()
+                texts = {choice["text"] for choice in content["choices"]}
+                tokens = content["usage"]["prompt_tokens"] // 4
+                assert (texts, tokens) in (({ANSWERS["sort"]}, 8), ({ANSWERS["upper"]}, 9))
+    finally:
+        stop.set()
+        swapper.join()
+    settled(lambda: sum(length >= 0 for length in bank.lengths) == len(bank))
 
 
 @pytest.mark.parametrize("stream", [True, False])
