@@ -78,7 +78,7 @@ def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None 
     @app.post("/v1/completions")
     async def completions(asked: CompletionAsked, http: HTTPRequest) -> Response:
         task = server.task(asked.model)
-        server.check_count(len(asked.prompts), asked.n)
+        check_count(len(asked.prompts), asked.n)
         return await server.answer(asked, http, task, await server.in_thread(server.tokens, asked, task))
 
     @app.post("/v1/chat/completions")
@@ -93,7 +93,7 @@ def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None 
 
     @app.put("/v1/prefixes/{name}")
     def put(name: str, asked: PrefixAsked) -> dict[str, Any]:
-        path = server.below(server.changes_from(), asked.path)
+        path = below(server.changes_from(), asked.path)
         if name == base:
             raise UnsupportedModel(f"name: {name!r} is the base model; choose another")
         try:
@@ -179,14 +179,6 @@ class _Server:
         if name != self.base and name not in self.engine.bank:
             raise UnknownTask(f"model: expected one of {[self.base, *self.engine.bank.names]}, got {name!r}")
         return _Task(self.engine.bank, None if name == self.base else name)
-
-    def check_count(self, prompts: int, n: int) -> None:
-        """Raise `ShapeError` if one request asks for too many answers."""
-        if prompts * n > MOST_CHOICES:
-            raise ShapeError(
-                f"prompt: expected at most {MOST_CHOICES} answers a request, got {prompts} prompts times n = {n}; send "
-                "several requests"
-            )
 
     def check_length(self, text: str) -> None:
         """Raise `ContextOverflow` for a text that cannot fit, before it is tokenised."""
@@ -324,12 +316,22 @@ class _Server:
             raise UnsupportedModel("prefixes: this server was started without a folder that changes may come from")
         return self.prefixes
 
-    def below(self, folder: Path, path: str) -> Path:
-        """A path below a folder, links followed; UnsupportedModel for any other."""
-        try:
-            found = (folder / path).resolve()
-        except (OSError, ValueError, RuntimeError) as error:  # too long, no path, a loop of links
-            raise UnsupportedModel(f"path: expected one below the server's folder of prefixes, but: {error}") from error
-        if not found.is_relative_to(folder):
-            raise UnsupportedModel(f"path: expected one below the server's folder of prefixes, got {path!r}")
-        return found
+
+def check_count(prompts: int, n: int) -> None:
+    """Raise `ShapeError` if one request asks for too many answers."""
+    if prompts * n > MOST_CHOICES:
+        raise ShapeError(
+            f"prompt: expected at most {MOST_CHOICES} answers a request, got {prompts} prompts times n = {n}; send "
+            "several requests"
+        )
+
+
+def below(folder: Path, path: str) -> Path:
+    """A path below a folder, links followed; UnsupportedModel for any other."""
+    try:
+        found = (folder / path).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, no path, a loop of links
+        raise UnsupportedModel(f"path: expected one below the server's folder of prefixes, but: {error}") from error
+    if not found.is_relative_to(folder):
+        raise UnsupportedModel(f"path: expected one below the server's folder of prefixes, got {path!r}")
+    return found

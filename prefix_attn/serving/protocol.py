@@ -26,7 +26,6 @@ NEUTRAL: Mapping[str, Any] = {
 #: Fields that are accepted because they cannot change an answer.
 IGNORED = ("user", "metadata", "store", "parallel_tool_calls")
 
-
 #: More fields than there are.
 MOST_FIELDS = 100
 
