@@ -1,1 +1,1 @@
-"""Benchmarks; each module is a command: ``python -m benchmarks.generate --help``."""
+"""Benchmarks. README.md lists the commands; the other modules are their parts."""

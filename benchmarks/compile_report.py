@@ -2,7 +2,7 @@
 
 Each kernel is compiled for sm_80, sm_90, sm_100 and gfx942 with every config that `kernels.config` picks, at each width
 of tile and a head dimension that fills none, in each dtype, and with a relative bias; the other options at once, at the
-usual head dimensions. The result goes to ``benchmarks/results/compile_report.{json,md}``, with the time that an H200
+usual head dimensions. The result goes to ``benchmarks/results/compile_report.md``, with the time that an H200
 should need. ``--check`` fails when a default config spills at a head dimension up to 128, loses its tensor-core
 instructions or its pipelined loads, or overflows shared memory.
 
@@ -12,7 +12,6 @@ instructions or its pipelined loads, or overflows shared memory.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import re
@@ -62,26 +61,11 @@ EARLY = ("decode", "decode_few", "grouped", "merge", *PLAN)
 HEAD_DIMS = (16, 32, 64, 80, 128, 256)
 
 #: Arguments that are int32 arrays.
-INTEGER_TABLES = {
-    f"{x}_ptr"
-    for x in (
-        "task_ids",
-        "starts",
-        "lens",
-        "kv_start",
-        "kv_len",
-        "planned",
-        "ranks",
-        "sizes",
-        "tasks",
-        "members",
-        "order",
-        "first",
-        "readers",
-        "tile_task",
-        "tile_slot",
-    )
-}
+_TABLES = [
+    "task_ids", "starts", "lens", "kv_start", "kv_len", "planned", "ranks", "sizes", "tasks", "members", "order",
+    "first", "readers", "tile_task", "tile_slot",
+]  # fmt: skip
+INTEGER_TABLES = {f"{x}_ptr" for x in _TABLES}
 
 #: 32-bit registers and bytes of shared memory of one multiprocessor, and the program's fixed share of the latter.
 REGISTERS, SHARED, RESERVED = 65_536, {"sm_80": 167_936, "sm_90": 233_472, "sm_100": 233_472}, 1024
@@ -405,8 +389,6 @@ def main(arguments: list[str] | None = None) -> int:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "compile_report.md").write_text(markdown(rows, triton.__version__))
-        record = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
-        (out / "compile_report.json").write_text(json.dumps(record, indent=1) + "\n")
     unfit = [(row, why) for row in rows if (why := complaints(row))]
     for row, why in unfit:
         print(f"{row.job}: {'; '.join(why)}", file=sys.stderr)

@@ -39,7 +39,7 @@ class LaunchRow:
     dispatch_us: float
     operator_us: float
     launcher_us: float
-    plain_launch_us: float | None  # None in rows of old, from a machine without a GPU
+    plain_launch_us: float
     environment: record.Environment
 
 
@@ -116,7 +116,7 @@ def main(
         f"total {row.total_us:.1f} us = checks {row.checks_us:.1f} + dispatch {row.dispatch_us:.1f} + "
         f"operator {row.operator_us:.1f} + launcher {row.launcher_us:.1f}; a plain launch: {row.plain_launch_us:.1f} us"
     )
-    path = out / (environment.slug if device.type == "cuda" else "cpu") / "launch.jsonl"
+    path = out / environment.slug / "launch.jsonl"
     record.append(path, [row])
     print(f"appended to {path}")
 

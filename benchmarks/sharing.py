@@ -2,20 +2,17 @@
 
 Decode and prefill at GPT-2's and Llama-3's head shapes; the two ways alternate in one process and must agree first.
 
-    python -m benchmarks.sharing        # about a minute; writes benchmarks/results/cpu/sharing.{jsonl,md}
+    python -m benchmarks.sharing        # about a minute; writes sharing.{jsonl,md} into benchmarks/results/<device>
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
-from typing import Annotated, Any
 
 import torch
 import typer
@@ -26,9 +23,9 @@ from prefix_attn.backends import torch_sdpa
 from prefix_attn.checks import checked_call
 from prefix_attn.types import AttentionCall, PrefixKV
 
-from .record import Environment
+from .options import RESULTS, Commit, Out, Threads
+from .record import Environment, append
 
-RESULTS = Path(__file__).parent / "results" / "cpu"
 SHAPES: dict[str, tuple[int, int, int, torch.dtype]] = {
     "GPT-2": (12, 12, 64, torch.float32),
     "Llama-3": (32, 8, 128, torch.bfloat16),
@@ -40,9 +37,26 @@ OWN_KEYS = 64
 REPEATS, SECONDS = 5, 0.05
 
 
-def main(threads: Annotated[int, typer.Option(help="CPU threads.")] = 2) -> None:
+@dataclass(frozen=True)
+class SharingRow:
+    """Microseconds of both ways at one point: ``rows`` rows of ``q_len`` queries over ``tasks`` prefixes of ``m``."""
+
+    heads: str
+    dtype: str
+    rows: int
+    tasks: int
+    m: int
+    q_len: int
+    n: int
+    shared_us: float
+    copied_us: float
+    environment: Environment
+
+
+def main(threads: Threads = 2, out: Out = RESULTS, commit: Commit = None) -> None:
     """Time both ways on every point of the grid and write a table of speed-ups."""
     torch.set_num_threads(threads)
+    environment = Environment.read(torch.device("cpu"), commit)
     rows = []
     for name, (batch, tasks), m, q_len in tqdm(list(product(SHAPES, BATCHES, PREFIXES, QUERIES))):
         shape = SHAPES[name]
@@ -51,9 +65,12 @@ def main(threads: Annotated[int, typer.Option(help="CPU threads.")] = 2) -> None
         shared, copied = alternate(
             partial(torch_sdpa._shared, call, host), partial(torch_sdpa._concatenated, call, host)
         )
-        rows.append({"heads": name, "dtype": str(shape[3]), "rows": batch, "tasks": tasks, "m": m, "q_len": q_len,
-                     "n": max(OWN_KEYS, q_len), "shared_us": shared, "copied_us": copied})  # fmt: skip
-    write(rows, Environment.read(torch.device("cpu")), threads)
+        rows.append(SharingRow(name, str(shape[3]), batch, tasks, m, q_len, OWN_KEYS, shared, copied, environment))
+    folder = out / environment.slug
+    append(folder / "sharing.jsonl", rows)
+    table = markdown(rows, environment)
+    (folder / "sharing.md").write_text(table)
+    print(table)
 
 
 def random_call(shape: tuple[int, int, int, torch.dtype], batch: int, tasks: int, m: int, q_len: int) -> AttentionCall:
@@ -85,16 +102,14 @@ def alternate(*ways: Callable[[], tuple[Tensor, Tensor]]) -> list[float]:
     return [1e6 * statistics.median(seconds) for seconds in medians]
 
 
-def write(rows: list[dict[str, Any]], environment: Environment, threads: int) -> None:
-    """Append the rows to sharing.jsonl and make sharing.md of them."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with (RESULTS / "sharing.jsonl").open("a") as file:
-        file.writelines(json.dumps(row | asdict(environment) | {"threads": threads}) + "\n" for row in rows)
-    ratios = [row["copied_us"] / row["shared_us"] for row in rows]
+def markdown(rows: list[SharingRow], environment: Environment) -> str:
+    """The speed-ups as a table."""
+    ratios = [row.copied_us / row.shared_us for row in rows]
     lines = [
         "# Sharing a prefix against copying it, on a CPU\n",
         f"Made by `python -m benchmarks.sharing`; commit {environment.commit}, torch {environment.torch_version}, "
-        f"{threads} threads, {OWN_KEYS} own keys. Time of copying over time of sharing: above 1, sharing wins.",
+        f"{environment.threads} threads, {OWN_KEYS} own keys. Time of copying over time of sharing: above 1, "
+        "sharing wins.",
         f"Geometric mean {statistics.geometric_mean(ratios):.2f}, worst {min(ratios):.2f}.\n",
         "| heads | rows x tasks | queries | " + " | ".join(f"m = {m}" for m in PREFIXES) + " |",
         "|---|---|--:|" + "--:|" * len(PREFIXES),
@@ -104,11 +119,10 @@ def write(rows: list[dict[str, Any]], environment: Environment, threads: int) ->
         cells = [
             f"{ratio:.2f}"
             for row, ratio in zip(rows, ratios, strict=True)
-            if (row["heads"], row["rows"], row["tasks"], row["q_len"]) == key
+            if (row.heads, row.rows, row.tasks, row.q_len) == key
         ]
         lines.append(f"| {name} | {batch} x {tasks} | {q_len} | " + " | ".join(cells) + " |")
-    (RESULTS / "sharing.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -98,11 +98,11 @@ class GraphRunner:
         return _event_seconds(run)
 
 
-class EventRunner:
-    """Calls issued one by one between two events: includes whatever the host is late."""
+class LoopRunner:
+    """Calls issued one by one, timed by the host's clock; on a GPU by two events, with whatever the host is late."""
 
-    def __init__(self, calls: Calls) -> None:
-        self.call_list, self.calls = calls, len(calls)
+    def __init__(self, calls: Calls, device: torch.device) -> None:
+        self.call_list, self.calls, self.on_gpu = calls, len(calls), device.type == "cuda"
         self.outs: list[Tensor] = []
 
     def seconds(self, replays: int) -> float:
@@ -110,34 +110,20 @@ class EventRunner:
             for _ in range(replays):
                 self.outs = [call() for call in self.call_list]
 
-        return _event_seconds(run)
-
-
-class HostRunner:
-    """Calls on a CPU, by the host's clock."""
-
-    def __init__(self, calls: Calls) -> None:
-        self.call_list, self.calls = calls, len(calls)
-        self.outs: list[Tensor] = []
-
-    def seconds(self, replays: int) -> float:
-        start = time.perf_counter()
-        for _ in range(replays):
-            self.outs = [call() for call in self.call_list]
-        return time.perf_counter() - start
+        return _event_seconds(run) if self.on_gpu else _host_seconds(run)
 
 
 def runner_for(calls: Calls, device: torch.device) -> tuple[Runner, str]:
     """A runner, and a word on how it times: empty for the usual way of the device."""
     if device.type != "cuda":
-        return HostRunner(calls), ""
+        return LoopRunner(calls, device), ""
     try:
         return GraphRunner(calls), ""
     except RuntimeError as e:
         if isinstance(e, torch.OutOfMemoryError):
             raise
         torch.cuda.synchronize()
-        return EventRunner(calls), f"timed with events, not a graph: {first_line(e)}"
+        return LoopRunner(calls, device), f"timed with events, not a graph: {first_line(e)}"
 
 
 def host_us(calls: Calls, device: torch.device, passes: int = HOST_PASSES) -> float:
@@ -184,6 +170,12 @@ def measure(
 def first_line(e: BaseException) -> str:
     """The first line of an error's message, or its type."""
     return next(iter(str(e).strip().splitlines()), type(e).__name__)
+
+
+def _host_seconds(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def _event_seconds(run: Callable[[], None]) -> float:

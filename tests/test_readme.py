@@ -45,6 +45,9 @@ def test_the_numbers_stand_in_the_results() -> None:
         assert row is not None, f"README has no row that starts with {start!r}"
         held = [float(cell.split()[0]) for cell in row.split("|")[5:7]]
         assert held == pytest.approx([ours["prefix_bytes"] / 2**20, peft["prefix_bytes"] / 2**20], rel=0.005)
+    every = [row for row in map(json.loads, (ROOT / file).read_text().splitlines()) if row["tasks"] == 1]
+    one_task, peft = (row["decode_tokens_per_s"] for row in every)
+    assert f"it is {one_task / peft:.2f} times PEFT's speed" in README
 
 
 def test_the_numbers_of_serving_stand_in_the_results() -> None:
@@ -87,3 +90,10 @@ def test_generation_on_a_gpu_stands_in_the_results() -> None:
     for row in rows:
         assert f"{row['decode_tokens_per_s']:,.0f}" in README
         assert f"{1e-9 * row['peak_bytes']:.1f}" in README
+
+
+def test_memory_of_few_rows_on_a_gpu_stands_in_the_results() -> None:
+    file = re.findall(r"`(benchmarks/results/nvidia[^`]*generate\.jsonl)`", README)[1]
+    rows = map(json.loads, (ROOT / file).read_text().splitlines())
+    ours, peft = (1e-9 * row["peak_bytes"] for row in rows if (row["rows"], row["prefix_tokens"]) == (16, 128))
+    assert f"0.{100 * ours:.0f} GB, and PEFT, a task at a time, 0.{100 * peft:.0f}" in " ".join(README.split())

@@ -27,14 +27,15 @@ OURS, AGAIN, NO_PREFIX = "prefix_attn", "prefix_attn, again", "prefix_attn witho
 INVARIANT = "prefix_attn, batch_invariant"
 
 
-def all_peers(backend: str = "triton") -> list[Peer]:
-    """Every provider, ours first; ``backend`` is the one of ours to time."""
+def all_peers() -> list[Peer]:
+    """Every provider on a GPU, ours first."""
     return [
-        Ours(OURS, backend),
-        Ours(AGAIN, backend),
-        OwnKeysOnly(NO_PREFIX, backend),
-        Ours(INVARIANT, backend, batch_invariant=True),
-        *((OneRegime("inline"), OneRegime("grouped")) if backend == "triton" else ()),
+        Ours(OURS, "triton"),
+        Ours(AGAIN, "triton"),
+        OwnKeysOnly(NO_PREFIX, "triton"),
+        Ours(INVARIANT, "triton", batch_invariant=True),
+        OneRegime("inline"),
+        OneRegime("grouped"),
         SharedPages(),
         FlashInferPlain(),
         FlashInferCascade("fa2"),

@@ -4,7 +4,7 @@ Three ways to the same result:
 
 - **shared**: the queries of all rows of a task are packed into one call over the task's prefix; own keys are another
   call; the two are merged (by_task.py). On a CPU: it copies nothing, and is faster where rows share a long prefix
-  (measured: benchmarks/results/cpu/sharing.md; where a compiler is, the backend `cpu` runs decode and prefill).
+  (measured: benchmarks/results/amd-epyc/sharing.md; where a compiler is, the backend `cpu` runs decode and prefill).
 - **concatenated**: each row gets its own copy of its prefix in front of its keys, then one masked call. For several
   queries on a short prefix, where a window hides part of a prefix, and on other devices.
 - **formula**: `reference`, for what PyTorch's attention cannot express (softcap; on other devices lse and sinks).

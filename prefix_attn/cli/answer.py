@@ -72,12 +72,11 @@ class Answerer:
                 raise PrefixAttnError(f"--output: in the existing file {whose} was answered by another model, dtype or "
                                       f"prefix; {ANEW}")  # fmt: skip
 
-    def row(self, index: int, line: Line, new_tokens: int) -> Row:
+    def row(self, index: int, line: Line) -> Row:
         """Make a line ready to run.
 
         Args:
             index: of the line among the input's.
-            new_tokens: for a line that does not say.
 
         Raises:
             PrefixAttnError: the line is bad, its task is unknown, or it does not fit the model's context.
@@ -91,8 +90,9 @@ class Answerer:
         )["input_ids"]  # fmt: skip
         if not tokens:
             raise PrefixAttnError("prompt: expected at least one token, got none")
+        assert line.new_tokens is not None, "a line without an error says how many"
         prefix = 0 if line.task is None else self.bank.prefix_len(line.task)
-        row = Row(index, line.task, tokens, prefix, line.new_tokens or new_tokens, self.encodes)
+        row = Row(index, line.task, tokens, prefix, line.new_tokens, self.encodes)
         self._check_context(row)
         return row
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -12,9 +12,6 @@ from rich.text import Text
 from prefix_attn.cli import console
 from prefix_attn.cli.options import ModelOption, named_path
 from prefix_attn.errors import UnknownTask
-
-if TYPE_CHECKING:
-    from prefix_attn.bank import PrefixBank
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,20 +22,15 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The bank's folder."
 
 
 @app.command("list")
-def show(
-    folder: Folder,
-    model: Annotated[str | None, typer.Option(help="Also check the prefixes against this model.")] = None,
-) -> None:
+def show(folder: Folder) -> None:
     """List a bank's tasks: prefix tokens, bytes, and where each prefix came from.
 
     For instance:
 
         prefix-attn bank list prefixes
 
-    Without a model only the heads of the files are read.
+    Only the heads of the files are read; `prefix-attn bank check` compares them with a model.
     """
-    if model is not None:
-        open_bank(folder, model)
     print_table(folder)
 
 
@@ -126,15 +118,11 @@ def check(folder: Folder, model: ModelOption) -> None:
 
     Exit code: 0 if all fit, 2 if one does not.
     """
-    bank = open_bank(folder, model)
-    print_table(folder)
-    console.out.print(Text(f"{len(bank)} prefixes fit {model}."), soft_wrap=True)
-
-
-def open_bank(folder: Path, model: str) -> PrefixBank:
     from prefix_attn.cli.models import load_bank, load_model
 
-    return load_bank(load_model(model), [], folder)
+    count = len(load_bank(load_model(model), [], folder))
+    print_table(folder)
+    console.out.print(Text(f"{count} {'prefix fits' if count == 1 else 'prefixes fit'} {model}."), soft_wrap=True)
 
 
 def print_table(folder: Path) -> None:

@@ -123,23 +123,14 @@ def run(
     suites: list[str], quick: bool, budget: float | None, against: str | None, device_name: str, output: Path
 ) -> None:
     with console.err.status("Loading torch, and finding out what this machine sustains"):
-        import torch
-
         from prefix_attn.benchmarks import run as benchmarks
         from prefix_attn.benchmarks import tables
         from prefix_attn.benchmarks.peers import Peft
-        from prefix_attn.cli.models import default_device
+        from prefix_attn.cli.models import device_of
 
-    try:
-        device = torch.device(default_device() if device_name == "auto" else device_name)
-    except RuntimeError:
-        device = torch.device("meta")
+    device = device_of(device_name)
     if device.type not in ("cpu", "cuda"):
         raise typer.BadParameter(f"--device: expected auto, cpu, cuda, cuda:1, ..., got {device_name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise PrefixAttnError(f"--device: cannot use {device_name!r}: PyTorch finds no GPU; see `prefix-attn doctor`")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise PrefixAttnError(f"--device: cannot use {device_name!r}: PyTorch finds {torch.cuda.device_count()} GPU(s)")
     peers = None
     if against is not None:
         peers = benchmarks.only_against(against, device)
@@ -157,7 +148,7 @@ def run(
     for part in show(outcome):
         console.out.print(part)
     if outcome.interrupted:
-        raise typer.Exit(130)
+        raise typer.Exit(console.INTERRUPTED)
     if not outcome.measured:
         raise typer.Exit(2)
     if outcome.failed:

@@ -158,7 +158,10 @@ def decode_steps() -> Table:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     title = f"Decode on {device}: a layer of Llama-3-8B in bfloat16, {OWN_KEYS} own keys a row"
     rows = table(title, "rows", "tasks", "prefix", "runs", "why", "MB", "GFLOP", "floor", "gain")
-    rows.caption = "floor: nothing can be faster; gain: over a prefix copied into every row, both at their floor"
+    rows.caption = (
+        "floor: bytes at the rate of a copy, FLOPs at that of a large product; gain: over a prefix copied into every "
+        "row, both at their floor"
+    )
     zero = torch.zeros(128, device=device, dtype=torch.bfloat16)  # only shapes and lengths matter
     said = ""
     for batch, tasks, m in STEPS:

@@ -13,7 +13,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from prefix_attn.cli import console
-from prefix_attn.cli.options import DeviceOption, Dtype, DtypeOption, ModelOption, named_path
+from prefix_attn.cli.options import (
+    AdapterOption,
+    BankOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ModelOption,
+    named_path,
+)
 from prefix_attn.cli.requests import Done, Line, OrderedWriter, finished, plan_batches, read_lines
 from prefix_attn.errors import PrefixAttnError
 
@@ -28,11 +36,8 @@ def generate(
     model: ModelOption,
     input: Annotated[Path, typer.Option(help="Requests, one JSON object a line.", dir_okay=False, exists=True)],
     output: Annotated[Path, typer.Option(help="Answers, one a line; an unfinished file is continued.")],
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=DIR", help="A task and its PEFT adapter or prefix file; repeat for more tasks."),
-    ] = None,
-    bank: Annotated[Path | None, typer.Option(help="A folder of `prefix-attn bank`, for all its tasks.")] = None,
+    adapter: AdapterOption = None,
+    bank: BankOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most new tokens for a line that does not say.")] = 32,
     batch_size: Annotated[int, typer.Option(min=1, help="Most rows that run together.")] = 32,
     dtype: DtypeOption = Dtype.AUTO,
@@ -48,20 +53,20 @@ def generate(
 
         {"task": "sum", "prompt": "Summarise: ...", "max_new_tokens": 64}
 
-    Each answer has `line`, `task`, `prompt`, and either `text`, `new_tokens` (its end included) and `made_by` (a digest
-    of model and prefix), or `error`, in the order of the input. Run an interrupted command again to continue it; with
-    another model, dtype or prefix that is refused. A bad line does not stop the others.
+    Each answer has `line`, `task`, `prompt`, `max_new_tokens`, and either `text`, `new_tokens` (its end included) and
+    `made_by` (a digest of model and prefix), or `error`, in the order of the input. A bad line stops no other. Run an
+    interrupted command again to continue it; with another model, dtype, prefix or length that is refused.
 
         prefix-attn generate --model MODEL \\
             --adapter sum=adapters/sum --adapter cls=adapters/cls \\
             --input requests.jsonl --output answers.jsonl
 
-    Exit code: 0 if every line was answered, 1 if a line failed, 2 if the command could not run.
+    Exit code: 0 if every line was answered, 1 if a line failed, 2 if the command could not run, 130 after Ctrl-C.
     """
     adapters = [named_path(text) for text in adapter or []]
     if not adapters and bank is None:
         raise typer.BadParameter("give at least one --adapter NAME=DIR, or a --bank")
-    lines = read_lines(input.read_bytes())
+    lines = read_lines(input.read_bytes(), max_new_tokens)
     done = Done()
     if output.exists() and output.samefile(input):
         raise typer.BadParameter("--output is the input file")
@@ -79,7 +84,7 @@ def generate(
         if output.is_file():
             file.truncate(done.size)
         if answerer is not None:
-            Job(answerer, lines, OrderedWriter(file, done.lines), tally, batch_size, max_new_tokens).run()
+            Job(answerer, lines, OrderedWriter(file, done.lines), tally, batch_size).run()
     console.out.print(tally.table())
     if tally.failed:
         raise typer.Exit(1)
@@ -135,7 +140,6 @@ class Job:
     writer: OrderedWriter
     tally: Tally
     batch_size: int
-    new_tokens: int
 
     def run(self) -> None:
         """Answer them all; Ctrl-C leaves an output that a later run continues."""
@@ -159,7 +163,7 @@ class Job:
         rows = []
         for index in window:
             try:
-                rows.append(self.answerer.row(index, self.lines[index], self.new_tokens))
+                rows.append(self.answerer.row(index, self.lines[index]))
             except PrefixAttnError as error:
                 self._fail(index, console.error_line(error))
         yield len(window) - len(rows)

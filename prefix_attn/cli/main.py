@@ -54,7 +54,7 @@ def main(
 ) -> None:
     """Serve many prefix-tuned tasks from one model: each task's prefix is held once, and a batch may mix tasks.
 
-    See it work, in half a minute:
+    See it work, in ten seconds:
 
         prefix-attn demo
 

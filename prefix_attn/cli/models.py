@@ -28,6 +28,7 @@ def load_model(name: str, dtype: Dtype = Dtype.AUTO, device: str = "auto") -> An
     Raises:
         PrefixAttnError: there is no such model or device; says which.
     """
+    place = device_of(device)
     if not console.err.is_terminal:
         logging.disable_progress_bar()
     kind = "auto" if dtype is Dtype.AUTO else getattr(torch, dtype)
@@ -38,10 +39,9 @@ def load_model(name: str, dtype: Dtype = Dtype.AUTO, device: str = "auto") -> An
     except (OSError, ValueError) as error:
         raise _unloadable(name, error) from error
     try:
-        return model.to(default_device() if device == "auto" else device).eval()
-    except (AssertionError, RuntimeError) as error:
-        raise PrefixAttnError(f"--device: cannot use {device!r} ({console.error_line(error)}); see `prefix-attn "
-                              "doctor`") from error  # fmt: skip
+        return model.to(place).eval()
+    except torch.OutOfMemoryError as error:
+        raise PrefixAttnError(f"--device: {device!r} has no room for {name} ({console.error_line(error)})") from error
 
 
 def load_tokenizer(name: str) -> Any:
@@ -63,22 +63,30 @@ def _unloadable(name: str, error: Exception) -> PrefixAttnError:
     return PrefixAttnError(f"--model: cannot load {name!r}: {console.error_line(error)}")
 
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def device_of(name: str) -> torch.device:
+    """The device of ``--device``; "auto" is a GPU if there is one.
+
+    Raises:
+        PrefixAttnError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError) as error:
+        raise PrefixAttnError(f"--device: cannot use {name!r} ({console.error_line(error)}); see `prefix-attn "
+                              "doctor`") from error  # fmt: skip
 
 
 def load_bank(model: Any, adapters: Iterable[tuple[str, Path]], folder: Path | None = None) -> PrefixBank:
     """A bank with the prefixes of a saved bank, if one is given, and of adapters; warnings become lines on stderr."""
     if folder is not None:
         check_bank(folder)
-    with warnings.catch_warnings(record=True) as caught:
+    with console.warnings_as_lines():
         warnings.simplefilter("always", UserWarning)
         bank = PrefixBank.for_model(model) if folder is None else PrefixBank.from_pretrained(folder, model)
         for name, path in adapters:
             bank.load(name, path)
-    for warning in caught:
-        if issubclass(warning.category, UserWarning):
-            console.warn(str(warning.message))
     return bank
 
 

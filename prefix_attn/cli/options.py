@@ -20,6 +20,13 @@ class Dtype(StrEnum):
 
 ModelOption = Annotated[str, typer.Option("--model", help="The base model: a folder, or a name on the Hub.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision; auto is that of the checkpoint.")]
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter", metavar="NAME=DIR", help="A task and its PEFT adapter or prefix file; repeat for more tasks."
+    ),
+]
+BankOption = Annotated[Path | None, typer.Option("--bank", help="A folder of `prefix-attn bank`, for all its tasks.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...; auto takes a GPU.")]
 
 

@@ -1,7 +1,7 @@
 """Requests, one JSON object a line: parse them, put them into batches, write answers in order, continue a broken run.
 
-Nothing here needs torch. A line of the output repeats its line number, task and prompt, which is how a later run knows
-that an output belongs to an input.
+Nothing here needs torch. A line of the output repeats what was asked: line number, task, prompt and most new tokens.
+That is how a later run knows that an output belongs to an input.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Line:
     Attributes:
         number: in the file, from 1.
         task, prompt: None where the line has none, or an unusable one.
-        new_tokens: the most that are asked for; None leaves it to the command.
+        new_tokens: the most that are asked for, by the line or by the command; None where the line is bad.
         error: why the line cannot be answered, or None.
     """
 
@@ -35,7 +35,8 @@ class Line:
 
     def output(self, **fields: Any) -> dict[str, Any]:
         """The object to write for this line."""
-        return {"line": self.number, "task": self.task, "prompt": self.prompt, **fields}
+        asked = {"line": self.number, "task": self.task, "prompt": self.prompt, "max_new_tokens": self.new_tokens}
+        return asked | fields
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,16 @@ class Done:
     made_by: frozenset[tuple[str | None, str]] = frozenset()
 
 
-def read_lines(data: bytes) -> list[Line]:
-    """The lines of a JSONL file; empty ones count for the numbers, but are no requests."""
+def read_lines(data: bytes, new_tokens: int) -> list[Line]:
+    """The lines of a JSONL file; empty ones count for the numbers, but are no requests.
+
+    new_tokens: the most that are asked for where a line does not say.
+    """
     lines = enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
-    return [parse_line(number, line) for number, line in lines if line.strip()]
+    return [parse_line(number, line, new_tokens) for number, line in lines if line.strip()]
 
 
-def parse_line(number: int, raw: bytes) -> Line:
+def parse_line(number: int, raw: bytes, new_tokens: int) -> Line:
     """Check one line; what is wrong with it is said in its ``error``."""
     try:
         content = json.loads(raw.decode("utf-8"))
@@ -106,7 +110,7 @@ def parse_line(number: int, raw: bytes) -> Line:
         number,
         task=task if is_text(task) else None,
         prompt=prompt if is_text(prompt) else None,
-        new_tokens=new if problem is None else None,
+        new_tokens=None if problem else new or new_tokens,
         error=problem,
     )
 
@@ -155,7 +159,9 @@ def _start_of_output(lines: Sequence[Line], index: int) -> bytes:
 
 
 def _foreign(index: int) -> PrefixAttnError:
-    return PrefixAttnError(f"--output: line {index + 1} of the existing file does not belong to this input; {ANEW}")
+    return PrefixAttnError(
+        f"--output: line {index + 1} of the existing file does not belong to this input and --max-new-tokens; {ANEW}"
+    )
 
 
 def json_line(output: dict[str, Any]) -> bytes:

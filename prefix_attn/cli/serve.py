@@ -11,17 +11,22 @@ import typer
 from rich.markup import escape
 
 from prefix_attn.cli import console
-from prefix_attn.cli.options import DeviceOption, Dtype, DtypeOption, ModelOption, named_path
+from prefix_attn.cli.options import (
+    AdapterOption,
+    BankOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ModelOption,
+    named_path,
+)
 from prefix_attn.errors import PrefixAttnError
 
 
 def serve(
     model: ModelOption,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=DIR", help="A task and its PEFT adapter or prefix file; repeat for more tasks."),
-    ] = None,
-    bank: Annotated[Path | None, typer.Option(help="A folder of `prefix-attn bank`, for all its tasks.")] = None,
+    adapter: AdapterOption = None,
+    bank: BankOption = None,
     prefixes: Annotated[
         Path | None,
         typer.Option(
@@ -30,14 +35,23 @@ def serve(
             file_okay=False,
         ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="What clients call the model without a prefix; its folder.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="What clients call the model without a prefix; by default the name of its folder."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all networks.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     cache_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Size of the cache that running requests share; else what memory allows.")
+        int | None,
+        typer.Option(min=1, help="Tokens of the cache that running requests share; by default what memory allows."),
     ] = None,
     plain: Annotated[
-        bool, typer.Option("--plain", help="Do without penalties and the like that the model's config asks for.")
+        bool,
+        typer.Option(
+            "--plain",
+            help="Leave out what the model's generation config asks for and the server cannot do, such as a repetition "
+            "penalty; otherwise such a model is refused.",
+        ),
     ] = False,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = "auto",
@@ -68,7 +82,8 @@ def serve(
     try:
         import uvicorn
 
-        from prefix_attn.serving import Engine, create_app
+        from prefix_attn.serving import Engine
+        from prefix_attn.serving.app import create_app
     except ModuleNotFoundError as error:
         raise PrefixAttnError(
             f"serve: needs transformers 5.23 and the extra [serve] ({error}); pip install 'prefix-attn[serve]'"

@@ -33,8 +33,15 @@ def train(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the examples.")] = 10,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that run together, of all tasks.")] = 32,
     projection: Annotated[int, typer.Option(min=0, help="Hidden width of the MLP that makes a prefix; 0: none.")] = 128,
-    learning_rate: Annotated[float | None, typer.Option(help="1e-3 at most, or 1e-2 without an MLP.")] = None,
-    held_out: Annotated[float, typer.Option(min=0, max=0.9, help="Share of the examples that choose the epoch.")] = 0.1,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Highest rate of the cycle; by default 1e-3, without an MLP 1e-2.")
+    ] = None,
+    held_out: Annotated[
+        float,
+        typer.Option(
+            min=0, max=0.9, help="Share of each task's examples that are not trained on, and choose the best epoch."
+        ),
+    ] = 0.1,
     seed: Annotated[int, typer.Option(help="Of the order of the examples, and of the MLPs.")] = 0,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = "auto",

@@ -37,7 +37,7 @@ from prefix_attn.serving.waiting import together, unless_gone
 #: Answers that one HTTP request may ask for.
 MOST_CHOICES = 1024
 
-#: Characters that no token has more of, in the mean of a text.
+#: No text has more characters a token in the mean: longer prompts are refused before they are tokenised.
 LONGEST_TOKEN = 256
 
 

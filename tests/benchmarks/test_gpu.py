@@ -22,9 +22,8 @@ from benchmarks.run import run_points
 from benchmarks.suites import attention_points
 from benchmarks.summary import comparisons
 from benchmarks.timing import (
-    EventRunner,
     GraphRunner,
-    HostRunner,
+    LoopRunner,
     Timing,
     cpu_cache_bytes,
     host_us,
@@ -87,14 +86,14 @@ def test_measure_ends_in_time() -> None:
     assert timing.repeats == 3
 
 
-def test_host_runner_makes_every_call() -> None:
+def test_loop_runner_makes_every_call() -> None:
     seen: list[int] = []
 
     def call(i: int) -> torch.Tensor:
         seen.append(i)
         return torch.full((1,), float(i))
 
-    runner = HostRunner([lambda: call(0), lambda: call(1)])
+    runner = LoopRunner([lambda: call(0), lambda: call(1)], CPU)
     assert runner.seconds(2) > 0
     assert seen == [0, 1, 0, 1]
     assert [int(x) for x in runner.outs] == [0, 1]
@@ -146,7 +145,7 @@ def test_graph_runner_captures_once_and_replays(pretended_cuda: MagicMock) -> No
 def test_what_cannot_be_captured_is_timed_with_events(pretended_cuda: MagicMock) -> None:
     pretended_cuda.graph.side_effect = RuntimeError("operation not permitted when stream is capturing\nmore")
     runner, note = runner_for([lambda: torch.ones(1)], torch.device("cuda"))
-    assert isinstance(runner, EventRunner)
+    assert isinstance(runner, LoopRunner)
     assert note == "timed with events, not a graph: operation not permitted when stream is capturing"
     assert runner.seconds(2) == pytest.approx(0.003)
     assert len(runner.outs) == 1

@@ -185,8 +185,8 @@ def test_a_newest_file_without_rows_is_passed_over(file: Path, tmp_path: Path) -
 def test_a_wrong_file_is_named_with_its_line(file: Path, tmp_path: Path) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("\nnothing of ours\n")
-    results = Path(record.__file__).parent / "results" / "cpu"
-    for wrong, line in ((text, 2), (results / "sharing.jsonl", 1), (results / "generate.jsonl", 1)):
+    results = Path(record.__file__).parent / "results" / "amd-epyc"
+    for wrong, line in ((text, 2), (results / "launch.jsonl", 1), (results / "serving.jsonl", 1)):
         with pytest.raises(PrefixAttnError, match=rf"{wrong.name}, line {line}: expected JSON lines written by"):
             plot.draw([file, wrong], tmp_path)
     renamed = generation_path(file).rename(tmp_path / "mine.jsonl")

@@ -24,8 +24,8 @@ def bank(tmp_path: Path, example: Example, run: Run) -> Path:
 
 
 def test_list_says_tokens_bytes_and_source(bank: Path, run: Run, example: Example) -> None:
-    for options in ([], ["--model", example.model]):
-        result = run("bank", "list", bank, *options)
+    for command in (("list", bank), ("check", bank, "--model", example.model)):
+        result = run("bank", *command)
         assert result.exit_code == 0
         rows = [line.replace("│", " ").split() for line in result.stdout.splitlines()]
         assert ["up", "6", "12,288", "peft:upper", "model"] in rows

@@ -32,7 +32,8 @@ def test_answers_come_in_the_order_of_the_input(folder: Folder, example: Example
     ]
     right = sum(answer["text"] == question.answer for answer, question in zip(answers, questions, strict=True))
     assert right >= 47  # the prefixes reach 97 to 100%
-    assert all(list(answer) == ["line", "task", "prompt", "text", "new_tokens", "made_by"] for answer in answers)
+    fields = ["line", "task", "prompt", "max_new_tokens", "text", "new_tokens", "made_by"]
+    assert all(list(answer) == fields for answer in answers)
     assert "lines answered" in result.stdout
     assert "tokens/s" in result.stdout
 
@@ -181,6 +182,17 @@ def test_an_output_of_another_input_is_refused_and_kept(folder: Folder) -> None:
     assert folder.output.read_text() == "my notes"
     assert folder.generate("--overwrite").exit_code == 0
     assert folder.answers()[0]["text"] == "HOT TEA"
+
+
+def test_answers_of_another_length_are_not_mixed_with_these(folder: Folder) -> None:
+    folder.ask([{"task": "upper", "prompt": PROMPT}] * 2)
+    assert folder.generate("--max-new-tokens", "2").exit_code == 0
+    begun = folder.output.read_bytes().splitlines(keepends=True)[0]
+    folder.output.write_bytes(begun)
+    result = folder.generate("--max-new-tokens", "8")
+    assert result.exit_code == 2
+    assert "line 1 of the existing file does not belong to this input and --max-new-tokens" in result.stderr
+    assert folder.output.read_bytes() == begun
 
 
 def test_a_failed_start_keeps_the_old_output(folder: Folder) -> None:

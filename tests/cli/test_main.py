@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import typer
 
 import prefix_attn as pa
+from prefix_attn.cli.main import app
 from tests.cli.conftest import Run
 
-COMMANDS = ["demo", "generate", "doctor", "bank list", "bank add", "bank remove", "bank check",
-            "bench decode", "bench prefill", "bench mixed", "bench generate", "bench all"]  # fmt: skip
+
+def commands(group: Any, path: str = "") -> Iterator[str]:
+    """The names of all commands, such as "bank add"."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{path}{name} ")
+        else:
+            yield path + name
+
+
+COMMANDS = [*commands(typer.main.get_command(app))]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -30,13 +30,13 @@ def encoded(**request: Any) -> bytes:
 
 
 def test_a_full_line() -> None:
-    line = parse_line(7, encoded(task="sum", prompt="a b", max_new_tokens=3, id="ignored"))
+    line = parse_line(7, encoded(task="sum", prompt="a b", max_new_tokens=3, id="ignored"), 32)
     assert line == Line(7, "sum", "a b", 3)
 
 
 @pytest.mark.parametrize("request_", [{"prompt": "x"}, {"prompt": "x", "task": None, "max_new_tokens": None}])
 def test_task_and_length_are_optional(request_: dict[str, Any]) -> None:
-    assert parse_line(1, encoded(**request_)) == Line(1, None, "x", None)
+    assert parse_line(1, encoded(**request_), 32) == Line(1, None, "x", 32)
 
 
 @pytest.mark.parametrize(
@@ -60,19 +60,19 @@ def test_task_and_length_are_optional(request_: dict[str, Any]) -> None:
     ],
 )
 def test_bad_lines_say_why_and_can_be_written(raw: bytes, says: str) -> None:
-    line = parse_line(1, raw)
+    line = parse_line(1, raw, 32)
     assert line.error is not None
     assert says in line.error
     assert json.loads(json_line(line.output(error=line.error)))["error"] == line.error
 
 
 def test_line_numbers_are_those_of_the_file() -> None:
-    lines = read_lines(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n  \n{"prompt": "b\\u2028"}\n{"prompt": "c\xe2\x80\xa8"}')
+    lines = read_lines(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n  \n{"prompt": "b\\u2028"}\n{"prompt": "c\xe2\x80\xa8"}', 32)
     assert [(line.number, line.prompt) for line in lines] == [(1, "a"), (4, "b\u2028"), (5, "c\u2028")]
-    assert read_lines(b"") == []
+    assert read_lines(b"", 32) == []
 
 
-LINES = [Line(1, "a", "x"), Line(3, None, "ü\n"), Line(4, error="bad")]
+LINES = [Line(1, "a", "x", 8), Line(3, None, "ü\n", 8), Line(4, error="bad")]
 OUTPUT = [
     json_line(LINES[0].output(text="y", new_tokens=1)) + b"\n",
     json_line(LINES[1].output(text="", new_tokens=2)) + b"\n",
@@ -96,6 +96,7 @@ def test_every_torn_output_is_continued_after_its_last_complete_line(complete: i
         (OUTPUT[0] + OUTPUT[2], "line 2 of"),
         (OUTPUT[0].replace(b'"x"', b'"z"'), "line 1 of"),
         (OUTPUT[0].replace(b'"a"', b"null"), "line 1 of"),
+        (OUTPUT[0].replace(b": 8", b": 9"), "line 1 of .* does not belong to this input and --max-new-tokens"),
         (OUTPUT[0][:-2] + b"\0\n", "line 1 of"),
         (b"\n", "line 1 of"),
         (b"notes without an end of line", "line 1 of"),

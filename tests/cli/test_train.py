@@ -61,7 +61,7 @@ def test_a_bank_gets_more_tasks_and_keeps_those_it_has(run: Run, example: Exampl
     assert "2 prefixes in" in result.stdout
     after = load_file(bank / "up.safetensors")
     assert all(torch.equal(after[name], x) for name, x in before.items())
-    shown = run("bank", "list", bank, "--model", example.model).stdout
+    shown = run("bank", "check", bank, "--model", example.model).stdout
     assert [line.replace("│", " ").split()[3] for line in shown.splitlines() if "model" in line and "│" in line] == [
         "peft:upper", "trained",
     ]  # fmt: skip

@@ -14,7 +14,8 @@ from fastapi.testclient import TestClient
 
 import prefix_attn as pa
 from prefix_attn.cli.example import ANSWERS, INPUT
-from prefix_attn.serving import Engine, create_app
+from prefix_attn.serving import Engine
+from prefix_attn.serving.app import create_app
 from tests.serving.conftest import EXAMPLE, Served
 from tests.serving.engines import needs_engine, settled
 
