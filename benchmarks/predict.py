@@ -83,10 +83,10 @@ def predict(kernel: str, head_dim: int, dtype: str, group: int, rows: int, confi
         cache = key * p.kv_heads * (tiles * p.m + p.batch * p.n) + queries
         flops = pair * (tiles * config["block_m"] * prefix + p.batch * decode_rows(rows) * own)
         return Work(floor + 2 * partials, cache + 2 * partials, flops)
-    row_tiles = -(-rows // config["block_m"])
+    query_tiles = -(-rows // config["block_m"])
     if kernel == "decode":
-        seen, loaded = row_tiles * (prefix + own), row_tiles * (p.m + p.n)
+        seen, loaded = query_tiles * (prefix + own), query_tiles * (p.m + p.n)
     else:  # a tile's last query sees the keys up to its own
-        ends = [min(p.n, (t + 1) * config["block_m"] // group) for t in range(row_tiles)]
+        ends = [min(p.n, (t + 1) * config["block_m"] // group) for t in range(query_tiles)]
         seen, loaded = sum(prefix + -(-end // block_n) * block_n for end in ends), sum(p.m + end for end in ends)
     return Work(floor, p.batch * p.kv_heads * key * loaded + queries, pair * p.batch * config["block_m"] * seen)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prefix_attn.kernels.chunks import Residency, choose_chunks
-from prefix_attn.kernels.config import TileConfig, default_config, padded_head_dim
+from prefix_attn.kernels.config import TileConfig, padded_head_dim
 from prefix_attn.kernels.decode import MERGE_TILES
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands, backward_scales, cdiv, strided
 from prefix_attn.kernels.primitives import (
@@ -230,10 +230,10 @@ def backward_bank_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     offs_n = slot + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     total = readers * seeing * GROUP
-    row_tiles = tl.cdiv(total, BLOCK_M)
-    per_part = tl.cdiv(row_tiles, parts)
+    query_tiles = tl.cdiv(total, BLOCK_M)
+    per_part = tl.cdiv(query_tiles, parts)
     begin = part * per_part
-    for n in tl.range(begin, tl.minimum(begin + per_part, row_tiles)):
+    for n in tl.range(begin, tl.minimum(begin + per_part, query_tiles)):
         rows = n * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M], as all below
         mask_m = rows < total
         b64 = tl.load(order_ptr + first + rows // (seeing * GROUP), mask=mask_m, other=0).to(tl.int64)
@@ -269,7 +269,7 @@ def own_key_gradients(
     operands: Operands, do: Tensor, lse: Tensor, delta: Tensor, config: TileConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """dk and dv of the rows' own keys, in the layouts of k and v; do, lse and delta are `backward.saved_rows`."""
-    config = config or default_config(operands.layout().kind("backward_dkv"), operands.q)
+    config = config or operands.layout().config("backward_dkv")
     dk, dv = torch.empty_like(operands.k), torch.empty_like(operands.v)
     if dk.numel() == 0:
         return dk, dv
@@ -292,7 +292,7 @@ def bank_gradients(
 
     ``parts`` of each sum follow from shapes by default. Nothing is read back from the device.
     """
-    config = config or default_config(operands.layout().kind("backward_dkv"), operands.q)
+    config = config or operands.layout().config("backward_dkv")
     prefix_k, prefix_v = operands.prefix_k, operands.prefix_v
     tables = bank_tiles(operands, config.block_n)
     tiles = tables.tile_task.shape[0]

@@ -14,7 +14,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 #: Bytes of shared memory one program may take, by target.
 SHARED_MEMORY = {
@@ -39,17 +38,6 @@ class TileConfig:
 def padded_head_dim(head_dim: int) -> int:
     """The tile width for a head dimension: the next power of two, at least 16; what lies beyond is masked."""
     return max(16, 1 << (head_dim - 1).bit_length())
-
-
-def default_config(kind: str, q: Tensor, rows: int = 0) -> TileConfig:
-    """The tuned or heuristic config for q's device.
-
-    Args:
-        kind: "decode", "decode_few" (where decode.py finds few programs), "prefill", "grouped", "backward_dq" or
-            "backward_dkv"; after "biased_" with a relative bias.
-        rows: in decode, how many query rows share the keys; in grouped decode, the rows of a prefix tile.
-    """
-    return config_for(kind, q.shape[3], q.dtype, q.device, rows)
 
 
 def edge_keys(block_n: int) -> int:
@@ -82,7 +70,13 @@ def item_rows(
 
 @cache
 def config_for(kind: str, head_dim: int, dtype: torch.dtype, device: torch.device, rows: int = 0) -> TileConfig:
-    """`default_config` for a q of this dtype and device."""
+    """The tuned or heuristic config.
+
+    Args:
+        kind: "decode", "decode_few" (where decode.py finds few programs), "prefill", "grouped", "backward_dq" or
+            "backward_dkv"; after "biased_" with a relative bias.
+        rows: in decode, how many query rows share the keys; in grouped decode, the rows of a prefix tile.
+    """
     few = decode_rows(rows)
     block_m = {"decode": few, "decode_few": few, "grouped": rows}.get(kind.removeprefix("biased_"), 0)
     tuned = tuned_configs(device).get(tuned_key(kind, head_dim, dtype, block_m))
@@ -168,7 +162,7 @@ def _shape(kind: str, block_d: int, itemsize: int, target: str, block_m: int) ->
 def _grouped_shape(block_d: int, itemsize: int, amd: bool, large: bool, rows: int, biased: bool) -> TileConfig:
     """Key tiles and warps of both kinds of work items; the rows are those of a plan's tiles."""
     if itemsize == 4:
-        # Otherwise, or with two stages in flight, sm_90 spills.
+        # Larger key tiles, or two stages, spill on sm_90.
         return TileConfig(rows, 16, 4 if biased and block_d <= 32 else 8, 1)
     if block_d > 128:
         return TileConfig(rows, 32, 8, 2 if amd else 3)

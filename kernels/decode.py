@@ -22,9 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from prefix_attn.kernels.chunks import Residency, choose_chunks
-from prefix_attn.kernels.config import TileConfig, config_for, decode_rows, multiprocessors, padded_head_dim, slices
+from prefix_attn.kernels.config import TileConfig, decode_rows, multiprocessors, padded_head_dim, slices
 from prefix_attn.kernels.direct_launch import Launcher
-from prefix_attn.kernels.early_launch import early, early_options, let_next_begin, wait_for_previous
+from prefix_attn.kernels.early_launch import early_options, let_next_begin, wait_for_previous
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
 from prefix_attn.kernels.merge import Partials, merge_chunks
 from prefix_attn.kernels.primitives import (
@@ -69,7 +69,7 @@ def decode_kernel(
     stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
     stride_out_batch, stride_out_head, stride_out_seq, stride_out_dim,
     stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
-    batch, kv_heads, q_len, kv_capacity, num_tasks, row_tiles, chunks,
+    batch, kv_heads, q_len, kv_capacity, num_tasks, query_tiles, chunks,
     window, scale_log2, softcap_inner, bias_reach, bias_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, SPLIT: tl.constexpr,
     BIAS_OF_SLOTS: tl.constexpr,
@@ -93,10 +93,10 @@ def decode_kernel(
     pid = pid // batch
     kv_head = pid % kv_heads
     pid = pid // kv_heads
-    row_tile = pid % row_tiles
-    chunk = pid // row_tiles
+    query_tile = pid % query_tiles
+    chunk = pid // query_tiles
 
-    offs_i, offs_h, mask_m = query_rows(row_tile, kv_head, q_len, GROUP, BLOCK_M)  # [BLOCK_M] x 3
+    offs_i, offs_h, mask_m = query_rows(query_tile, kv_head, q_len, GROUP, BLOCK_M)  # [BLOCK_M] x 3
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
     b64, i64, h64 = b.to(tl.int64), offs_i.to(tl.int64), offs_h.to(tl.int64)
@@ -116,8 +116,8 @@ def decode_kernel(
     # Without causal, keys past kv_len are padding behind the row: the queries stand where the slots end.
     bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h[:, None],
                      (kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)[:, None])  # fmt: skip
-    first = past + row_tile * BLOCK_M // GROUP
-    last = past + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1)
+    first = past + query_tile * BLOCK_M // GROUP
+    last = past + tl.minimum((query_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1)
     prefix_lo, prefix_hi, _, _ = visible_span(
         0, prefix_len, first + prefix_len, last + prefix_len, window, False)  # fmt: skip
     own_lo, own_hi, _, _ = visible_span(own_start, own_end, first, last, window, CAUSAL)
@@ -143,7 +143,7 @@ def decode_kernel(
             BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, SLICES=SLICES)  # fmt: skip
     acc, row_sum, row_max = join_slices(acc, row_sum, row_max)
 
-    offs_i, offs_h, mask_m = query_rows(again(row_tile), kv_head, q_len, GROUP, BLOCK_M)
+    offs_i, offs_h, mask_m = query_rows(again(query_tile), kv_head, q_len, GROUP, BLOCK_M)
     i64, h64 = offs_i.to(tl.int64), offs_h.to(tl.int64)
     mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
     if SPLIT:
@@ -207,10 +207,9 @@ def _launch(layout: Layout, batch_invariant: bool, config: TileConfig | None, ch
         # Which tiles is part of a row's bits: batch_invariant takes the same for every batch.
         programs = batch * kv_heads * cdiv(rows, decode_rows(rows))
         few = programs <= FEW * multiprocessors(layout.device) and not batch_invariant
-        kind = layout.kind("decode_few" if few else "decode")
-        config = config_for(kind, head_dim, layout.dtype, layout.device, rows)
-    row_tiles = cdiv(rows, config.block_m)
-    programs = batch * kv_heads * row_tiles
+        config = layout.config("decode_few" if few else "decode", rows)
+    query_tiles = cdiv(rows, config.block_m)
+    programs = batch * kv_heads * query_tiles
     if chunks is None and batch_invariant:
         chunks = INVARIANT_CHUNKS
     if chunks is None:
@@ -224,11 +223,11 @@ def _launch(layout: Layout, batch_invariant: bool, config: TileConfig | None, ch
     most_tiles = cdiv(kv_capacity, config.block_n) + cdiv(layout.prefix_tokens, config.block_n)
     launched = max(1, min(chunks, cdiv(most_tiles, least_tiles)))
     arguments = {
-        **layout.arguments(), **layout.bias_arguments(), "batch": batch, "row_tiles": row_tiles, "chunks": chunks,
+        **layout.arguments(), **layout.bias_arguments(), "batch": batch, "query_tiles": query_tiles, "chunks": chunks,
         "SPLIT": chunks > 1, "MIN_TILES": least_tiles,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": padded_head_dim(head_dim),
         "SLICES": slices(config.block_m, config.block_n, config.num_warps, head_dim, layout.dtype),
-        "EARLY": early(layout.device), "num_warps": config.num_warps, "num_stages": config.num_stages,
+        "num_warps": config.num_warps, "num_stages": config.num_stages,
         **early_options(layout.device), **LAUNCH_OPTIONS,
     }  # fmt: skip
     return _Launch(Launcher(programs * launched, arguments), chunks, launched)

@@ -35,11 +35,11 @@ def wait_for_previous(EARLY: tl.constexpr):
 
 
 def early(device: torch.device) -> bool:
-    """Whether a device can: EARLY of its kernels."""
+    """Whether a device can."""
     target = config.target_of(device)
     return target.startswith("sm_") and int(target.removeprefix("sm_")) >= 90
 
 
 def early_options(device: torch.device) -> dict[str, Any]:
-    """Triton's options of a kernel that begins early."""
-    return {"launch_pdl": True} if early(device) else {}
+    """EARLY, and Triton's option, of a kernel that begins early where the device can."""
+    return {"EARLY": True, "launch_pdl": True} if early(device) else {"EARLY": False}

@@ -12,7 +12,7 @@ prefix chunks, own chunks:
   itself, where registers allow; else an item has one row, as in decode.py without the prefix.
 
 The first kind keeps the tensor cores busy and the second the memory; they alternate in the launch, so that they
-overlap. (In two launches, one for each kind, it took 2 to 25% longer on an H200: kernels/README.md.)
+overlap.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
@@ -28,21 +28,21 @@ import triton.language as tl
 from torch import Tensor
 
 from prefix_attn.kernels.chunks import MAX_CHUNKS, Residency, choose_chunks
-from prefix_attn.kernels.config import TileConfig, config_for, decode_rows, edge_keys, item_rows, padded_head_dim
+from prefix_attn.kernels.config import TileConfig, decode_rows, edge_keys, item_rows, padded_head_dim
 from prefix_attn.kernels.decode import MIN_TILES
 from prefix_attn.kernels.direct_launch import Launcher
-from prefix_attn.kernels.early_launch import early, early_options, let_next_begin, wait_for_previous
+from prefix_attn.kernels.early_launch import early_options, let_next_begin, wait_for_previous
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
 from prefix_attn.kernels.merge import Partials, merge_chunks
 from prefix_attn.kernels.primitives import (
     again,
+    append_axes,
     attend_keys,
     empty_state,
     load_row,
     normalise,
     open_bias,
     partial_rows,
-    per_row,
     query_rows,
     runtime_jit,
 )
@@ -115,9 +115,7 @@ def prefix_item(
             prefix_v_ptr + (prefix_start * stride_prefix_v_seq + kv_head.to(tl.int64) * stride_prefix_v_head) * ALIGN,
             stride_prefix_k_seq, stride_prefix_k_dim, stride_prefix_v_seq, stride_prefix_v_dim,
         )  # fmt: skip
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
-        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        acc, row_sum, row_max = empty_state(q)
         for n in tl.range(0, full):
             start = begin + left * BLOCK_E + n * BLOCK_N
             acc, row_sum, row_max = attend_keys(
@@ -147,7 +145,7 @@ def request_item(
     stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
     stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
     stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
-    batch, kv_heads, q_len, kv_capacity, num_tasks, row_tiles, prefix_chunks, own_chunks,
+    batch, kv_heads, q_len, kv_capacity, num_tasks, query_tiles, prefix_chunks, own_chunks,
     window, scale_log2, softcap_inner, bias_reach, bias_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, BIAS_OF_SLOTS: tl.constexpr,
     MIN_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
@@ -161,13 +159,15 @@ def request_item(
     item = item // tl.cdiv(batch, ROWS)
     kv_head = item % kv_heads
     item = item // kv_heads
-    row_tile = item % row_tiles
-    chunk = item // row_tiles
+    query_tile = item % query_tiles
+    chunk = item // query_tiles
     # What belongs to a row is a scalar if there is one row, else [ROWS]: a warp has a row to itself.
-    b, offs_i, offs_h, mask_m = rows_of_item(batch_tile, batch, row_tile, kv_head, q_len, GROUP, BLOCK_M, ROWS)
+    b, offs_i, offs_h, mask_m = rows_of_item(batch_tile, batch, query_tile, kv_head, q_len, GROUP, BLOCK_M, ROWS)
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     b64, i64, h64 = b.to(tl.int64), offs_i.to(tl.int64), offs_h.to(tl.int64)
-    rows_q = (per_row(b64 * stride_q_batch, 1) + h64 * stride_q_head + i64 * stride_q_seq) * ALIGN  # [(ROWS,) BLOCK_M]
+    rows_q = (
+        append_axes(b64 * stride_q_batch, 1) + h64 * stride_q_head + i64 * stride_q_seq
+    ) * ALIGN  # [(ROWS,) BLOCK_M]
     mask_q = tl.expand_dims(mask_m, -1) & (offs_d < HEAD_DIM)  # [(ROWS,) BLOCK_M, BLOCK_D], as q
     q = tl.load(q_ptr + tl.expand_dims(rows_q, -1) + offs_d * stride_q_dim, mask=mask_q, other=0.0)
 
@@ -179,12 +179,12 @@ def request_item(
     task = tl.load(task_ids_ptr + b64 * stride_task_ids)
     broken = broken | ((planned != task) & ((planned >= 0) | (prefix_len > 0)))
     past = own_end - q_len
-    query = per_row(past, 1) + offs_i  # [(ROWS,) BLOCK_M]
+    query = append_axes(past, 1) + offs_i  # [(ROWS,) BLOCK_M]
     bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h[:, None],
                      tl.expand_dims(kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query, -1))  # fmt: skip
     lo, hi, _, _ = visible_span(
-        own_start, own_end, past + row_tile * BLOCK_M // GROUP,
-        past + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1), window, CAUSAL)  # fmt: skip
+        own_start, own_end, past + query_tile * BLOCK_M // GROUP,
+        past + tl.minimum((query_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1), window, CAUSAL)  # fmt: skip
     first, last = None, None
     if CAUSAL:
         last = query
@@ -199,24 +199,24 @@ def request_item(
         steps = tl.max(steps, 0)
     head = kv_head.to(tl.int64)
     keys = (
-        k_ptr + per_row(b64 * stride_k_batch + head * stride_k_head, 2) * ALIGN,
-        v_ptr + per_row(b64 * stride_v_batch + head * stride_v_head, 2) * ALIGN,
+        k_ptr + append_axes(b64 * stride_k_batch + head * stride_k_head, 2) * ALIGN,
+        v_ptr + append_axes(b64 * stride_v_batch + head * stride_v_head, 2) * ALIGN,
         stride_k_seq, stride_k_dim, stride_v_seq, stride_v_dim,
     )  # fmt: skip
-    begin, end = per_row(begin, 2), per_row(end, 2)
+    begin, end = append_axes(begin, 2), append_axes(end, 2)
     acc, row_sum, row_max = empty_state(q)
     for n in tl.range(0, steps):
         acc, row_sum, row_max = attend_keys(
             acc, row_sum, row_max, q, begin + n * KEYS, end, first, last, keys, scale_log2, softcap_inner, bias, 0,
             MASKED=True, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, BLOCK_N=KEYS, BLOCK_D=BLOCK_D)  # fmt: skip
 
-    out, lse = normalise(acc, row_sum, row_max, per_row(broken, 1))
+    out, lse = normalise(acc, row_sum, row_max, append_axes(broken, 1))
     b, offs_i, offs_h, mask_m = rows_of_item(
-        again(batch_tile), batch, again(row_tile), kv_head, q_len, GROUP, BLOCK_M, ROWS)  # fmt: skip
-    place = per_row(b.to(tl.int64), 1)
+        again(batch_tile), batch, again(query_tile), kv_head, q_len, GROUP, BLOCK_M, ROWS)  # fmt: skip
+    place = append_axes(b.to(tl.int64), 1)
     if chunk == 0:  # no prefix item writes for a row that is not planned
         planned = tl.load(planned_ptr + b)
-        alone = mask_m & (tl.minimum(per_row(planned, 1), offs_i) < 0)  # as mask_m
+        alone = mask_m & (tl.minimum(append_axes(planned, 1), offs_i) < 0)  # as mask_m
         for c in tl.range(0, prefix_chunks):
             places = partial_rows(c, kv_head, place, offs_h % GROUP, offs_i, kv_heads, batch, q_len, GROUP)
             nothing = tl.full(places.shape, float("-inf"), tl.float32)
@@ -228,11 +228,11 @@ def request_item(
 
 
 @triton.jit
-def rows_of_item(batch_tile, batch, row_tile, kv_head, q_len, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+def rows_of_item(batch_tile, batch, query_tile, kv_head, q_len, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
                  ROWS: tl.constexpr):  # fmt: skip
     """Rows of a request item, a scalar or ``[ROWS]``, and their `query_rows`; the mask is ``[(ROWS,) BLOCK_M]``."""
     b = batch_tile
-    offs_i, offs_h, mask = query_rows(row_tile, kv_head, q_len, GROUP, BLOCK_M)
+    offs_i, offs_h, mask = query_rows(query_tile, kv_head, q_len, GROUP, BLOCK_M)
     if ROWS > 1:
         b = b * ROWS + tl.arange(0, ROWS)
         mask = (b < batch)[:, None] & mask
@@ -250,7 +250,7 @@ def grouped_kernel(
     stride_prefix_k_head, stride_prefix_k_seq, stride_prefix_k_dim,
     stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
     stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
-    batch, kv_heads, q_len, kv_capacity, num_tasks, tiles, row_tiles, prefix_chunks, own_chunks,
+    batch, kv_heads, q_len, kv_capacity, num_tasks, tiles, query_tiles, prefix_chunks, own_chunks,
     prefix_items, request_items, window, scale_log2, softcap_inner, bias_reach, bias_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, BIAS_OF_SLOTS: tl.constexpr,
     MIN_TILES: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -283,7 +283,7 @@ def grouped_kernel(
             stride_k_batch, stride_k_head, stride_k_seq, stride_k_dim,
             stride_v_batch, stride_v_head, stride_v_seq, stride_v_dim,
             stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
-            batch, kv_heads, q_len, kv_capacity, num_tasks, row_tiles, prefix_chunks, own_chunks,
+            batch, kv_heads, q_len, kv_capacity, num_tasks, query_tiles, prefix_chunks, own_chunks,
             window, scale_log2, softcap_inner, bias_reach, bias_scale,
             GROUP=GROUP, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN, CAUSAL=CAUSAL, BIAS_OF_SLOTS=BIAS_OF_SLOTS,
             MIN_TILES=MIN_TILES, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_E, BLOCK_D=BLOCK_D, ROWS=ROWS)  # fmt: skip
@@ -331,11 +331,11 @@ def _launch(
     """A launch of grouped_kernel but for its tensors."""
     (batch, _, q_len, head_dim), (_, kv_heads, kv_capacity, _) = layout.q_shape, layout.k_shape
     rows = q_len * layout.group
-    config = config or config_for(layout.kind("grouped"), head_dim, layout.dtype, layout.device, tile_rows)
+    config = config or layout.config("grouped", tile_rows)
     block_m, block_e = decode_rows(rows), edge_keys(config.block_n)
-    row_tiles = cdiv(rows, block_m)
+    query_tiles = cdiv(rows, block_m)
     rows_at_once = item_rows(block_m, block_e, config.num_warps, head_dim, layout.dtype, layout.softcap)
-    requests = cdiv(batch, rows_at_once) * kv_heads * row_tiles
+    requests = cdiv(batch, rows_at_once) * kv_heads * query_tiles
     if chunks is None:
         at_once = Residency.of("grouped", config, head_dim, layout.dtype, layout.device)
         joined = CHUNK_TILES + ELEMENT_TILES * math.prod(layout.q_shape)
@@ -351,11 +351,11 @@ def _launch(
     prefix_items = tiles * kv_heads * prefix_chunks
     request_items = requests * own_chunks
     arguments = {
-        **layout.arguments(), **layout.bias_arguments(), "batch": batch, "tiles": tiles, "row_tiles": row_tiles,
+        **layout.arguments(), **layout.bias_arguments(), "batch": batch, "tiles": tiles, "query_tiles": query_tiles,
         "prefix_chunks": prefix_chunks, "own_chunks": own_chunks,
         "prefix_items": prefix_items, "request_items": request_items, "MIN_TILES": MIN_TILES,
         "BLOCK_P": tile_rows, "BLOCK_M": block_m, "BLOCK_N": config.block_n, "BLOCK_E": block_e,
-        "BLOCK_D": padded_head_dim(head_dim), "ROWS": rows_at_once, "EARLY": early(layout.device),
+        "BLOCK_D": padded_head_dim(head_dim), "ROWS": rows_at_once,
         "num_warps": config.num_warps, "num_stages": config.num_stages, **early_options(layout.device),
         **LAUNCH_OPTIONS,
     }  # fmt: skip

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prefix_attn.kernels.config import TileConfig, config_for
+
 LOG2_E = math.log2(math.e)
 
 #: Multiply-add fusion is Triton's default up to 3.9 and no longer from 3.10: said, so that bits do not depend on it.
@@ -50,9 +52,10 @@ class Layout(NamedTuple):
     def group(self) -> int:
         return self.q_shape[1] // self.k_shape[1]
 
-    def kind(self, kernel: str) -> str:
-        """The kernel's name in `kernels.config`."""
-        return kernel if self.bias is None else f"biased_{kernel}"
+    def config(self, kernel: str, rows: int = 0) -> TileConfig:
+        """The default config of a kernel; rows as in `config_for`."""
+        kind = kernel if self.bias is None else f"biased_{kernel}"
+        return config_for(kind, self.q_shape[3], self.dtype, self.device, rows)
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of an attention kernel that follow from the layout."""
@@ -77,9 +80,7 @@ class Layout(NamedTuple):
         return {
             "stride_task_ids": stride_task_ids, "stride_kv_start": stride_kv_start, "stride_kv_len": stride_kv_len,
             "kv_heads": kv_heads, "q_len": q_len, "kv_capacity": kv_capacity, "num_tasks": self.num_tasks,
-            # A wider window hides nothing more, and its sums with positions would not fit 32 bits.
-            "window": None if self.window is None else min(self.window, 2**30),
-            "GROUP": self.group, "HEAD_DIM": head_dim,
+            "window": self.window, "GROUP": self.group, "HEAD_DIM": head_dim,
             # The one query of a row sees all its keys up to its end.
             "CAUSAL": self.causal and q_len > 1,
         }  # fmt: skip

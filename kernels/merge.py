@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prefix_attn.kernels.config import padded_head_dim
 from prefix_attn.kernels.direct_launch import Launcher
-from prefix_attn.kernels.early_launch import early, early_options, wait_for_previous
+from prefix_attn.kernels.early_launch import early_options, wait_for_previous
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS
 from prefix_attn.kernels.primitives import LN_2, LOG2_E, cast, merge_weights, runtime_jit
 
@@ -98,7 +98,7 @@ def _launch(
         "stride_out_batch": strides[0], "stride_out_head": strides[1], "stride_out_seq": strides[2],
         "stride_out_dim": strides[3], "rows": batch * heads * q_len, "batch": batch, "heads": heads, "group": group,
         "q_len": q_len, "chunks": chunks, "HEAD_DIM": head_dim, "BLOCK_C": block_c, "BLOCK_D": block_d,
-        "EARLY": early(device), "num_warps": merge_warps(block_c, block_d), **early_options(device), **LAUNCH_OPTIONS,
+        "num_warps": merge_warps(block_c, block_d), **early_options(device), **LAUNCH_OPTIONS,
     })  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from functools import lru_cache
 import triton.language as tl
 from torch import Tensor
 
-from prefix_attn.kernels.config import TileConfig, config_for, edge_keys, padded_head_dim
+from prefix_attn.kernels.config import TileConfig, edge_keys, padded_head_dim
 from prefix_attn.kernels.direct_launch import Launcher
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
 from prefix_attn.kernels.primitives import (
@@ -28,6 +28,7 @@ from prefix_attn.kernels.primitives import (
     again,
     attend_tile,
     cast,
+    empty_state,
     normalise,
     open_bias,
     open_row,
@@ -49,14 +50,14 @@ def prefill_kernel(
     stride_prefix_v_head, stride_prefix_v_seq, stride_prefix_v_dim,
     stride_out_batch, stride_out_head, stride_out_seq, stride_out_dim,
     stride_task_ids, stride_kv_start, stride_kv_len, stride_bias_head, stride_bias_entry,
-    kv_heads, q_len, kv_capacity, num_tasks, row_tiles, window, scale_log2, softcap_inner,
+    kv_heads, q_len, kv_capacity, num_tasks, query_tiles, window, scale_log2, softcap_inner,
     bias_reach, bias_scale,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, CAUSAL: tl.constexpr, BIAS_OF_SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """``out[b, h, i] = softmax_j(s_ij) @ v_j`` over all keys j of row b, for BLOCK_M pairs (i, h)."""
-    row_tile, kv_head, b = tile_of_program(row_tiles, kv_heads)
-    offs_i, offs_h, mask_m = query_rows(row_tile, kv_head, q_len, GROUP, BLOCK_M)  # [BLOCK_M] x 3
+    query_tile, kv_head, b = tile_of_program(query_tiles, kv_heads)
+    offs_i, offs_h, mask_m = query_rows(query_tile, kv_head, q_len, GROUP, BLOCK_M)  # [BLOCK_M] x 3
     offs_d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
     b64, i64, h64 = b.to(tl.int64), offs_i.to(tl.int64), offs_h.to(tl.int64)
@@ -76,13 +77,11 @@ def prefill_kernel(
     # Without causal, keys past kv_len are padding behind the row: the queries stand where the slots end.
     bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h[:, None],
                      (kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)[:, None])  # fmt: skip
-    first = past + row_tile * BLOCK_M // GROUP
-    last = past + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1)
+    first = past + query_tile * BLOCK_M // GROUP
+    last = past + tl.minimum((query_tile * BLOCK_M + BLOCK_M - 1) // GROUP, q_len - 1)
     prefix, own = split_row(first, last, own_start, own_end, prefix_len, window, CAUSAL, BLOCK_N, BLOCK_E)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    acc, row_sum, row_max = empty_state(q)
 
     for n in tl.range(0, prefix[3] + own[3]):
         is_own, start = full_tile(n, prefix, own, BLOCK_N, BLOCK_E)
@@ -98,7 +97,7 @@ def prefill_kernel(
             window, scale_log2, softcap_inner, bias, MASKED=True, CAUSAL=CAUSAL, HEAD_DIM=HEAD_DIM, ALIGN=ALIGN,
             BLOCK_N=BLOCK_E, BLOCK_D=BLOCK_D)  # fmt: skip
 
-    offs_i, offs_h, mask_m = query_rows(again(row_tile), kv_head, q_len, GROUP, BLOCK_M)
+    offs_i, offs_h, mask_m = query_rows(again(query_tile), kv_head, q_len, GROUP, BLOCK_M)
     i64, h64 = offs_i.to(tl.int64), offs_h.to(tl.int64)
     mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]  # [BLOCK_M, BLOCK_D]
     if sinks_ptr is not None:
@@ -125,10 +124,10 @@ def prefill_attention(operands: Operands, out: Tensor, lse: Tensor | None, confi
 def _launch(layout: Layout, config: TileConfig | None) -> Launcher:
     """A launch of prefill_kernel but for its tensors."""
     batch, _, q_len, head_dim = layout.q_shape
-    config = config or config_for(layout.kind("prefill"), head_dim, layout.dtype, layout.device)
-    row_tiles = cdiv(q_len * layout.group, config.block_m)
-    return Launcher(row_tiles * layout.k_shape[1] * batch, {
-        **layout.arguments(), **layout.bias_arguments(), "row_tiles": row_tiles,
+    config = config or layout.config("prefill")
+    query_tiles = cdiv(q_len * layout.group, config.block_m)
+    return Launcher(query_tiles * layout.k_shape[1] * batch, {
+        **layout.arguments(), **layout.bias_arguments(), "query_tiles": query_tiles,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_E": edge_keys(config.block_n), "BLOCK_D": padded_head_dim(head_dim),
         "num_warps": config.num_warps, "num_stages": config.num_stages, **LAUNCH_OPTIONS,

@@ -183,7 +183,7 @@ def finish_scores(products, softcap_inner, bias, key, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_log2, softcap_inner, bias, shift,
+def attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_log2, softcap_inner, bias, key_shift,
                 MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr,
                 BLOCK_D: tl.constexpr, SLICES: tl.constexpr = 1):  # fmt: skip
     """The state after keys ``start .. start + BLOCK_N``; from ``end`` on none is loaded (if MASKED).
@@ -193,11 +193,12 @@ def attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_l
         first, last: the first and the last key each query sees, ``[(ROWS,) BLOCK_M]``, or None where nothing but
             ``end`` limits them; used if MASKED.
         keys: ``(k_ptr, v_ptr, stride_k_seq, stride_k_dim, stride_v_seq, stride_v_dim)``.
-        bias: `open_bias` of a column of queries; shift: how much further a query stands from these keys than it would
-            from the row's own: 0, or the length of the prefix.
+        bias: `open_bias` of a column of queries.
+        key_shift: how much further a query stands from these keys than it would from the row's own: 0, or the length of
+            the prefix.
     """
     k = load_keys(keys[0], keys[2], keys[3], start, end, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D, SLICES)
-    key = start - shift + tl.expand_dims(tile_keys(BLOCK_N, SLICES), -2)  # [(SLICES or ROWS,) 1, keys]
+    key = start - key_shift + tl.expand_dims(tile_keys(BLOCK_N, SLICES), -2)  # [(SLICES or ROWS,) 1, keys]
     scores = finish_scores(dot(q, tl.trans(k)), softcap_inner, bias, key, q.dtype == tl.float32)  # [BLOCK_M, BLOCK_N]
     if MASKED:
         scores = tl.where(visible_keys(start, end, first, last, BLOCK_N, SLICES), scores, float("-inf"))
@@ -245,7 +246,7 @@ def sum_slices(x):
 
 @triton.jit
 def select_keys(own, own_end, prefix_end, prefix_len, own_keys, prefix_keys):
-    """``(keys, end, shift)``, as in `attend_keys`, of the row's own keys (if ``own``) or its prefix."""
+    """``(keys, end, key_shift)``, as in `attend_keys`, of the row's own keys (if ``own``) or its prefix."""
     keys = (
         tl.where(own, own_keys[0], prefix_keys[0]), tl.where(own, own_keys[1], prefix_keys[1]),
         tl.where(own, own_keys[2], prefix_keys[2]), tl.where(own, own_keys[3], prefix_keys[3]),
@@ -270,11 +271,11 @@ def attend_tile(acc, row_sum, row_max, q, query, start, own_end, prefix_end, pre
         own_end, prefix_end: one past the last key of each kind that may be loaded.
         own_keys, prefix_keys, bias: as in `attend_keys`.
     """
-    keys, end, shift = select_keys(own, own_end, prefix_end, prefix_len, own_keys, prefix_keys)
-    first = query + shift - window + 1 if window is not None else None  # [BLOCK_M]
+    keys, end, key_shift = select_keys(own, own_end, prefix_end, prefix_len, own_keys, prefix_keys)
+    first = query + key_shift - window + 1 if window is not None else None  # [BLOCK_M]
     last = tl.where(own, query, NO_LIMIT) if CAUSAL else None  # [BLOCK_M]
-    return attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_log2, softcap_inner, bias, shift,
-                       MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D, SLICES)  # fmt: skip
+    return attend_keys(acc, row_sum, row_max, q, start, end, first, last, keys, scale_log2, softcap_inner, bias,
+                       key_shift, MASKED, HEAD_DIM, ALIGN, BLOCK_N, BLOCK_D, SLICES)  # fmt: skip
 
 
 @triton.jit
@@ -345,19 +346,19 @@ def again(x):
 
 
 @triton.jit
-def tile_of_program(row_tiles, kv_heads):
-    """``(row_tile, kv_head, b)`` of a program with a tile of query rows.
+def tile_of_program(query_tiles, kv_heads):
+    """``(query_tile, kv_head, b)`` of a program with a tile of query rows.
 
     Tiles vary fastest, those with the most keys first: neighbours share their keys, and the short ones fill the end.
     """
     pid = tl.program_id(0)
-    return row_tiles - 1 - pid % row_tiles, pid // row_tiles % kv_heads, pid // row_tiles // kv_heads
+    return query_tiles - 1 - pid % query_tiles, pid // query_tiles % kv_heads, pid // query_tiles // kv_heads
 
 
 @triton.jit
-def query_rows(row_tile, kv_head, q_len, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+def query_rows(query_tile, kv_head, q_len, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """The (query, head) pairs of a tile, the GROUP heads of a query side by side: ``offs_i, offs_h, mask_m``."""
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    rows = query_tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     return rows // GROUP, kv_head * GROUP + rows % GROUP, rows < q_len * GROUP
 
 
@@ -377,8 +378,8 @@ def partial_rows(chunk, kv_head, b, g, i, kv_heads, batch, q_len, GROUP: tl.cons
 
 
 @triton.jit
-def per_row(x, AXES: tl.constexpr):
-    """``x`` with AXES more axes behind those it has; a scalar stays one."""
+def append_axes(x, AXES: tl.constexpr):
+    """``x`` with AXES more axes after those it has; a scalar stays one."""
     for _ in tl.static_range(AXES):
         if len(x.shape) > 0:
             x = tl.expand_dims(x, -1)
@@ -391,7 +392,7 @@ def normalise(acc, row_sum, row_max, broken):
     poison = tl.where(broken, float("nan"), 0.0)
     seen = tl.where(row_sum == 0, 1.0, row_sum)  # [BLOCK_M]
     lse = tl.where(row_sum == 0, float("-inf"), row_max + tl.log2(seen))
-    return acc / tl.expand_dims(seen, -1) + per_row(poison, 1), lse + poison
+    return acc / tl.expand_dims(seen, -1) + append_axes(poison, 1), lse + poison
 
 
 @triton.jit

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prefix_attn.kernels.direct_launch import Launcher
-from prefix_attn.kernels.early_launch import early, early_options, let_next_begin, wait_for_previous
+from prefix_attn.kernels.early_launch import early_options, let_next_begin, wait_for_previous
 from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, cdiv
 from prefix_attn.kernels.primitives import runtime_jit
 
@@ -142,7 +142,7 @@ def _launch(
 ) -> _Launch:
     """The two launches but for their tensors."""
     common = {
-        "batch": batch, "BLOCK_B": BLOCK_B, "BLOCK_J": BLOCK_J, "EARLY": early(device), "num_warps": 4,
+        "batch": batch, "BLOCK_B": BLOCK_B, "BLOCK_J": BLOCK_J, "num_warps": 4,
         **early_options(device), **LAUNCH_OPTIONS,
     }  # fmt: skip
     programs = cdiv(batch, BLOCK_B)

@@ -1,7 +1,8 @@
-"""The one place where arguments of `prefix_attention` are checked: shapes and dtypes here, values in the operator.
+"""The one place where arguments of `prefix_attention` are checked.
 
-There `torch.compile` does not see that they are read. Values on an accelerator are read only where the backend waits
-for them anyway; kernels that do not wait answer a bad one with NaN.
+Shapes and dtypes by `checked_call`; values by `check_values`, inside the operator, where `torch.compile` does not see
+that they are read. Values on an accelerator are read only where the backend waits for them anyway; kernels that do not
+wait answer a bad one with NaN.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 MAX_HEAD_DIM = 256
 MAX_INT = 2**31 - 1
+MAX_WINDOW = 2**30  # no row is longer, and its sums with positions fit 32 bits
 
 
 def checked_call(
@@ -60,12 +62,13 @@ def checked_call(
         softcap = float(softcap)
         if not 0 < softcap < math.inf:
             raise ShapeError(f"softcap: expected None or a positive finite number, got {softcap}")
-    if sinks is not None and (sinks.shape != (q.shape[1],) or sinks.device != q.device):
-        raise ShapeError(
-            f"sinks: expected [q_heads] = [{q.shape[1]}] on {q.device}, got {list(sinks.shape)} on {sinks.device}"
-        )
+    if sinks is not None:
+        _check_float("sinks", sinks, q)
+        if sinks.shape != (q.shape[1],):
+            raise ShapeError(f"sinks: expected [q_heads] = [{q.shape[1]}], got {list(sinks.shape)}")
     if relative_bias is not None:
-        _check_relative_bias(relative_bias, q)
+        _check_float("relative_bias", relative_bias, q)
+        _check_distances(relative_bias, q)
     if plan is not None and (plan.task_ids.shape != (batch,) or plan.task_ids.device != q.device):
         raise ShapeError(
             f"plan: expected one for [batch] = [{batch}] rows on {q.device}, got {list(plan.task_ids.shape)} on "
@@ -138,15 +141,16 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, prefix: PrefixKV) -> None:
             )
 
 
-def _check_relative_bias(table: Tensor, q: Tensor) -> None:
+def _check_float(name: str, x: Tensor, q: Tensor) -> None:
+    if x.dtype not in FLOATS or x.device != q.device:
+        raise DTypeError(f"{name}: expected a dtype among {FLOATS} on {q.device}, got {x.dtype} on {x.device}")
+
+
+def _check_distances(table: Tensor, q: Tensor) -> None:
     if table.ndim != 2 or table.shape[0] != q.shape[1] or table.shape[1] % 2 == 0:
         raise ShapeError(
             f"relative_bias: expected [q_heads, 2R + 1] with q_heads = {q.shape[1]}, an entry for each distance -R..R, "
             f"got {list(table.shape)}"
-        )
-    if table.dtype not in FLOATS or table.device != q.device:
-        raise DTypeError(
-            f"relative_bias: expected a dtype among {FLOATS} on {q.device}, got {table.dtype} on {table.device}"
         )
 
 
@@ -156,16 +160,18 @@ def _checked_window(window: int) -> int:
             window = index(window)
         except TypeError as error:
             raise DTypeError(f"window: expected None or an integer, got {window!r}") from error
+    if isinstance(window, bool):
+        raise DTypeError(f"window: expected None or an integer, got {window}")
     if window < 1:
         raise ShapeError(f"window: expected None or at least 1 token, got {window}")
-    return window if window <= MAX_INT else MAX_INT  # no row is longer, and backends count in so many bits
+    return min(window, MAX_WINDOW)
 
 
 def _row_integers(name: str, x: Tensor | Sequence[int], batch: int, device: torch.device) -> Tensor:
     if not isinstance(x, Tensor):
         x = list(x)
         try:
-            x = torch.tensor(x, dtype=None if x else torch.int32)
+            x = torch.tensor(x, dtype=None if x else torch.int32, device="cpu")
         except (RuntimeError, TypeError, ValueError) as error:
             raise DTypeError(f"{name}: expected integers, got {x}") from error
     if x.shape != (batch,):

@@ -21,7 +21,7 @@ from prefix_attn.types import AttentionCall
 
 @dataclass(frozen=True)
 class Roof:
-    """What a device can sustain: bytes/s of its memory, FLOP/s of its matrix units. Both measured, with the source."""
+    """What a device can sustain: bytes/s of its memory, FLOP/s of its matrix units."""
 
     bytes_per_s: float
     flops_per_s: float

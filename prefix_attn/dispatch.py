@@ -31,8 +31,8 @@ BACKENDS: dict[str, ModuleType] = {
     "triton": triton, "cpu": cpu, "torch": torch_sdpa, "reference": reference, "flash_attn": flash_attn,
 }  # fmt: skip
 
-#: What "auto" tries on a GPU: the fused kernels, then PyTorch, which runs everything. (Elsewhere Triton could only
-#: interpret its kernels, which is for tests.)
+#: What "auto" tries, in this order: the fused kernels where a GPU holds the tensors (elsewhere Triton could only
+#: interpret them, which is for tests), C++ on a CPU that has a compiler, and PyTorch, which refuses nothing.
 AUTO_ORDER = ("triton", "cpu", "torch")
 
 

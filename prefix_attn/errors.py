@@ -1,13 +1,18 @@
-"""Exceptions of prefix_attn.
+"""Exceptions and warnings of prefix_attn.
 
     PrefixAttnError
     ├── ShapeError          two sizes disagree, or a size is out of range      (also a ValueError)
     ├── DTypeError          a dtype or device is not supported or disagrees    (also a TypeError)
-    ├── BackendUnavailable  the named backend cannot run this call here        (also a RuntimeError)
+    ├── BackendUnavailable  a backend cannot run, or differentiate, this call  (also a RuntimeError)
     ├── UnknownTask         a task name or id is not in the bank               (also a LookupError)
     ├── IncompatiblePrefix  a prefix does not fit the model, or its file is bad (also a ValueError)
     ├── ContextOverflow     prefix + tokens exceed the model's context         (also a ValueError)
     └── UnsupportedModel    the patch would not be exact for this model        (also a NotImplementedError)
+
+    UserWarning
+    ├── SlowModel           served with a copy of the prefix in every row's cache
+    ├── PaddingInWindow     padding takes room in a row's sliding windows
+    └── RepeatedBOS         a prompt begins with BOS after a text that has begun so
 
 Each message names the argument, what was expected, what was got, and what to do.
 """
@@ -26,7 +31,7 @@ class DTypeError(PrefixAttnError, TypeError):
 
 
 class BackendUnavailable(PrefixAttnError, RuntimeError):
-    """The named backend cannot run this call on this machine; the message says why."""
+    """The backend cannot run this call here, or give the derivative that is asked for; the message says why."""
 
 
 class UnknownTask(PrefixAttnError, LookupError):

@@ -66,21 +66,21 @@ class BatchPlan:
     lens: Tensor
     distinct: int | None = None
     _recorded: bool = field(init=False, repr=False)
-    _tiles: dict[tuple[int, int], RowTiles] = field(default_factory=dict, init=False, repr=False)
+    _tiles: dict[int, RowTiles] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_recorded", recording(self.task_ids))
 
-    def tiles(self, rows: int, tile_rows: int = TILE_ROWS) -> RowTiles:
+    def tiles(self, rows: int) -> RowTiles:
         """The tiles for ``rows`` query rows per batch row and kv head; worked out on the device, at the first call."""
-        key, now = (rows, tile_rows), recording(self.task_ids)
-        if key in self._tiles and (now or not self._recorded):
-            return self._tiles[key]
+        now = recording(self.task_ids)
+        if rows in self._tiles and (now or not self._recorded):
+            return self._tiles[rows]
         # Kept tiles serve training too, which cannot save tensors that were made in the inference mode.
         with nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False):
-            tiles = row_tiles(self.task_ids, self.lens, rows, tile_rows)
+            tiles = row_tiles(self.task_ids, self.lens, rows)
         if now == self._recorded:
-            self._tiles[key] = tiles
+            self._tiles[rows] = tiles
         return tiles
 
 

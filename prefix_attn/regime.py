@@ -30,8 +30,8 @@ DECODE_ROWS = 64
 L2_SPEED = 1.65
 
 #: What memory could have moved in the time that grouped decode takes for a second launch and longer programs, at the
-#: 4.3e12 B/s of an H200. With these two, at 124 points measured there, what is chosen is 0.2% slower than the faster
-#: way in the geometric mean, and 7.8% at worst.
+#: 4.3e12 B/s of an H200. With these two, at the 84 points of benchmarks/results/nvidia-h200 where both ways were timed,
+#: what is chosen is 0.1% slower than the faster way in the geometric mean, and 3.6% at worst (`benchmarks.fit_regime`).
 LAUNCH_BYTES = 3.5e-6 * 4.3e12
 
 #: How many times that it takes to work out a plan: an operator and two launches, 50 us on a slow host (not measured on
@@ -94,9 +94,7 @@ def choose(call: AttentionCall) -> Regime:
             return Regime("inline", why, sizes=(m, n))
         why += "grouping saves about {:.1f} MB of traffic and costs {:.1f} MB"
         sizes = (batch, tasks, m, saved / 1e6, price / 1e6)
-    if grouped:
-        return Regime("grouped", why, sizes)
-    return Regime("inline", why, sizes=sizes)
+    return Regime("grouped" if grouped else "inline", why, sizes)
 
 
 def saved_bytes(own: float, reread: float, once: float) -> float:

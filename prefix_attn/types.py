@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -140,6 +141,13 @@ class PrefixKV:
                     f"prefix.starts[{task}], prefix.lens[{task}]: expected a start that is a multiple of {ALIGNMENT}, "
                     f"and an end among the {tokens} tokens, got {start} and {m}"
                 )
+        live = sorted((start, start + m, task) for task, (start, m) in enumerate(spans) if m > 0)
+        for (_, end, task), (start, _, other) in pairwise(live):
+            if start < end:
+                raise ShapeError(
+                    "prefix.starts, prefix.lens: expected spans that do not overlap, got those of tasks "
+                    f"{task} and {other}"
+                )
         if versions is not None:
             object.__setattr__(self, "_spans", (versions, spans))
         return spans
@@ -153,7 +161,8 @@ class PrefixKV:
 class AttentionCall:
     """One checked call of `prefix_attention`; what every backend receives. Shapes as documented there.
 
-    Never changed. (Not frozen either: each layer call makes two, and freezing takes four times as long as making one.)
+    Never changed, but for ``tiles``, which the operator sets. (Not frozen: to make one would take four times as long,
+    and each layer of a step does.)
     """
 
     q: Tensor
@@ -173,7 +182,6 @@ class AttentionCall:
     batch_invariant: bool
     plan: BatchPlan | None = None  # who shares with whom; without one, a regime that must know makes it
     tiles: RowTiles | None = None  # the plan's, for the regime chosen; only inside the operator
-    cut: int = 0  # own keys that `row` took away behind the last; without causal, distances still count them
 
     @property
     def batch(self) -> int:
@@ -211,14 +219,16 @@ class AttentionCall:
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
     def row(self, b: int) -> AttentionCall:
-        """Row ``b`` as a batch of one, with its own keys cut to those it may read."""
+        """Row ``b`` as a batch of one; own keys that it may not read are cut off, unless distances count them."""
         start = int(self.kv_start[b]) if self.kv_start is not None else 0
         end = int(self.kv_len[b]) if self.kv_len is not None else self.kv_capacity
         start, one = min(start, end), slice(b, b + 1)
+        last = end if self.causal or self.relative_bias is None else self.kv_capacity
         return replace(
-            self, q=self.q[one].contiguous(), k=self.k[one, :, :end].contiguous(), v=self.v[one, :, :end].contiguous(),
-            task_ids=self.task_ids[one], kv_start=self.task_ids.new_tensor([start]), kv_len=None, plan=None,
-            cut=self.kv_capacity - end,
+            self, q=self.q[one].contiguous(),
+            k=self.k[one, :, :last].contiguous(), v=self.v[one, :, :last].contiguous(),
+            task_ids=self.task_ids[one], kv_start=self.task_ids.new_tensor([start]),
+            kv_len=self.task_ids.new_tensor([end]), plan=None,
         )  # fmt: skip
 
     @property

@@ -127,8 +127,12 @@ class BackendSuite:
         inputs = make(case, device=DEVICE)
         with torch.device("meta"):
             inside = self.run(inputs)
-        for x, expected in zip(inside, self.run(inputs), strict=True):
+        listed = replace(inputs, task_ids=inputs.task_ids.tolist())
+        with torch.device("meta"):
+            of_list = self.run(listed)
+        for x, y, expected in zip(inside, of_list, self.run(inputs), strict=True):
             assert torch.equal(x, expected)
+            assert torch.equal(y, expected)
 
     def test_empty_batch_and_no_queries(self) -> None:
         for rows, queries in ((slice(0, 0), slice(None)), (slice(None), slice(0, 0))):
@@ -311,6 +315,13 @@ class TestFlashAttn(ForwardOnlySuite):
         with pytest.raises(pa.BackendUnavailable, match=why):
             self.run(make(case, dtype))
 
+    def test_what_max_len_says_is_not_relied_on(self) -> None:
+        inputs = make(DECODE)
+        window = max(m for _, m in inputs.prefix.spans) + inputs.k.shape[2] - 1
+        with pytest.raises(pa.BackendUnavailable, match=f"a window of {window} tokens may cut prefixes"):
+            pa.prefix_attention(*inputs.args[:3], replace(inputs.prefix, max_len=1), inputs.task_ids, window=window,
+                                backend=self.name)  # fmt: skip
+
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="there is a GPU; tests/gpu/test_flash_attn.py says what it needs there")
 def test_flash_attn_says_what_is_missing() -> None:
@@ -336,6 +347,11 @@ class TestTriton(BackendSuite):
             self.run(inputs)
         with torch.no_grad():
             self.run(inputs)
+        table = inputs.options["relative_bias"]
+        with pytest.raises(pa.BackendUnavailable, match="relative_bias"):
+            torch.vmap(lambda t: self.run(replace(inputs, options=inputs.options | {"relative_bias": t}))[0])(
+                torch.stack([table, table])
+            )
 
 
 class TestTritonGrouped(TestTriton):

@@ -44,7 +44,11 @@ def test_compiles_once_and_keeps_the_result(empty_cache: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize(
     ("compiler", "why"),
-    [("", "no C.. compiler"), ("/bin/false", "/bin/false .* failed"), ("/nowhere/cc", "/nowhere/cc")],
+    [
+        ("", "no C.. compiler"),
+        ("/bin/false", "/bin/false .* failed"),
+        ("/nowhere/cc", "/nowhere/cc cannot be run: .*; set CXX"),
+    ],
 )
 def test_without_a_compiler_pytorch_runs_the_call_and_says_why(
     empty_cache: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, why: str

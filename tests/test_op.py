@@ -56,6 +56,7 @@ X = make(DECODE)
         ({"kv_start": [0, -(2**32), 0, 0]}, pa.ShapeError, r"kv_start\[1\]"),
         ({"window": 0}, pa.ShapeError, "window"),
         ({"window": 2.5}, pa.DTypeError, "window"),
+        ({"window": True}, pa.DTypeError, "window"),
         ({"softcap": 0.0}, pa.ShapeError, "softcap"),
         ({"softcap": math.inf}, pa.ShapeError, "softcap"),
         ({"softcap": math.nan}, pa.ShapeError, "softcap"),
@@ -64,6 +65,8 @@ X = make(DECODE)
         ({"causal": "no"}, pa.DTypeError, "causal"),
         ({"batch_invariant": None}, pa.DTypeError, "batch_invariant"),
         ({"sinks": torch.zeros(3)}, pa.ShapeError, "sinks"),
+        ({"sinks": torch.zeros(4, dtype=torch.complex64)}, pa.DTypeError, "sinks"),
+        ({"sinks": torch.zeros(4, device="meta")}, pa.DTypeError, "sinks"),
         ({"relative_bias": torch.zeros(3, 5)}, pa.ShapeError, r"relative_bias: expected \[q_heads, 2R \+ 1\]"),
         ({"relative_bias": torch.zeros(4, 6)}, pa.ShapeError, "relative_bias"),
         ({"relative_bias": torch.zeros(4, 5, dtype=torch.int64)}, pa.DTypeError, "relative_bias"),
@@ -165,6 +168,14 @@ def test_a_table_that_is_edited_in_place_is_read_anew(backend: str, inference: b
         fresh = replace(prefix)
         assert torch.equal(call(X, prefix=prefix, backend=backend), call(X, prefix=fresh, backend=backend))
         assert prefix.spans[2] == (16, 5)
+
+
+def test_prefixes_that_overlap_are_refused() -> None:
+    prefix = replace(
+        X.prefix, starts=torch.tensor([0, 0, 16], dtype=torch.int32), lens=torch.tensor([24, 0, 5], dtype=torch.int32)
+    )
+    with pytest.raises(pa.ShapeError, match="spans that do not overlap, got those of tasks 0 and 2"):
+        prefix.spans  # noqa: B018
 
 
 def test_a_copy_has_spans_of_its_own() -> None:

@@ -238,7 +238,7 @@ def test_reverse_mode_transforms(backend: str) -> None:
         torch.func.grad(lambda q: torch.func.grad(loss)(q).sum())(inputs.q)
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 def test_out_has_the_layout_of_q(backend: str) -> None:
     for strided in (False, True):
         inputs = make(replace(PREFILL, strided=strided), device=DEVICE)

@@ -27,7 +27,6 @@ class Readers(NamedTuple):
 
     groups: list[tuple[int, int, int]]  # (start of the prefix, its length, number of rows), task by task
     order: Tensor | None  # the rows, task by task; None: all rows of the batch, as they are
-    back: Tensor | None  # where each row of the batch stands in that order; None: as they are, or some have no prefix
 
     def rows(self, call: AttentionCall) -> Tensor:
         """``order``, in full."""
@@ -43,10 +42,8 @@ def readers_of(ids: tuple[int, ...], spans: Spans) -> Readers:
             rows_of.setdefault(task, []).append(row)
     groups = [(*spans[task], len(rows)) for task, rows in rows_of.items()]
     order = [row for rows in rows_of.values() for row in rows]
-    if order == list(range(len(ids))):
-        return Readers(groups, None, None)
-    rows = torch.tensor(order, device="cpu")
-    return Readers(groups, rows, rows.argsort() if len(order) == len(ids) else None)
+    in_place = order == list(range(len(ids)))
+    return Readers(groups, None if in_place else torch.tensor(order, device="cpu"))
 
 
 def merge(own_out: Tensor, own_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -39,12 +40,12 @@ def library(head_dim: int, dtype: torch.dtype) -> ctypes.CDLL:
     Raises:
         CompileError: it cannot be had.
     """
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or [*filter(None, map(shutil.which, COMPILERS))][:1]
+    if not compiler:
         raise CompileError(f"no C++ compiler ({', '.join(COMPILERS)}) is on the PATH; install one, or set CXX")
     variant = f"-DHEAD_DIM={head_dim}", f"-DELEMENT={ELEMENTS[dtype]}"
-    command = [compiler, *FLAGS, *variant, str(SOURCES / "attention.cpp")]
-    path = cache_folder() / f"attention-{head_dim}-{ELEMENTS[dtype].lower()}-{_key(compiler, *FLAGS, *variant)}.so"
+    command = [*compiler, *FLAGS, *variant, str(SOURCES / "attention.cpp")]
+    path = cache_folder() / f"attention-{head_dim}-{ELEMENTS[dtype].lower()}-{_key(*compiler, *FLAGS, *variant)}.so"
     if not path.exists():
         _compile(command, path)
     try:
@@ -86,9 +87,12 @@ def _compile(command: list[str], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             unfinished = Path(folder) / path.name
-            done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
+            try:
+                done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
+            except OSError as error:
+                raise CompileError(f"{command[0]} cannot be run: {error}; set CXX to a C++ compiler") from error
             if done.returncode != 0:
                 raise CompileError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
             os.replace(unfinished, path)
     except OSError as error:
-        raise CompileError(f"{' '.join(command[:1])}: {error}; set PREFIX_ATTN_CACHE to a folder of yours") from error
+        raise CompileError(f"{error}; set PREFIX_ATTN_CACHE to a folder of yours") from error

@@ -44,7 +44,9 @@ def refusal(call: AttentionCall) -> str | None:
         return "it cuts keys by what fills the GPU, so bits depend on the batch; use backend='triton'"
     if call.relative_bias is not None:
         return "flash-attn has no relative_bias; use backend='torch'"
-    longest = call.prefix.k.shape[1] if call.prefix.max_len is None else call.prefix.max_len
+    # What a compiler traces cannot read lengths.
+    compiling = torch.compiler.is_compiling()
+    longest = call.prefix.k.shape[1] if compiling else max((m for _, m in call.prefix.spans), default=0)
     if call.window is not None and longest + call.kv_capacity > call.window:
         return (
             f"a window of {call.window} tokens may cut prefixes of up to {longest} before {call.kv_capacity} own keys, "

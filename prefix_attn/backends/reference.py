@@ -175,7 +175,7 @@ def query_slots(call: AttentionCall) -> Tensor:
     """Where the relative bias counts each query, among the row's own slots: ``[B, Q, 1]``."""
     i = torch.arange(call.q_len, device=call.q.device)[:, None]
     if call.kv_len is None or not call.causal:
-        return (i + (call.kv_capacity + (0 if call.causal else call.cut) - call.q_len)).expand(call.batch, -1, -1)
+        return (i + (call.kv_capacity - call.q_len)).expand(call.batch, -1, -1)
     return call.kv_len[:, None, None] - call.q_len + i
 
 

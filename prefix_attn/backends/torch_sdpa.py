@@ -119,10 +119,7 @@ def _shared(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
     if not readers.groups:
         return own_out, own_lse
     out, lse = _prefixes(call, readers)
-    rows, back = (readers.order, None) if readers.back is None else (None, readers.back)
-    if back is not None:
-        out, lse = out[back], lse[back]
-    if rows is None:
+    if (rows := readers.order) is None:
         return merge(own_out, own_lse, out, lse)
     all_out, all_lse = own_out.to(own_lse.dtype), own_lse.clone()
     all_out[rows], all_lse[rows] = merge(own_out[rows], own_lse[rows], out, lse)
@@ -163,7 +160,7 @@ def _own(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
     mask, causal = _own_mask(call, batch)
     if causal:
         return _attend(call.q, k, v, call.scale, causal=True)
-    return _attend_grouped(call.q, k, v, call.scale, mask, _own_relative(call, batch))
+    return _attend_folded(call.q, k, v, call.scale, mask, _own_relative(call, batch))
 
 
 def _own_mask(call: AttentionCall, batch: _Batch) -> tuple[Tensor | None, bool]:
@@ -216,9 +213,9 @@ def _concatenated(call: AttentionCall, batch: _Batch) -> tuple[Tensor, Tensor]:
     if call.relative_bias is not None:
         relative = reference.relative_scores(call, pk.shape[2], m)[..., : k.shape[2]]
     if everything and (call.q_len == 1 or not call.causal):
-        return _attend_grouped(call.q, k, v, call.scale, relative=relative)
+        return _attend_folded(call.q, k, v, call.scale, relative=relative)
     mask = reference.visible(call, pk.shape[2], m)[..., : k.shape[2]]
-    return _attend_grouped(call.q, k, v, call.scale, mask, relative)
+    return _attend_folded(call.q, k, v, call.scale, mask, relative)
 
 
 def _concatenated_sdpa(call: AttentionCall) -> Tensor:
@@ -239,7 +236,7 @@ def _concatenated_sdpa(call: AttentionCall) -> Tensor:
     return out.masked_fill(blind[..., None], 0.0)
 
 
-def _attend_grouped(
+def _attend_folded(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, relative: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """`_attend`; in decode, the query heads of a kv head become the queries of one matrix product."""

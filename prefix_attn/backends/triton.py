@@ -12,6 +12,7 @@ from torch import Tensor
 from prefix_attn import regime
 from prefix_attn.kernels.device import device_of, refusal_on
 from prefix_attn.kernels.launch import Operands
+from prefix_attn.transforms import requires_grad, transformed
 from prefix_attn.types import AttentionCall, Gradients, PerInput
 
 choose_regime = regime.choose
@@ -22,7 +23,7 @@ READS_IDS = False
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 
-#: Elements between two keys, or two elements of one, that 32-bit offsets within a tile of 128 keys can bridge.
+#: Elements between two keys, or two elements of a head, that 32-bit offsets within a tile of 128 keys can bridge.
 MAX_STRIDE = 2**22
 
 
@@ -32,12 +33,16 @@ def refusal(call: AttentionCall) -> str | None:
         return f"the kernels accumulate in float32 and take {', '.join(map(str, DTYPES))}, not {call.q.dtype}"
     if not MIN_HEAD_DIM <= call.head_dim <= MAX_HEAD_DIM:
         return f"the kernels take head_dim {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, not {call.head_dim}"
-    if call.relative_bias is not None and call.relative_bias.requires_grad and torch.is_grad_enabled():
+    bias = call.relative_bias
+    wanted = bias is not None and (bias.requires_grad or (transformed() and requires_grad(bias)))
+    if wanted and torch.is_grad_enabled():
         return "its backward kernels have no gradient of relative_bias, which requires one; use backend='torch'"
     k, v, pk, pv = call.k.stride(), call.v.stride(), call.prefix.k.stride(), call.prefix.v.stride()
-    stride = max(k[2], k[3], v[2], v[3], pk[1], pk[2], pv[1], pv[2])
+    stride = max(call.q.stride(3), k[2], k[3], v[2], v[3], pk[1], pk[2], pv[1], pv[2])
     if stride > MAX_STRIDE:
-        return f"keys have a stride of {stride} elements, the kernels take {MAX_STRIDE}; call .contiguous() on k and v"
+        return (
+            f"q or keys have a stride of {stride} elements, the kernels take {MAX_STRIDE}; call .contiguous() on them"
+        )
     return refusal_on(call.q.device)
 
 

@@ -112,18 +112,13 @@ def test_written_choices_are_what_the_kernels_take(tmp_path: Path, monkeypatch: 
     results = [Result(target.key, FAST, "a", "ok", 3.0), Result(target.key, SLOW, "", "8 bytes spilled")]
     write(path, {target.key: SLOW, "prefill/64/float16/0": WRONG}, results, ENVIRONMENT)
     write(path, {target.key: FAST}, results[:1], ENVIRONMENT)
-    q = torch.empty(1, 32, 1, 128, dtype=torch.bfloat16)
-
-    class OnGpu:
-        shape, dtype, device = q.shape, q.dtype, torch.device("cuda", 7)
-
     caches: list[Any] = [config.tuned_configs, config.config_for]
     for function in caches:
         function.cache_clear()
     try:
         assert config.tuned_configs(device) == {target.key: FAST, "prefill/64/float16/0": WRONG}
-        assert config.default_config("decode", OnGpu(), rows=4) == FAST  # type: ignore[arg-type]
-        assert config.default_config("prefill", OnGpu()) == heuristic("prefill", 128, 2, "sm_90", 0)  # type: ignore[arg-type]
+        assert config.config_for("decode", 128, torch.bfloat16, device, rows=4) == FAST
+        assert config.config_for("prefill", 128, torch.bfloat16, device) == heuristic("prefill", 128, 2, "sm_90", 0)
     finally:
         for function in caches:
             function.cache_clear()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import prefix_attn as pa
 from prefix_attn.checks import checked_call
-from prefix_attn.kernels.config import default_config
+from prefix_attn.kernels.config import config_for
 from tests.cases import Case, Inputs, make
 from tests.kernels.calls import DEVICE, WAYS, launch
 
@@ -40,7 +40,8 @@ def test_a_thousand_launches_have_one_output(way: str, dtype: torch.dtype) -> No
     case = replace(CASE, q_len=CASE.kv_len if way == "prefill" else 2)
     inputs = make(case, dtype, DEVICE)
     call = checked_call(*inputs.args, **inputs.options)
-    tile = default_config(way.removesuffix("_split"), inputs.q, rows=64 if way == "grouped" else 2 * call.group)
+    kind, rows = way.removesuffix("_split"), 64 if way == "grouped" else 2 * call.group
+    tile = config_for(kind, call.head_dim, call.q.dtype, call.q.device, rows)
     out, lse = launch(call, way, tile)
     assert bool(out.isfinite().all())
     differing = torch.zeros((), dtype=torch.int64, device=DEVICE)

@@ -172,12 +172,6 @@ def test_a_row_with_bad_bounds_does_not_widen_what_others_read() -> None:
     assert out[1].isnan().all()
 
 
-def test_out_has_the_layout_of_q() -> None:
-    plain = call(replace(CASE, strided=True))
-    out, _ = backend.forward(plain)
-    assert out.stride() == plain.q.stride()
-
-
 def test_refusals() -> None:
     plain = call()
     assert backend.refusal(plain) is None
@@ -185,6 +179,8 @@ def test_refusals() -> None:
     assert "head_dim" in str(backend.refusal(call(replace(CASE, head_dim=8))))
     far = torch.empty_strided(plain.k.shape, (0, 0, 2**25, 1), device="meta")
     assert "stride" in str(backend.refusal(replace(plain, k=far)))
+    apart = torch.empty_strided(plain.q.shape, (0, 0, 0, 2**27), device="meta")
+    assert "stride" in str(backend.refusal(replace(plain, q=apart)))
     inputs = make(CASE, torch.float64, DEVICE)
     with pytest.raises(pa.BackendUnavailable, match="float64"):
         pa.prefix_attention(*inputs.args, **inputs.options, backend="triton")

@@ -20,8 +20,7 @@ CPU = torch.device("cpu")
 )
 def test_who_can(monkeypatch: pytest.MonkeyPatch, target: str, can: bool) -> None:
     monkeypatch.setattr(config, "target_of", lambda device: target)
-    assert early_launch.early(CPU) is can
-    assert early_launch.early_options(CPU) == ({"launch_pdl": True} if can else {})
+    assert early_launch.early_options(CPU) == ({"EARLY": True, "launch_pdl": True} if can else {"EARLY": False})
 
 
 def test_every_program_waits_before_it_reads() -> None:

@@ -149,18 +149,19 @@ def test_options_with_keys_of_a_warp(way: str, options: dict[str, object], tile:
 
 def test_default_tiles() -> None:
     """The shipped configs, not the small tiles of this file, over several of their tiles."""
-    from prefix_attn.kernels.config import default_config
+    from prefix_attn.kernels.config import config_for
 
     case = Case("defaults", prefix_lens=(150, 70), task_ids=(0, 1), q_heads=2, q_len=70, kv_len=200)
     inputs = make(case, device=DEVICE)
     for way in WAYS:
-        check(inputs, way, default_config(way.removesuffix("_split"), inputs.q, rows=64))
+        kind, q = way.removesuffix("_split"), inputs.q
+        check(inputs, way, config_for(kind, q.shape[3], q.dtype, q.device, rows=64))
 
 
 def test_several_tiles_of_gathered_rows() -> None:
     """144 query rows of one task in tiles of the shipped config, and 16 of another."""
-    from prefix_attn.kernels.config import default_config
+    from prefix_attn.kernels.config import config_for
 
     case = Case("several", prefix_lens=(70, 20), task_ids=(0,) * 9 + (1,), q_heads=4, kv_heads=1, q_len=4, kv_len=9)
     inputs = make(case, torch.bfloat16, DEVICE)
-    check(inputs, "grouped", default_config("grouped", inputs.q, rows=64))
+    check(inputs, "grouped", config_for("grouped", inputs.q.shape[3], inputs.q.dtype, inputs.q.device, rows=64))
