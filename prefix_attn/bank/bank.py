@@ -163,7 +163,8 @@ class PrefixBank:
             name: as in `add`.
             tokenizer: the model's; called as ``tokenizer(text, add_special_tokens=...)["input_ids"]``.
             text: for instance a system prompt, chat template applied.
-            model: the bank's base model; it runs once, without gradients and dropout.
+            model: the bank's base model; it runs once, without gradients and dropout, and with the adapters (LoRA)
+                that are active now: rows that use others later attend to keys that the text would not have under them.
             add_special_tokens: leave True for a text that opens the sequence (a BOS token belongs in front of it);
                 requests should then be tokenised without.
             replace: as in `add`.
@@ -322,17 +323,22 @@ class PrefixBank:
         """Names of the tasks, in the order of their ids."""
         return list(self._ids)
 
+    def named(self, source: str | None = None) -> dict[int, str]:
+        """Names by id, of all tasks or of those from one `source`, as they are at one moment."""
+        with CHANGING:
+            return {i: name for name, i in self._ids.items() if source is None or self.source(name) == source}
+
     @property
     def lens(self) -> Tensor:
         """Tokens of the decoder's prefixes, int32 ``[tasks]`` on the device, by id; -1 for a removed task.
 
-        Never written: each change makes a new one.
+        Each change makes a new one; with a reserve it is written in place, and has an entry for every id there can be.
         """
         return self._parts[DECODER].lens[self.device]
 
     @property
     def lengths(self) -> list[int]:
-        """`lens` on the host."""
+        """Tokens of the decoder's prefixes by id, of all ids given so far, on the host; -1 for a removed task."""
         return list(self._parts[DECODER].lengths)
 
     @property

@@ -119,7 +119,7 @@ def read_prefix(path: Path, base: Base, check_base: bool) -> tuple[dict[str, lis
         for part, n in layers.items()
     }
     for part, geometry in base.geometries.items():
-        geometry.check(key_values[part], str(path))
+        geometry.checked(key_values[part], str(path))
     if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(tensors):
         raise IncompatiblePrefix(f"{path}: its values are not those that were saved; fetch or save it again")
     return key_values, Provenance(metadata.get("source", ""), metadata.get("peft_version", ""))

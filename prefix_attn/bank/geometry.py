@@ -60,12 +60,6 @@ class Geometry:
             for layer in self.layers
         ]
 
-    def filled(self, key_values: Sequence[LayerKV | None]) -> list[LayerKV]:
-        """The layers of a prefix, with empty tensors in place of None."""
-        m = next((pair[0].shape[1] for pair in key_values if pair is not None), 0)
-        nothing = torch.empty(0, m, 0)
-        return [(nothing, nothing) if pair is None else pair for pair in key_values]
-
     def token_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of one prefix token over all layers, keys and values."""
         return sum(2 * layer.kv_heads * layer.width for layer in self.layers) * dtype.itemsize
@@ -83,21 +77,24 @@ class Geometry:
         of_all = "" if len(self.attending) == len(self.layers) else f"{len(self.attending)} of "
         return f"{of_all}{len(self.layers)} layers of {' or '.join(map(str, kinds))}"
 
-    def check(self, key_values: Sequence[LayerKV], what: str = "key_values") -> int:
-        """Return the number of prefix tokens m; ``what`` names the prefix in errors.
+    def checked(self, key_values: Sequence[LayerKV | None], what: str = "key_values") -> list[LayerKV]:
+        """The layers of a prefix, with tensors without heads in place of None; ``what`` names it in errors.
 
         Raises:
             IncompatiblePrefix: layers are missing, or k or v of a layer is not ``[kv_heads, m, head_dim]`` with one m.
         """
-        if len(key_values) != len(self.layers):
+        if not isinstance(key_values, Sequence) or len(key_values) != len(self.layers):
+            count = len(key_values) if isinstance(key_values, Sequence) else type(key_values).__name__
             raise IncompatiblePrefix(
-                f"{what}: expected one (k, v) pair for each of the model's {len(self.layers)} "
-                f"layers, got {len(key_values)}"
+                f"{what}: expected one (k, v) pair for each of the model's {len(self.layers)} layers, got {count}"
             )
         tokens: int | None = None
         for i, (pair, layer) in enumerate(zip(key_values, self.layers, strict=True)):
+            if pair is None and not layer.kv_heads:
+                continue
             if not (isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair)):
-                raise IncompatiblePrefix(f"{what}[{i}]: expected a pair of tensors (k, v), got {type(pair).__name__}")
+                got = "None" if pair is None else type(pair).__name__
+                raise IncompatiblePrefix(f"{what}[{i}]: expected a pair of tensors (k, v), got {got}")
             for name, x, dim in zip("kv", pair, layer[1:], strict=True):
                 expected = f"[{layer.kv_heads}, {'m' if tokens is None else tokens}, {dim}]"
                 if x.ndim != 3 or (x.shape[0], x.shape[2]) != (layer.kv_heads, dim) or tokens not in (None, x.shape[1]):
@@ -108,7 +105,8 @@ class Geometry:
                 if not x.is_floating_point():
                     raise IncompatiblePrefix(f"{what}[{i}]: layer {i} takes floating-point {name}, got {x.dtype}")
                 tokens = x.shape[1]
-        return tokens or 0
+        nothing = torch.empty(0, tokens or 0, 0)
+        return [(nothing, nothing) if pair is None else pair for pair in key_values]
 
 
 def devices_of(key_values: Sequence[LayerKV]) -> tuple[torch.device, ...]:

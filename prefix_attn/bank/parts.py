@@ -28,13 +28,10 @@ from prefix_attn.types import PrefixKV, align
 KeyValues = Sequence[LayerKV | None] | Mapping[str, Sequence[LayerKV | None]]
 
 
-#: The device of each layer, for each part.
-Devices = Mapping[str, Sequence[torch.device]]
-
-
 def prepared_parts(
-    key_values: KeyValues, geometries: Mapping[str, Geometry], dtype: torch.dtype, devices: Devices, what: str
-) -> dict[str, list[LayerKV]]:
+    key_values: KeyValues, geometries: Mapping[str, Geometry], dtype: torch.dtype,
+    devices: Mapping[str, Sequence[torch.device]], what: str,
+) -> dict[str, list[LayerKV]]:  # fmt: skip
     """A prefix as a bank keeps it: every part of the model, in the bank's dtype and on each layer's device.
 
     Parts it does not name get length 0.
@@ -51,8 +48,7 @@ def prepared_parts(
     parts = {}
     for part, geometry in geometries.items():
         name = f"{what}[{part!r}]" if isinstance(key_values, Mapping) and len(geometries) > 1 else what
-        layers = geometry.filled(named.get(part, geometry.empty()))
-        geometry.check(layers, name)
+        layers = geometry.checked(named.get(part, geometry.empty()), name)
         parts[part] = [
             (k.detach().to(device, dtype), v.detach().to(device, dtype))
             for (k, v), device in zip(layers, devices[part], strict=True)

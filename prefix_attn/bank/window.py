@@ -33,5 +33,5 @@ class SlidingWindow:
         """One line for a model of ``layers`` layers."""
         return (
             f"sliding window: {len(self.layers)} of {layers} layers see {self.tokens} tokens; there a row sees all of "
-            f"its m prefix tokens up to its token {self.tokens} - m, and none behind its token {self.tokens - 1}"
+            f"its m prefix tokens up to its token {self.tokens} - m, and none after its token {self.tokens - 1}"
         )

@@ -43,7 +43,7 @@ class Answerer:
         self.tokenizer = tokenizer
         self.bank = bank
         # Those whose prefix opens the sequence itself, so that prompts get no BOS.
-        self.made_from_text = {name for name in bank.names if bank.source(name) == "text"}
+        self.made_from_text = {*bank.named("text").values()}
         self._made_by: dict[str | None, str] = {}
         self.encodes: bool = model.config.is_encoder_decoder
         settings = model.generation_config

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from prefix_attn.hf.wiring import bank_of
+
 
 class Assistant:
     """An assistant model as transformers uses it, whose ``generate`` gets the tasks by its own names.
@@ -17,7 +19,7 @@ class Assistant:
 
     def __init__(self, model: Any, names: Sequence[str | None]) -> None:
         self._model = model
-        bank = getattr(getattr(model, "_prefix_attn", None), "bank", None)
+        bank = bank_of(model)
         self._tasks = None if bank is None else [name if name is not None and name in bank else None for name in names]
 
     def __getattr__(self, name: str) -> Any:

@@ -18,8 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from prefix_attn.attention import prefix_attention
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import UnsupportedModel
-from prefix_attn.hf.masks import RequestMask, scope
+from prefix_attn.hf.masks import RequestMask
 from prefix_attn.hf.packed import PackedRows
+from prefix_attn.hf.scope import scope
 from prefix_attn.hf.sources import SOURCES, Call, Source, widened
 from prefix_attn.plan import BatchPlan
 from prefix_attn.types import PrefixKV
@@ -34,7 +35,7 @@ KEYWORD = "prefix_batch"
 #: here. A family that passes any other is not patched: it may be a bias or a mask that a prefix has no share in. (Those
 #: that only a caller's pass has are his own: transformers hands them all on.)
 KNOWN = {
-    "sliding_window", "softcap", "s_aux", "is_causal", "output_attentions", "position_bias", "position_ids",
+    "sliding_window", "softcap", "s_aux", "is_causal", "output_attentions", "position_ids",
     "position_embeddings", "cache_position", "use_cache", "output_hidden_states", "output_router_logits",
     "return_dict", "logits_to_keep", "num_items_in_batch", "layer_idx",
 }  # fmt: skip
@@ -92,11 +93,6 @@ class Batch:
             raise Ambiguous(
                 f"{type(module).__name__}: the layer's cache forgets what its mask would show, so what a query sees of "
                 "a prefix would depend on how the tokens were cut into passes"
-            )
-        if source.made and self.packed:
-            raise UnsupportedModel(
-                f"{type(module).__name__}: continuous batching does not reach the keys that this layer makes of what "
-                "its cache holds; call generate"
             )
         return self.made[source.layer] if source.made else self.bank.layer(source.layer)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import IncompatiblePrefix
 from prefix_attn.hf.attention import KEYWORD
-from prefix_attn.hf.masks import scope
+from prefix_attn.hf.scope import scope
 from prefix_attn.plan import recording
 
 #: The attribute of a cache, or of an encoder's states, that holds a `Mark`.
@@ -97,11 +97,20 @@ def _same(mark: Mark, bank: PrefixBank, task_ids: Tensor | None) -> bool:
     if seen is None or task_ids is None:
         ids = task_ids if seen is None else seen
         return ids is None or not bool((ids >= 0).any())
-    if len(seen) != len(task_ids):  # somebody has copied or dropped rows
-        return recording(task_ids) or set(task_ids.tolist()) <= set(seen.tolist())
     if mark.bank is not None and mark.bank is not bank:
-        return not bool(((seen >= 0) | (task_ids >= 0)).any())
+        return not bool((seen >= 0).any() or (task_ids >= 0).any())
+    if len(seen) != len(task_ids):  # somebody has repeated or dropped rows
+        return recording(task_ids) or _follows(task_ids.tolist(), seen.tolist())
     return not _reads(task_ids) or torch.equal(seen, task_ids)
+
+
+def _follows(given: list[int], seen: list[int]) -> bool:
+    """Whether rows with tasks ``seen`` become ``given`` when each is repeated as often, or some are dropped."""
+    if len(given) > len(seen):
+        times, rest = divmod(len(given), len(seen))
+        return not rest and given == [task for task in seen for _ in range(times)]
+    left = iter(seen)
+    return all(task in left for task in given)
 
 
 def _reads(task_ids: Tensor) -> bool:

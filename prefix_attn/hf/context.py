@@ -22,14 +22,17 @@ from prefix_attn.hf.positions import overflow
 DEFAULT_NEW_TOKENS = 20
 
 
+def option(name: str, options: dict[str, Any], configs: Sequence[Any]) -> Any:
+    """An option of ``generate``: its keyword (also None), else what the first config that says so says."""
+    return options.get(name, next((x for c in configs if (x := getattr(c, name, None)) is not None), None))
+
+
 def new_tokens(inputs: Tensor, options: dict[str, Any], configs: Sequence[Any]) -> int:
-    """Tokens that ``generate`` may add: from its keywords, else from the first config that says."""
-    for name in ("max_new_tokens", "max_length"):
-        values = [options.get(name), *(getattr(config, name, None) for config in configs)]
-        value = next((value for value in values if value is not None), None)
-        if value is not None:
-            return int(value) if name == "max_new_tokens" else max(int(value) - inputs.shape[1], 1)
-    return DEFAULT_NEW_TOKENS
+    """Tokens that ``generate`` may add."""
+    new, length = (option(name, options, configs) for name in ("max_new_tokens", "max_length"))
+    if new is None and length is not None:
+        new = max(length - inputs.shape[1], 1)
+    return DEFAULT_NEW_TOKENS if new is None else int(new)
 
 
 def check_fits(bank: PrefixBank, task_ids: Tensor, inputs: Tensor, mask: Any, new: int) -> None:
@@ -71,17 +74,16 @@ def warn_of_padding(bank: PrefixBank, task_ids: Tensor, inputs: Tensor, mask: An
             return
 
 
-def warn_of_second_opening(bank: PrefixBank, task_ids: Tensor, inputs: Tensor, mask: Any, bos: Any) -> None:
-    """Warn where a prompt begins with the BOS token behind a prefix that is a text.
+def warn_of_second_bos(bank: PrefixBank, task_ids: Tensor, inputs: Tensor, mask: Any, bos: Any) -> None:
+    """Warn where a prompt begins with the BOS token after a prefix that is a text.
 
     Args: those of `check_fits`; bos: the model's token, None where it has none.
     """
     if not isinstance(bos, int) or inputs.ndim != 2 or inputs.is_floating_point() or not inputs.shape[1]:
         return
-    if not any(bank.source(name) == "text" for name in bank.names):
+    texts = bank.named("text")
+    if not texts:
         return  # known without reading the device
-    ids = zip(bank.task_ids(bank.names).tolist(), bank.names, strict=True)
-    texts = {task: name for task, name in ids if bank.source(name) == "text"}
     first = torch.zeros_like(inputs[:, 0], dtype=torch.int64)
     if _is_padding_mask(mask) and mask.shape == inputs.shape:
         first = mask.to(inputs.device).long().argmax(dim=1)
@@ -89,7 +91,7 @@ def warn_of_second_opening(bank: PrefixBank, task_ids: Tensor, inputs: Tensor, m
     for row, (task, twice) in enumerate(zip(task_ids.tolist(), opened.tolist(), strict=True)):
         if twice and task in texts:
             warnings.warn(
-                f"row {row}: its prompt begins with the BOS token, behind the text of {texts[task]!r}; tokenise the "
+                f"row {row}: its prompt begins with the BOS token, after the text of {texts[task]!r}; tokenise the "
                 "prompts of such tasks with add_special_tokens=False",
                 RepeatedBOS,
                 stacklevel=4,

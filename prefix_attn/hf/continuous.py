@@ -35,6 +35,7 @@ from prefix_attn.hf.attention import KEYWORD, Batch
 from prefix_attn.hf.generate import Method
 from prefix_attn.hf.packed import PackedRows, Request
 from prefix_attn.hf.positions import overflow, prefix_lengths
+from prefix_attn.hf.wiring import PATCHED, bank_of
 
 #: The transformers whose engine this was written for; in older ones it works otherwise.
 SINCE = (5, 23)
@@ -89,7 +90,7 @@ class InitContinuousBatching(Method):
                 f"continuous batching: expected the model on one device, got {self.bank.base.placement}; call generate"
             )
         refuse_old_engines()
-        sources = self.model.__dict__["_prefix_attn"].hook.sources
+        sources = getattr(self.model, PATCHED).hook.sources
         if sources is not None and sources.made:
             raise UnsupportedModel(
                 f"{type(self.model).__name__}: continuous batching does not reach the keys that this family makes of "
@@ -107,6 +108,20 @@ class InitContinuousBatching(Method):
                 "model.destroy_cached_continuous_batching_manager() first"
             )
         return kept
+
+
+class NoBatches(Method):
+    """``model.generate_batch`` of a model for which there is none with tasks; without them it is as it was."""
+
+    name = "generate_batch"
+
+    def __call__(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+        if task_ids is not None:
+            raise UnsupportedModel(
+                f"{type(self.model).__name__}: continuous batching with tasks is for decoder-only models, and not for "
+                "those served in the slow way, with copies of the prefixes in their caches; call generate"
+            )
+        return self.original(*args, **kwargs)
 
 
 def refuse_old_engines() -> None:
@@ -293,7 +308,7 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
         self._check_patch()  # before anybody gets the step's tokens
 
     def _check_patch(self) -> None:
-        if getattr(self.model.__dict__.get("_prefix_attn"), "bank", None) is not self.bank:
+        if bank_of(self.model) is not self.bank:
             raise UnsupportedModel(
                 "continuous batching: the model was unpatched, or patched with another bank, meanwhile"
             )

@@ -18,17 +18,17 @@ from prefix_attn.hf.caches import check_tasks_of, remember_tasks
 from prefix_attn.hf.configs import OwnConfigs, check_config
 from prefix_attn.hf.continuous import GenerateBatch, InitContinuousBatching
 from prefix_attn.hf.generate import Generate, PrepareInputs, checked_for_batch
-from prefix_attn.hf.masks import request_mask, scope
+from prefix_attn.hf.masks import request_mask
 from prefix_attn.hf.positions import (
     look_up_rows,
     restore_rows,
-    rows,
     shifted_positions,
     tables_of_positions,
     takes_positions,
 )
+from prefix_attn.hf.scope import scope
 from prefix_attn.hf.sources import NO_INTERFACE, Call, Sources
-from prefix_attn.hf.verify import verify_a_text
+from prefix_attn.hf.verify import verify_a_text, verify_against_replica
 from prefix_attn.hf.wiring import PROBE, Wired
 
 # When this module is imported, so that a patched model which was pickled finds them in another process.
@@ -88,6 +88,9 @@ class DecoderPatch:
             self.leave_in_scope(model)
             verify_a_text(model, self.hook)
 
+    def verify(self, model: Any) -> None:
+        verify_against_replica(model, self.bank, self.hook)
+
     def _check_wiring(self, model: Any) -> None:
         """Make sure ``task_ids`` given to the model reach its decoder; the hook stops the pass on arrival."""
         try:
@@ -136,19 +139,14 @@ class ModelHook:
         if task_ids is PROBE:
             raise Wired
         if task_ids is None:
-            scope.implementation, rows.positions = self.implementation, None
+            scope.implementation, scope.positions = self.implementation, None
             check_tasks_of(kwargs.get("past_key_values"), self.bank, None)
             return args, kwargs | self._passed_down(Batch(self.implementation, recorded=scope.recorded))
-        if len(args) > 1:
-            bound = inspect.signature(body.forward).bind_partial(*args, **kwargs).arguments
-            args, kwargs = (), bound | bound.pop("kwargs", {})
-        inputs = args[0] if args else kwargs.get("input_ids")
-        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
-        assert isinstance(inputs, Tensor), "transformers requires input_ids or inputs_embeds"
+        args, kwargs, inputs = _by_name(body, args, kwargs)
         ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
         check_tasks_of(kwargs.get("past_key_values"), self.bank, ids)
         made = self.sources.made_of(self.bank) if self.sources is not None else []
-        scope.implementation, rows.positions = None, None
+        scope.implementation, scope.positions = None, None
         batch = Batch(self.implementation, self.bank, ids, self.bank.plans(ids), made=tuple(made), strict=self.strict)
         return args, kwargs | self._passed_down(batch)
 
@@ -186,20 +184,28 @@ class PositionsHook:
         if batch is None or batch.task_ids is None or batch.packed is not None:
             return None
         check_config(decoder)
-        if len(args) > 1:
-            bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-            args, kwargs = (), bound | bound.pop("kwargs", {})
-        inputs = args[0] if args else kwargs.get("input_ids")
-        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
-        assert isinstance(inputs, Tensor), "transformers requires input_ids or inputs_embeds"
+        args, kwargs, inputs = _by_name(decoder, args, kwargs)
         positions = shifted_positions(
             self.hook.bank, batch.task_ids, inputs, kwargs.get("position_ids"), kwargs.get("attention_mask"),
             kwargs.get("past_key_values"), decoder,
         )  # fmt: skip
         if takes_positions(decoder):
             return args, kwargs | {"position_ids": positions}
-        rows.positions = positions.expand(inputs.shape[0], -1)
+        scope.positions = positions.expand(inputs.shape[0], -1)
         return None
+
+
+def _by_name(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+    """A call with at most one argument by position, and its input: tokens, or their embeddings."""
+    if len(args) > 1:
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        args, kwargs = (), bound | bound.pop("kwargs", {})
+    inputs = args[0] if args else kwargs.get("input_ids")
+    inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+    assert isinstance(inputs, Tensor), "transformers requires input_ids or inputs_embeds"
+    return args, kwargs, inputs
 
 
 def _takes_keywords(module: Any) -> bool:

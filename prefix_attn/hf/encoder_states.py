@@ -52,7 +52,7 @@ def check_tasks_of_states(bank: PrefixBank, encoder_outputs: Any, task_ids: Any)
     none = torch.full((len(states),), -1, dtype=torch.int32, device=bank.device)
     seen = none if mark.task_ids is None else mark.task_ids
     given = none if task_ids is None else checked_for_batch(bank, task_ids, len(states))
-    lens = bank.plan(none, ENCODER).lens
+    lens = bank.layer(0, ENCODER).lens.to(bank.device)
     prefixed = (prefix_lengths(lens, seen) > 0) | (prefix_lengths(lens, given) > 0)
     other_bank = mark.bank not in (None, bank)
     if bool((((seen != given) | other_bank) & prefixed).any()):

@@ -16,8 +16,8 @@ from torch import Tensor
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import ShapeError, UnsupportedModel
 from prefix_attn.hf.assistant import Assistant
-from prefix_attn.hf.context import check_fits, new_tokens, truncated, warn_of_padding, warn_of_second_opening
-from prefix_attn.hf.masks import scope
+from prefix_attn.hf.context import check_fits, new_tokens, option, truncated, warn_of_padding, warn_of_second_bos
+from prefix_attn.hf.scope import scope
 
 
 class Method:
@@ -100,11 +100,11 @@ class Generate(Method):
             options["attention_mask"] = truncated(self.bank, ids, inputs, options, new)
         check_fits(self.bank, ids, inputs, options.get("attention_mask"), new)
         warn_of_padding(self.bank, ids, inputs, options.get("attention_mask"), new)
-        bos = setting("bos_token_id", options, configs)
-        warn_of_second_opening(self.bank, ids, inputs, options.get("attention_mask"), bos)
+        bos = option("bos_token_id", options, configs)
+        warn_of_second_bos(self.bank, ids, inputs, options.get("attention_mask"), bos)
 
     def _names(self, ids: Tensor) -> list[str | None]:
-        names = dict(zip(self.bank.task_ids(self.bank.names).tolist(), self.bank.names, strict=True))
+        names = self.bank.named()
         return [names.get(task) for task in ids.tolist()]
 
 
@@ -112,20 +112,15 @@ class Generate(Method):
 INPUTS = ("inputs", "inputs_embeds", "input_ids", "input_features")
 
 
-def setting(name: str, options: dict[str, Any], configs: Sequence[Any]) -> Any:
-    """An option of ``generate``: its keyword, else what the first config that says so says."""
-    return options.get(name, next((x for c in configs if (x := getattr(c, name, None)) is not None), None))
-
-
 def _refuse_what_would_be_wrong(options: dict[str, Any], configs: Sequence[Any]) -> None:
-    if setting("output_attentions", options, configs):
+    if option("output_attentions", options, configs):
         raise UnsupportedModel("output_attentions: attention weights are never built; drop it, or unpatch the model")
-    if setting("token_healing", options, configs):
+    if option("token_healing", options, configs):
         raise UnsupportedModel(
             "token_healing: transformers heals the prompts in calls of their own, without their tasks; heal them first "
             "(model.heal_tokens), or do without"
         )
-    if setting("cache_implementation", options, configs) == "paged":
+    if option("cache_implementation", options, configs) == "paged":
         raise UnsupportedModel(
             "cache_implementation: transformers drops padding masks with 'paged'; call "
             "model.generate_batch(prompts, task_ids=...) with a list of tokens per prompt"

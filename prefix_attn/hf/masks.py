@@ -11,7 +11,6 @@ With ``q_offset`` and ``kv_offset`` the positions of the first query and the fir
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,17 +20,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from prefix_attn.errors import ShapeError, UnsupportedModel
-
-
-class _Scope(threading.local):
-    """What the forward pass under way in this thread needs to know; its hook sets it first."""
-
-    implementation: str | None = None  # the model's own, for a pass without tasks; None: a `RequestMask`
-    batch: Any = None  # the `Batch` of a model that does not pass keywords on to its layers
-    recorded: Any = None  # where to note the attention calls of a pass without tasks, if anywhere
-
-
-scope = _Scope()
+from prefix_attn.hf.scope import scope
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.geometry import CROSS, DECODER
 from prefix_attn.errors import UnsupportedModel
 from prefix_attn.hf.attention import KEYWORD, original_attention, refuse_what_would_be_wrong, under_autocast
-from prefix_attn.hf.masks import RequestMask, request_mask, row_spans, scope
+from prefix_attn.hf.masks import RequestMask, request_mask, row_spans
+from prefix_attn.hf.scope import scope
 from prefix_attn.plan import BatchPlan
 
 #: Our name in transformers' registries.

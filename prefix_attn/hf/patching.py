@@ -6,10 +6,13 @@ The request's KV cache stays a plain transformers cache of the request's own tok
    its own copies of its config objects that select them: models that share a config are not touched;
 2. hooks that take ``task_ids``, pass a `Batch` down to the attention layers, and add each row's prefix length to the
    positions (decoder.py), and on each attention layer a note of which prefix it reads (sources.py);
-3. ``generate`` and ``prepare_inputs_for_generation`` that accept ``task_ids`` (generate.py).
+3. ``generate`` and ``prepare_inputs_for_generation`` that accept ``task_ids`` (generate.py), and ``generate_batch``,
+   continuous batching with a task per request (continuous.py);
+4. a mark on each cache of whose prefixes its tokens were computed with (caches.py).
 
-Encoder-decoder models get the same for both their stacks (seq2seq.py). Called without ``task_ids``, the hooks leave
-masks and attention to the implementation the model had before.
+Encoder-decoder models get the same for both their stacks, but for continuous batching (seq2seq.py). A family whose
+attention cannot be replaced gets copies of the prefixes in its cache instead (replica.py). Called without ``task_ids``,
+the hooks leave masks and attention to the implementation the model had before.
 """
 
 from __future__ import annotations
@@ -21,16 +24,13 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from prefix_attn.bank import PrefixBank
-from prefix_attn.errors import IncompatiblePrefix, SlowModel, UnsupportedModel
+from prefix_attn.errors import IncompatiblePrefix, PrefixAttnError, SlowModel, UnsupportedModel
 from prefix_attn.hf.adapters import attach, detach, is_attached, is_wrapper
 from prefix_attn.hf.attention import NAME, Ambiguous
 from prefix_attn.hf.decoder import DecoderPatch, decoder_of
 from prefix_attn.hf.replica import ReplicaPatch
 from prefix_attn.hf.seq2seq import Seq2SeqPatch, refuse_seq2seq
-from prefix_attn.hf.verify import verify_against_replica
-from prefix_attn.hf.verify_parts import verify_parts
-
-_ATTRIBUTE = "_prefix_attn"
+from prefix_attn.hf.wiring import PATCHED
 
 #: Families that keep what they remember of a sequence in the model instead of the cache.
 STATEFUL = ("recurrent_gemma",)
@@ -67,15 +67,16 @@ def patch(model: PreTrainedModel, bank: PrefixBank, verify: bool = False) -> Pre
     if not isinstance(bank, PrefixBank):
         raise IncompatiblePrefix(f"bank: expected a PrefixBank (PrefixBank.for_model), got {type(bank).__name__}")
     bank.check_model(model)
-    before = getattr(model, _ATTRIBUTE, None)
+    before = getattr(model, PATCHED, None)
     unpatch(model)
     try:
         state = _apply(model, bank)
         if verify:
-            if isinstance(state, Seq2SeqPatch):
-                verify_parts(model, bank, state.configs)
-            elif isinstance(state, DecoderPatch):
-                verify_against_replica(model, bank, state.hook)
+            if not len(bank):
+                raise PrefixAttnError(
+                    "verify: expected a bank with at least one task; add one, or patch with verify=False"
+                )
+            state.verify(model)
     except BaseException:
         unpatch(model)
         if before is not None:
@@ -110,7 +111,7 @@ def _apply(model: Any, bank: PrefixBank) -> _State:
 
 
 def _checked(model: Any, state: _State) -> _State:
-    setattr(model, _ATTRIBUTE, state)
+    setattr(model, PATCHED, state)
     state.check(model)
     return state
 
@@ -121,16 +122,10 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
         detach(model)
         unpatch(model.get_base_model())
         return model
-    state = model.__dict__.pop(_ATTRIBUTE, None)
+    state = model.__dict__.pop(PATCHED, None)
     if state is not None:
         state.remove(model)
     return model
-
-
-def bank_of(model: Any) -> PrefixBank | None:
-    """The bank that a model, PEFT's wrapper taken off, is patched with; None for one that is not."""
-    state: _State | None = model.__dict__.get(_ATTRIBUTE)
-    return None if state is None else state.bank
 
 
 def layers_read_the_bank(model: Any) -> bool:
@@ -138,7 +133,7 @@ def layers_read_the_bank(model: Any) -> bool:
 
     Not so where a prefix is copied into a cache, or where layers make their keys of what the bank holds.
     """
-    state: _State = model.__dict__[_ATTRIBUTE]
+    state: _State = model.__dict__[PATCHED]
     if not isinstance(state, DecoderPatch):
         return False
     assert state.hook.sources is not None, "the patch has been checked"

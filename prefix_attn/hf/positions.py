@@ -7,7 +7,6 @@ positions up in a table, ``embed_positions``; there hooks put each row's own.
 from __future__ import annotations
 
 import inspect
-import threading
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import ContextOverflow, UnsupportedModel
+from prefix_attn.hf.scope import scope
 from prefix_attn.plan import recording
 
 #: Families that count positions by the attention mask when none are given; all others count cache slots.
@@ -136,28 +136,19 @@ def takes_positions(module: Any) -> bool:
     return "position_ids" in inspect.signature(module.forward).parameters
 
 
-class _Rows(threading.local):
-    """The decoder's positions ``[batch, q_len]`` in the pass under way in this thread; None: the model's own."""
-
-    positions: Tensor | None = None
-
-
-rows = _Rows()
-
-
 def look_up_rows(
     table: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook of a module that embeds positions and takes one list of them: give it those of all rows."""
-    return None if rows.positions is None else (args, kwargs | {"position_ids": rows.positions.reshape(-1)})
+    return None if scope.positions is None else (args, kwargs | {"position_ids": scope.positions.reshape(-1)})
 
 
 def turn_rows(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Pre-hook of RoFormer's layers: what was looked up, their third argument, from ``[1, 1, batch, q_len, dim]`` to
     ``[batch, 1, q_len, dim]``."""
-    return None if rows.positions is None else (*args[:2], args[2][0, 0][:, None], *args[3:])
+    return None if scope.positions is None else (*args[:2], args[2][0, 0][:, None], *args[3:])
 
 
 def restore_rows(table: Any, args: tuple[Any, ...], embeddings: Tensor) -> Tensor | None:
     """Hook behind it: from a list of embeddings to ``[batch, q_len, hidden]``."""
-    return None if rows.positions is None else embeddings.reshape(*rows.positions.shape, -1)
+    return None if scope.positions is None else embeddings.reshape(*scope.positions.shape, -1)

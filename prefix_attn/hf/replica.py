@@ -23,18 +23,19 @@ from prefix_attn.bank.geometry import DECODER
 from prefix_attn.errors import PrefixAttnError, ShapeError, UnsupportedModel
 from prefix_attn.hf.adapters import pop_task_ids
 from prefix_attn.hf.caches import MARK, Mark, check_tasks_of
+from prefix_attn.hf.continuous import NoBatches
 from prefix_attn.hf.generate import Generate, PrepareInputs, checked_for_batch
 from prefix_attn.hf.positions import (
     look_up_rows,
     restore_rows,
-    rows,
     shifted_positions,
     tables_of_positions,
     takes_positions,
     turn_rows,
 )
+from prefix_attn.hf.scope import scope
 from prefix_attn.hf.sources import fill
-from prefix_attn.hf.verify import TOKENS, check_close, of_all_heads, some_tokens
+from prefix_attn.hf.verify import TOKENS, check_close, of_all_heads, replicated, some_tokens
 
 
 class ReplicaCache(DynamicCache):  # type: ignore[misc]
@@ -75,11 +76,12 @@ class ReplicaPatch:
         ]
         model.generate = Generate(model, bank)
         model.prepare_inputs_for_generation = PrepareInputs(model, "")
+        model.generate_batch = NoBatches(model)
 
     def remove(self, model: Any) -> None:
         for handle in self.handles:
             handle.remove()
-        del model.generate, model.prepare_inputs_for_generation
+        del model.generate, model.generate_batch, model.prepare_inputs_for_generation
 
     def check(self, model: Any) -> None:
         """Raise `UnsupportedModel` unless a padded batch of two texts as prefixes is exact over two passes."""
@@ -100,6 +102,11 @@ class ReplicaPatch:
         finally:
             self.hook.bank = bank
 
+    def verify(self, model: Any) -> None:
+        with torch.no_grad(), evaluating(model):
+            for name in self.bank.names:
+                self._compare(model, [name])
+
     def _compare(self, model: Any, tasks: list[str | None]) -> None:
         tokens = some_tokens(model, TOKENS + 1).expand(len(tasks), -1)
         mask = torch.ones_like(tokens)
@@ -108,10 +115,8 @@ class ReplicaPatch:
         cache = DynamicCache(config=model.config)
         got = self._two_passes(model, tokens, mask, cache, {"task_ids": tasks})
         for row, task in enumerate(tasks):
-            alone, length = DynamicCache(config=model.config), 0
-            if task is not None:
-                fill(alone, [self.hook.bank.key_values(task)])
-                length = self.hook.bank.prefix_len(task)
+            alone = DynamicCache(config=model.config) if task is None else replicated(model, self.hook.bank, task)
+            length = alone.get_seq_length()
             row_mask = torch.cat([mask.new_ones(1, length), mask[row : row + 1]], dim=1)
             expected = self._two_passes(model, tokens[:1], row_mask, alone, {})[0]
             try:
@@ -161,7 +166,7 @@ class ReplicaHook:
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         task_ids = pop_task_ids(kwargs)
-        rows.positions, _under_way.cache = None, None
+        scope.positions, _under_way.cache = None, None
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         cache = given.get("past_key_values")
@@ -173,7 +178,7 @@ class ReplicaHook:
         assert isinstance(inputs, Tensor), "transformers requires input_ids or inputs_embeds"
         ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
         _under_way.without_cache = not given.get("use_cache", getattr(model.config, "use_cache", True))
-        if cache is None or _under_way.without_cache:
+        if cache is None:
             cache = DynamicCache(config=model.config)
         self._begin(cache, ids)
         _refuse_what_would_be_wrong(model, given, _under_way.without_cache)
@@ -184,14 +189,14 @@ class ReplicaHook:
         if takes_positions(model):
             given["position_ids"] = positions
         elif self.tables:
-            rows.positions = positions.expand(inputs.shape[0], -1)
+            scope.positions = positions.expand(inputs.shape[0], -1)
         given["attention_mask"] = torch.cat([cache.prefix_mask.to(own.dtype), own], dim=1)
         cache.inside, _under_way.cache = True, cache
         return (), given | {"past_key_values": cache, "use_cache": True}
 
     def end(self, model: Any, args: Any, out: Any) -> Any:
         """Forward hook: the pass is over, and its cache counts the request's tokens again."""
-        rows.positions = None
+        scope.positions = None
         if _under_way.cache is not None:
             _under_way.cache.inside, _under_way.cache = False, None
             if _under_way.without_cache and out is not None:
@@ -201,7 +206,9 @@ class ReplicaHook:
     def _begin(self, cache: Any, ids: Tensor) -> None:
         """Fill an empty cache with the rows' prefixes; check that a filled one has them."""
         if isinstance(cache, ReplicaCache):
+            cache.inside = True  # a pass that failed may have left prefixes and no tokens
             check_tasks_of(cache, self.bank, ids)
+            cache.inside = False
             if len(cache.prefix_mask) != len(ids):
                 raise ShapeError(
                     f"task_ids: expected {len(cache.prefix_mask)}, one for each row of past_key_values, got {len(ids)}"

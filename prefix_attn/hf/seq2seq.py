@@ -27,13 +27,15 @@ from prefix_attn.hf.adapters import pop_task_ids
 from prefix_attn.hf.attention import KEYWORD
 from prefix_attn.hf.caches import check_tasks_of, remember_tasks
 from prefix_attn.hf.configs import OwnConfigs, check_config
-from prefix_attn.hf.context import check_fits, new_tokens
+from prefix_attn.hf.context import check_fits, new_tokens, option
+from prefix_attn.hf.continuous import NoBatches
 from prefix_attn.hf.encoder_states import StatesHook, check_tasks_of_states, remember_tasks_of_states
-from prefix_attn.hf.generate import INPUTS, Generate, PrepareInputs, checked_for_batch, setting
-from prefix_attn.hf.masks import scope
+from prefix_attn.hf.generate import INPUTS, Generate, PrepareInputs, checked_for_batch
 from prefix_attn.hf.part_attention import NAME, PLACE, PartBatch, Place, part_attention_forward, part_mask
-from prefix_attn.hf.positions import look_up_rows, restore_rows, rows, shifted_positions
+from prefix_attn.hf.positions import look_up_rows, restore_rows, shifted_positions
 from prefix_attn.hf.relative_bias import bias_table, check_buckets
+from prefix_attn.hf.scope import scope
+from prefix_attn.hf.verify_parts import sound_frames, verify_parts
 from prefix_attn.hf.wiring import PROBE, Wired
 
 #: Families whose positions and biases are known, and tested.
@@ -80,14 +82,18 @@ class Seq2SeqPatch:
             self.handles.append(table.register_forward_hook(restore_rows))
         model.generate = Seq2SeqGenerate(model, bank)
         model.prepare_inputs_for_generation = PrepareInputs(model, self.configs.implementation)
+        model.generate_batch = NoBatches(model)
 
     def remove(self, model: Any) -> None:
         for handle in self.handles:
             handle.remove()
-        del model.generate, model.prepare_inputs_for_generation
+        del model.generate, model.generate_batch, model.prepare_inputs_for_generation
         for module in model.modules():
             module.__dict__.pop(PLACE, None)
         self.configs.restore(model)
+
+    def verify(self, model: Any) -> None:
+        verify_parts(model, self.bank, self.configs)
 
     def check(self, model: Any) -> None:
         """Make sure that ``task_ids`` given to the model reach both stacks; the hooks stop the passes on arrival."""
@@ -155,7 +161,7 @@ class StackHook:
         if task_ids is PROBE:
             raise Wired(self.part)
         if self.part == DECODER:
-            rows.positions = None
+            scope.positions = None
         if task_ids is None:
             check_tasks_of(kwargs.get("past_key_values"), self.bank, None)
             scope.implementation = self.implementation
@@ -169,7 +175,7 @@ class StackHook:
         ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
         check_tasks_of(kwargs.get("past_key_values"), self.bank, ids)
         if self.part == DECODER and hasattr(stack, "embed_positions"):
-            rows.positions = shifted_positions(
+            scope.positions = shifted_positions(
                 self.bank, ids, inputs, kwargs.get("position_ids"), kwargs.get("attention_mask"),
                 kwargs.get("past_key_values"), stack,
             )  # fmt: skip
@@ -196,7 +202,7 @@ class Seq2SeqGenerate(Generate):
                 "truncation: expected a decoder-only model; the input of an encoder has no prefix to make room for: "
                 "let the tokenizer cut it"
             )
-        if setting("prefill_chunk_size", options, configs) is not None:
+        if option("prefill_chunk_size", options, configs) is not None:
             raise UnsupportedModel(
                 "prefill_chunk_size: transformers cuts the mask of the encoder's input to the length of the decoder's "
                 "chunk, so that padding is seen or tokens are not; drop it"
@@ -215,18 +221,17 @@ def _refuse_several_passes(model: Any, sound: Tensor, options: dict[str, Any], c
 
     It then neither copies nor selects the rows' tasks.
     """
-    encoder = model.get_encoder()
-    frames = encoder.config.max_source_positions * encoder.conv1.stride[0] * encoder.conv2.stride[0]
+    frames = sound_frames(model)
     if sound.shape[-1] > frames:
         raise UnsupportedModel(
             f"input_features: expected at most {frames} frames with task_ids, got {sound.shape[-1]}; long-form "
             "transcription drops rows on its way: cut the sound into windows"
         )
-    if setting("return_timestamps", options, configs):
+    if option("return_timestamps", options, configs):
         raise UnsupportedModel("return_timestamps: Whisper then runs again on some of the rows; drop it")
-    if isinstance(setting("temperature", options, configs), list | tuple):
+    if isinstance(option("temperature", options, configs), list | tuple):
         raise UnsupportedModel("temperature: Whisper runs again on the rows that need the next one; give one number")
-    if (setting("num_return_sequences", options, configs) or 1) > 1:
+    if (option("num_return_sequences", options, configs) or 1) > 1:
         raise UnsupportedModel("num_return_sequences: Whisper copies the rows, but not their tasks; pass copies")
 
 

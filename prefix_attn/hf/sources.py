@@ -172,8 +172,11 @@ class Sources:
 
 
 def _weights_of(module: nn.Module) -> tuple[Any, ...]:
-    """What tells whether a layer's weights have changed: how often each was written, and which adapters are active."""
-    adapted = []
+    """What tells whether a layer's weights have changed: how often each was written, and what its adapters add.
+
+    Writes through ``.data`` are not counted by PyTorch. Those of adapters, whose hot swap writes so, are seen by a sum.
+    """
+    adapted: list[Any] = []
     layer: Any
     for layer in module.modules():
         if hasattr(layer, "active_adapters") and hasattr(layer, "scaling"):
@@ -182,7 +185,9 @@ def _weights_of(module: nn.Module) -> tuple[Any, ...]:
                     "adapter_names: this family's layers make keys of what the bank holds, and each row's adapter "
                     "would make others; use one adapter a batch (set_adapter)"
                 )
-            adapted.append((list(layer.active_adapters), layer.disable_adapters, dict(layer.scaling)))
+            own = [p for name, p in layer.named_parameters() if not name.startswith("base_layer.")]
+            sums = torch.stack([p.detach().double().sum() for p in own]).tolist() if own else []
+            adapted.append((list(layer.active_adapters), layer.disable_adapters, dict(layer.scaling), sums))
     written = [-1 if p.is_inference() else p._version for p in module.parameters()]
     return [id(p) for p in module.parameters()], written, adapted
 
@@ -194,12 +199,6 @@ def fill(cache: Any, rows: Sequence[Sequence[LayerKV]]) -> None:
             cache.update(*(torch.stack(x) for x in zip(*(row[i] for row in rows), strict=True)), i)
 
 
-def one_width(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """k and v with the narrower head dim padded with zeros to the wider."""
-    width = max(k.shape[-1], v.shape[-1])
-    return widened(k, width), widened(v, width)
-
-
 def widened(x: Tensor, width: int) -> Tensor:
     """``x [..., dim]`` padded with zeros to ``[..., width]``."""
     return x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))
@@ -207,7 +206,8 @@ def widened(x: Tensor, width: int) -> Tensor:
 
 def _prefix_of(call: Call) -> tuple[Tensor, Tensor]:
     """All but the own token of a recorded call, in one width."""
-    return one_width(call.key[0, :, :-1], call.value[0, :, :-1])
+    width = max(call.key.shape[3], call.value.shape[3])
+    return widened(call.key[0, :, :-1], width), widened(call.value[0, :, :-1], width)
 
 
 def _reads(call: Call, pair: LayerKV, m: int) -> bool:

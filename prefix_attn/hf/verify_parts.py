@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.forward import evaluating
 from prefix_attn.bank.geometry import DECODER
-from prefix_attn.errors import PrefixAttnError
 from prefix_attn.hf.attention import KEYWORD, original_attention
 from prefix_attn.hf.part_attention import NAME, PLACE, PartBatch, Place, part_mask
-from prefix_attn.hf.verify import TOKENS, check_close
+from prefix_attn.hf.verify import TOKENS, check_close, some_tokens
 
 #: The name of the slow way in transformers' registries, while it is compared.
 REPLICA = "prefix_attn_parts_replica"
@@ -25,20 +25,13 @@ def verify_parts(model: Any, bank: PrefixBank, configs: Any) -> None:
     Args:
         model: patched with the bank.
         configs: its `OwnConfigs`.
-
-    Raises:
-        PrefixAttnError: the bank is empty, so that there is nothing to compare.
     """
-    if not len(bank):
-        raise PrefixAttnError("verify: expected a bank with at least one task; add one, or patch with verify=False")
     AttentionInterface.register(REPLICA, replicated_attention)
     AttentionMaskInterface.register(REPLICA, part_mask)
-    tokens = (torch.arange(TOKENS, device=model.device) * 7 + 3)[None] % model.config.vocab_size
+    tokens = some_tokens(model, TOKENS)
     inputs = {model.main_input_name: _sound(model) if model.main_input_name == "input_features" else tokens}
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             for name in bank.names:
                 logits = []
                 for implementation in (NAME, REPLICA):
@@ -48,16 +41,19 @@ def verify_parts(model: Any, bank: PrefixBank, configs: Any) -> None:
                 check_close(model, name, *logits)
     finally:
         configs.select(model.modules(), NAME)
-        model.train(was_training)
 
 
 def _sound(model: Any) -> Tensor:
     """Mel features of the length that Whisper's encoder takes: a slow wave in every bin."""
-    encoder = model.get_encoder()
-    length = encoder.config.max_source_positions * encoder.conv1.stride[0] * encoder.conv2.stride[0]
-    time = torch.arange(length, device=model.device)
-    bins = torch.arange(encoder.config.num_mel_bins, device=model.device)
+    time = torch.arange(sound_frames(model), device=model.device)
+    bins = torch.arange(model.get_encoder().config.num_mel_bins, device=model.device)
     return torch.sin(0.1 * time + bins[:, None])[None].to(model.dtype)
+
+
+def sound_frames(model: Any) -> int:
+    """Frames of sound that Whisper's encoder takes."""
+    encoder = model.get_encoder()
+    return int(encoder.config.max_source_positions * encoder.conv1.stride[0] * encoder.conv2.stride[0])
 
 
 def replicated_attention(

@@ -17,6 +17,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import ContextOverflow, PrefixAttnError, ShapeError, UnsupportedModel
 from prefix_attn.hf.continuous import refuse_old_engines
+from prefix_attn.hf.wiring import bank_of
 from prefix_attn.serving.sampling import Sampling, install
 
 #: Tokens of a page of the cache.
@@ -222,7 +223,7 @@ def _bank_of(model: Any) -> PrefixBank:
         raise UnsupportedModel(
             f"{name}: its active PEFT adapter is a prompt or a prefix itself; load that into the bank instead"
         )
-    if getattr(model, "_prefix_attn", None) is None:
+    if bank_of(model) is None:
         raise UnsupportedModel(f"{name}: expected a patched model; call prefix_attn.patch(model, bank) first")
     bank: PrefixBank | None = getattr(model.init_continuous_batching, "bank", None)
     if bank is None:

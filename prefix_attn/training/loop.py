@@ -24,7 +24,7 @@ from prefix_attn.bank import Base, PrefixBank
 from prefix_attn.bank.forward import cached_kv, evaluating, unwrap
 from prefix_attn.bank.geometry import LayerKV
 from prefix_attn.errors import IncompatiblePrefix, PrefixAttnError, ShapeError, UnknownTask
-from prefix_attn.hf.patching import bank_of
+from prefix_attn.hf.wiring import bank_of
 from prefix_attn.training.examples import NOT_SCORED, Example, Row, by_task, checked_examples, rows_of, split
 from prefix_attn.training.prefixes import PROJECTION, TrainablePrefixes
 

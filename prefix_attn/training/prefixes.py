@@ -29,8 +29,9 @@ from prefix_attn.bank.plans import Plans
 from prefix_attn.errors import IncompatiblePrefix, ShapeError, UnsupportedModel
 from prefix_attn.hf import patch, unpatch
 from prefix_attn.hf.adapters import is_attached
-from prefix_attn.hf.patching import bank_of, layers_read_the_bank
+from prefix_attn.hf.patching import layers_read_the_bank
 from prefix_attn.hf.sources import widened
+from prefix_attn.hf.wiring import bank_of
 from prefix_attn.types import PrefixKV, align
 
 #: Hidden width of a prefix's MLP.

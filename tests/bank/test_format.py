@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -318,13 +317,6 @@ def test_a_loaded_bank_does_not_need_its_files(bank: PrefixBank, tmp_path: Path)
     before = state(again)
     shutil.rmtree(tmp_path / "bank")
     assert state(again) == before
-
-
-def test_saving_warns_of_nothing(bank: PrefixBank, tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        bank.save_pretrained(tmp_path)
-        PrefixBank.from_pretrained(tmp_path, MODEL)
 
 
 def test_saving_into_a_bank_touches_no_other_task(tmp_path: Path) -> None:

@@ -243,6 +243,9 @@ def _bad_values(bank: PrefixBank) -> dict[str, tuple[object, type[Exception], st
         "tokens of v": ([good[0], (k, v[:, :3])], IncompatiblePrefix, r"layer 1 takes v .*got \[2, 3, 8\]"),
         "tokens of layer": ([good[0], (k[:, :3], v[:, :3])], IncompatiblePrefix, r"layer 1 takes k .*got \[2, 3, 8\]"),
         "no pair": ([good[0], k], IncompatiblePrefix, r"key_values\[1\]: expected a pair"),
+        "no tensors": ([([1.0], [2.0])] * 2, IncompatiblePrefix, r"key_values\[0\]: expected a pair of tensors"),
+        "None for a layer with keys": ([None, good[1]], IncompatiblePrefix, r"key_values\[0\]: .* got None"),
+        "nothing": (None, IncompatiblePrefix, "2 layers, got NoneType"),
         "triple": ([good[0], (k, v, v)], IncompatiblePrefix, r"key_values\[1\]: expected a pair"),
         "no tensor": ([good[0], (k, v.numpy())], IncompatiblePrefix, r"key_values\[1\]: expected a pair"),
         "integers": ([good[0], (k.int(), v)], IncompatiblePrefix, "layer 1 takes floating-point k, got torch.int32"),
@@ -273,12 +276,6 @@ def test_bad_names(bank: PrefixBank, name: object) -> None:
     with pytest.raises(IncompatiblePrefix, match=r"^name: "):
         bank.add(name, random_kv(bank.geometry, 5))  # type: ignore[arg-type]
     assert state(bank) == before
-
-
-def test_a_task_is_replaced_only_on_purpose(bank: PrefixBank) -> None:
-    bank.add("a", random_kv(bank.geometry, 5))
-    with pytest.raises(IncompatiblePrefix, match="remove it first"):
-        bank.add("a", random_kv(bank.geometry, 6))
 
 
 def test_memory_usage_is_exact(bank: PrefixBank) -> None:

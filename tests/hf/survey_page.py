@@ -29,7 +29,6 @@ holds the row's prefix, fed in the same steps; and the forward pass with PEFT.
 - **slow**: right, but with a copy of the prefix in every row's cache, as PEFT does it; `pa.patch` gives a `SlowModel`
   warning.
 - **refused**: `pa.patch` or `PrefixBank.for_model` raises `UnsupportedModel` with the reason.
-- **untested**: cannot be built here, so nothing is claimed.
 
 Images go with a prefix where they leave the mask causal (`tests/hf/test_images.py`: llava, qwen2_vl, qwen3_vl). Where
 their tokens see each other (gemma3), or text attends to them in layers of their own (mllama), a pass with images is
@@ -134,7 +133,7 @@ def _comparison(results: Sequence[Result], older: Sequence[Result]) -> str:
     return (
         f"\nWith transformers {older[0].version}: of its {len(causal)} causal-LM types {_statuses(causal)};\nof its "
         f"{len(images)} others {_statuses(images)}.\n"
-        f"Types of another class there than above: {', '.join(changed) or 'none'}.\n"
+        f"Types that fare otherwise there than above: {', '.join(changed) or 'none'}.\n"
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import save_file
 from transformers import DynamicCache, StaticCache
 
@@ -130,6 +131,8 @@ class TestCaches:
         cache = self.prefill(model, task_ids=TASKS)
         pa.patch(model, make_bank(model))
         self.refuses(model, cache, TASKS, match="of another bank")
+        cache.batch_repeat_interleave(2)
+        self.refuses(model, cache, [task for task in TASKS for _ in range(2)], match="of another bank")
 
     def test_copied_rows(self, model: Any) -> None:
         cache = self.prefill(model, task_ids=TASKS)
@@ -138,6 +141,15 @@ class TestCaches:
         cache = self.prefill(model, task_ids=["five"] * 4)
         cache.batch_repeat_interleave(2)
         self.refuses(model, cache, ["nine"] * 8)
+        cache = self.prefill(model, task_ids=TASKS)
+        cache.batch_repeat_interleave(2)
+        self.refuses(model, cache, TASKS * 2)  # the same tasks, of other rows
+
+    def test_dropped_rows(self, model: Any) -> None:
+        cache = self.prefill(model, task_ids=TASKS)
+        cache.batch_select_indices(torch.tensor([1, 3]))
+        self.refuses(model, cache, [TASKS[3], TASKS[1]])
+        self.follow(model, cache, [TASKS[1], TASKS[3]])
 
     @pytest.mark.parametrize("tasks", [["nine"] * 4, [None] * 4])
     def test_static(self, model: Any, tasks: Any) -> None:
@@ -263,6 +275,19 @@ class TestMadePrefixes:
             torch.testing.assert_close(logits(wrapper, task_ids=["nine"] * 4), before)
         with pytest.raises(pa.UnsupportedModel, match="adapter_names"):
             logits(wrapper, task_ids=["nine"] * 4, adapter_names=["default", "second"] * 2)
+
+    def test_they_follow_an_adapter_that_is_swapped(self, model: Any, tmp_path: Path) -> None:
+        config = peft.LoraConfig(r=4, target_modules=["kv_b_proj"], init_lora_weights=False)
+        wrapper = peft.get_peft_model(model, config).eval()
+        wrapper.save_pretrained(tmp_path)
+        expected = logits(pa.patch(wrapper, random_bank(wrapper)), task_ids=["nine"] * 4)
+        with torch.no_grad():
+            for name, x in wrapper.named_parameters():
+                if "lora_" in name:
+                    x.data.mul_(2)  # which PyTorch does not count
+        assert not torch.allclose(logits(wrapper, task_ids=["nine"] * 4), expected)
+        hotswap_adapter(wrapper, tmp_path, "default")
+        torch.testing.assert_close(logits(wrapper, task_ids=["nine"] * 4), expected)
 
     def test_gradients_equal_those_of_a_replica(self, model: Any) -> None:
         bank, ids = random_bank(model), X["input_ids"][:1]

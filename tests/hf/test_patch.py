@@ -177,9 +177,52 @@ def test_the_slow_way() -> None:
     with pytest.raises(pa.UnsupportedModel, match="StaticCache"):
         model.generate(**inputs, **GREEDY, task_ids=TASKS, cache_implementation="static")
     assert torch.equal(model.generate(**inputs, **GREEDY, task_ids=TASKS, use_cache=False), expected)
+    with pytest.raises(pa.UnsupportedModel, match="slow way"):
+        model.generate_batch([[5, 6, 7]], task_ids=["nine"])
     pa.unpatch(model)
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
+
+
+def test_the_slow_way_reads_a_cache_that_it_does_not_fill() -> None:
+    model = tiny_random_model("gptj")
+    with pytest.warns(pa.SlowModel):
+        pa.patch(model, random_bank(model))
+    ids = padded_inputs(paddings=(0, 0, 0, 0))["input_ids"]
+    found = []
+    for use_cache in (True, False):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(ids[:, :5], past_key_values=cache, task_ids=TASKS)
+            found.append(model(ids[:, 5:], past_key_values=cache, use_cache=use_cache, task_ids=TASKS).logits)
+    assert torch.equal(*found)
+
+
+def test_the_slow_way_leaves_no_prefix_for_other_tasks() -> None:
+    """A pass that is refused, or breaks off, has put its prefixes into the cache by then."""
+    model = tiny_random_model("gptj")
+    with pytest.warns(pa.SlowModel):
+        pa.patch(model, random_bank(model))
+    ids, cache = padded_inputs()["input_ids"], DynamicCache(config=model.config)
+    with pytest.raises(pa.UnsupportedModel):
+        model(ids, attention_mask=torch.ones(4, 1, 8, 8), past_key_values=cache, task_ids=TASKS)
+    with pytest.raises(pa.IncompatiblePrefix, match="computed with tasks"):
+        model(ids, past_key_values=cache, task_ids=["nine"] * 4)
+
+
+@pytest.mark.filterwarnings("ignore:served in the slow way")
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_a_patch_leaves_modes_of_parts_alone_and_verifies(family: str) -> None:
+    model = tiny_random_model(family)
+    model.train()
+    frozen = next(module for name, module in model.named_modules() if name.endswith("0"))
+    frozen.eval()
+    bank = random_bank(model)
+    pa.patch(model, bank, verify=True)
+    assert (model.training, frozen.training) == (True, False)
+    with pytest.raises(pa.PrefixAttnError, match="at least one task"):
+        pa.patch(model, pa.PrefixBank.for_model(model), verify=True)
+    assert model._prefix_attn.bank is bank
 
 
 def test_a_bank_of_another_model_is_refused_and_nothing_changes(llama: Any) -> None:
@@ -216,6 +259,9 @@ def test_context_overflow(llama: Any) -> None:
     hook.remove()
     with torch.no_grad():
         llama(**padded_inputs(length=120), task_ids=[None] * 4)  # without prefix there is no overflow
+    llama.generation_config.max_new_tokens = 100  # which None takes back
+    made = llama.generate(**inputs, task_ids=TASKS, max_new_tokens=None, max_length=112)
+    assert made.shape[1] == 112
 
 
 def test_masks_that_do_not_say_what_becomes_of_the_prefix(llama: Any) -> None:

@@ -91,7 +91,7 @@ def test_a_text_as_prefix_opens_the_sequence_once(example: Example) -> None:
     said = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     assert [text.partition(">")[2] for text in said] == ["ehllo", "hi"]
     inputs = tokenizer(["hello>", "hi>"], **asked)
-    with pytest.warns(pa.RepeatedBOS, match="row 1: its prompt begins with the BOS token, behind the text of 'told'"):
+    with pytest.warns(pa.RepeatedBOS, match="row 1: its prompt begins with the BOS token, after the text of 'told'"):
         model.generate(**inputs, task_ids=["upper", "told"], **OPTIONS)
     model.generate(**inputs, task_ids=["upper", None], **OPTIONS)
     inputs["attention_mask"] = inputs["attention_mask"].bool()

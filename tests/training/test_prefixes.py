@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import prefix_attn as pa
-from prefix_attn.hf.patching import bank_of
+from prefix_attn.hf.wiring import bank_of
 from prefix_attn.training import TrainablePrefixes
 from tests.hf.families import random_prefix, tiny_model
 from tests.hf.peft_oracle import prefix_tuned

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prefix_attn as pa
-from prefix_attn.hf.patching import bank_of
+from prefix_attn.hf.wiring import bank_of
 from prefix_attn.string_tasks.tasks import TASKS, draw_input, prompt_without_instruction
 from prefix_attn.training import Example, Loss, TrainablePrefixes, Trained, loop, train
 from tests.hf.test_text import EXAMPLE
