@@ -70,6 +70,15 @@ inline bool along_head(const Call& call, const Queries& queries) {
     return queries.count <= FEW_QUERIES && !call.batch_invariant;
 }
 
+// Begins to load keys or values where they are so short that the processor would notice too late that they follow each
+// other: two cache lines at most, and 8 KiB of them.
+inline void fetch(const Element* x, int64_t token, int64_t count) {
+    constexpr int64_t LINE = 64 / sizeof(Element), LINES = (HEAD_DIM + LINE - 1) / LINE, MOST = 128 / LINES;
+    if constexpr (LINES <= 2)
+        for (int64_t j = 0; j < std::min(count, MOST); j++)
+            for (int64_t line = 0; line < LINES; line++) __builtin_prefetch(x + j * token + line * LINE);
+}
+
 // Writes the results of the queries that were added, and cuts the part to the keys that one of them sees; false where
 // none sees any.
 bool attend(const Call& call, Part& part, Scratch& s, const Results& results) {
@@ -83,6 +92,8 @@ bool attend(const Call& call, Part& part, Scratch& s, const Results& results) {
         return false;
     }
     part.from = from, part.to = to;
+    fetch(part.k + from * part.k_token, part.k_token, to - from);
+    fetch(part.v + from * part.v_token, part.v_token, to - from);
     if (along_head(call, queries)) attend_along_head(call, part, s, results);
     else attend_in_lanes(call, part, s, results);
     return true;
