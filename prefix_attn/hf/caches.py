@@ -129,6 +129,9 @@ def remember_tasks(decoder: Any, args: Any, kwargs: dict[str, Any], output: Any)
 def has_tokens(cache: Any) -> bool:
     """Whether a cache holds tokens; False for a static one whose count is on an accelerator, or is being compiled."""
     length = cache.get_seq_length()
+    cross = getattr(cache, "cross_attention_cache", None)
+    if cross is not None and any(cache.is_updated.values()):
+        length = length + cross.get_seq_length()  # a crop leaves the keys of the encoder's output
     if isinstance(length, Tensor) and (torch.compiler.is_compiling() or not length.is_cpu):
         return False
     return bool(length > 0)

@@ -140,6 +140,8 @@ class ModelHook:
             raise Wired
         if task_ids is None:
             scope.implementation, scope.positions = self.implementation, None
+            if len(args) > 1:
+                args, kwargs, _ = _by_name(body, args, kwargs)
             check_tasks_of(kwargs.get("past_key_values"), self.bank, None)
             return args, kwargs | self._passed_down(Batch(self.implementation, recorded=scope.recorded))
         args, kwargs, inputs = _by_name(body, args, kwargs)

@@ -7,6 +7,7 @@ remember, and are taken as they are.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -35,6 +36,9 @@ class StatesHook:
         self.bank = bank
 
     def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if args:
+            bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+            kwargs = bound | bound.pop("kwargs", {})
         states, cache = kwargs.get("encoder_outputs"), kwargs.get("past_key_values")
         tasks = kwargs.get("task_ids", kwargs.get(RELAYED))
         if states is not None and tasks is not PROBE and not (cache is not None and has_tokens(cache)):

@@ -28,8 +28,10 @@ from prefix_attn.errors import IncompatiblePrefix, PrefixAttnError, SlowModel, U
 from prefix_attn.hf.adapters import attach, detach, is_attached, is_wrapper
 from prefix_attn.hf.attention import NAME, Ambiguous
 from prefix_attn.hf.decoder import DecoderPatch, decoder_of
+from prefix_attn.hf.part_attention import PLACE
 from prefix_attn.hf.replica import ReplicaPatch
 from prefix_attn.hf.seq2seq import Seq2SeqPatch, refuse_seq2seq
+from prefix_attn.hf.sources import SOURCES
 from prefix_attn.hf.wiring import PATCHED
 
 #: Families that keep what they remember of a sequence in the model instead of the cache.
@@ -70,6 +72,7 @@ def patch(model: PreTrainedModel, bank: PrefixBank, verify: bool = False) -> Pre
     before = getattr(model, PATCHED, None)
     unpatch(model)
     try:
+        _refuse_shared_layers(model)
         state = _apply(model, bank)
         if verify:
             if not len(bank):
@@ -138,6 +141,16 @@ def layers_read_the_bank(model: Any) -> bool:
         return False
     assert state.hook.sources is not None, "the patch has been checked"
     return not state.hook.sources.made
+
+
+def _refuse_shared_layers(model: Any) -> None:
+    """Raise `UnsupportedModel` for a model, not patched itself, with layers of one that is."""
+    for name, module in model.named_modules():
+        if PLACE in module.__dict__ or SOURCES in module.__dict__:
+            raise UnsupportedModel(
+                f"{type(model).__name__}: shares {name} with another patched model, whose prefixes its layers would "
+                "read; unpatch that one, or patch a copy (copy.deepcopy)"
+            )
 
 
 def _refuse(model: Any) -> None:

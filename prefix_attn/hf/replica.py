@@ -20,8 +20,8 @@ from transformers import DynamicCache
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.forward import FAILURES, cached_kv, evaluating
 from prefix_attn.bank.geometry import DECODER
-from prefix_attn.errors import PrefixAttnError, ShapeError, UnsupportedModel
-from prefix_attn.hf.adapters import pop_task_ids
+from prefix_attn.errors import IncompatiblePrefix, PrefixAttnError, ShapeError, UnsupportedModel
+from prefix_attn.hf.adapters import RELAYED, pop_task_ids
 from prefix_attn.hf.caches import MARK, Mark, check_tasks_of
 from prefix_attn.hf.continuous import NoBatches
 from prefix_attn.hf.generate import Generate, PrepareInputs, checked_for_batch
@@ -54,6 +54,44 @@ class ReplicaCache(DynamicCache):  # type: ignore[misc]
         held: int = super().get_seq_length(layer_idx)
         return held if self.inside else held - self.prefix_mask.shape[1]
 
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As usual, inside a pass of the patched model; any other pass would take the prefixes for tokens."""
+        if not self.inside and self.prefix_mask.shape[1]:
+            raise IncompatiblePrefix(
+                "past_key_values: begins with copies of prefixes, which only the patched model knows to count, called "
+                "with the same task_ids; start a new cache"
+            )
+        keys_and_values: tuple[Tensor, Tensor] = super().update(*args, **kwargs)
+        return keys_and_values
+
+    def check_whole(self) -> None:
+        """Raise `IncompatiblePrefix` where somebody has removed tokens of the prefixes."""
+        if super().get_seq_length() < self.prefix_mask.shape[1]:
+            raise IncompatiblePrefix(
+                "past_key_values: its prefixes, which this family has in its cache, were cropped with its tokens; "
+                "start a new cache"
+            )
+
+    def reset(self) -> None:
+        """Forget tokens and prefixes: an empty plain cache again."""
+        super().reset()
+        del self.prefix_mask, self.inside
+        if hasattr(self, MARK):
+            delattr(self, MARK)
+        self.__class__ = DynamicCache
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.prefix_mask = self.prefix_mask[beam_idx.to(self.prefix_mask.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.prefix_mask = self.prefix_mask.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.prefix_mask = self.prefix_mask[indices]
+
 
 class ReplicaPatch:
     """Everything one patched model got, and what it takes to give it back."""
@@ -66,6 +104,10 @@ class ReplicaPatch:
             model.register_forward_pre_hook(self.hook, with_kwargs=True, prepend=True),
             model.register_forward_hook(self.hook.end, always_call=True),
         ]
+        self.handles += [
+            module.register_forward_pre_hook(_refuse_tasks, with_kwargs=True, prepend=True)
+            for module in {model.base_model, decoder} - {model}
+        ]
         for table in self.hook.tables:
             self.handles.append(table.register_forward_pre_hook(look_up_rows, with_kwargs=True))
             self.handles.append(table.register_forward_hook(restore_rows))
@@ -74,7 +116,7 @@ class ReplicaPatch:
             for module in decoder.modules()
             if type(module).__name__ == "RoFormerLayer"
         ]
-        model.generate = Generate(model, bank)
+        model.generate = ReplicaGenerate(model, bank)
         model.prepare_inputs_for_generation = PrepareInputs(model, "")
         model.generate_batch = NoBatches(model)
 
@@ -154,6 +196,21 @@ class _Pass(threading.local):
 _under_way = _Pass()
 
 
+def end_interrupted_pass() -> None:
+    """Let a cache know that its pass is over: PyTorch calls no hooks where an interrupt ended one."""
+    scope.positions = None
+    if _under_way.cache is not None:
+        _under_way.cache.inside, _under_way.cache = False, None
+
+
+class ReplicaGenerate(Generate):
+    """`Generate` that ends what was interrupted first, for it reads the cache's length."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        end_interrupted_pass()
+        return super().__call__(*args, **kwargs)
+
+
 class ReplicaHook:
     """Forward pre-hook of the whole model: puts prefixes into its cache, its mask and its positions."""
 
@@ -166,18 +223,19 @@ class ReplicaHook:
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         task_ids = pop_task_ids(kwargs)
-        scope.positions, _under_way.cache = None, None
+        end_interrupted_pass()
         given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         cache = given.get("past_key_values")
         if task_ids is None:
-            check_tasks_of(cache, self.bank, None)
+            self.check(cache, None)
             return args, kwargs
         inputs = given.get("input_ids")
         inputs = given.get("inputs_embeds") if inputs is None else inputs
         assert isinstance(inputs, Tensor), "transformers requires input_ids or inputs_embeds"
         ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
-        _under_way.without_cache = not given.get("use_cache", getattr(model.config, "use_cache", True))
+        use_cache = given.get("use_cache")
+        _under_way.without_cache = not (getattr(model.config, "use_cache", True) if use_cache is None else use_cache)
         if cache is None:
             cache = DynamicCache(config=model.config)
         self._begin(cache, ids)
@@ -185,6 +243,11 @@ class ReplicaHook:
         own = given.get("attention_mask")
         if own is None:
             own = torch.ones(inputs.shape[0], cache.get_seq_length() + inputs.shape[1], device=inputs.device)
+        elif own.shape[1] < cache.get_seq_length() + inputs.shape[1]:
+            raise ShapeError(
+                f"attention_mask: expected {cache.get_seq_length() + inputs.shape[1]} columns, one for each token seen "
+                f"so far, got {own.shape[1]}"
+            )
         positions = shifted_positions(self.bank, ids, inputs, given.get("position_ids"), own, cache, self.decoder)
         if takes_positions(model):
             given["position_ids"] = positions
@@ -203,12 +266,22 @@ class ReplicaHook:
                 return type(out)(**{name: x for name, x in out.items() if name != "past_key_values"})
         return None
 
+    def check(self, cache: Any, ids: Tensor | None) -> None:
+        """`check_tasks_of`; prefixes left by a pass that failed, or by a crop, count as tokens."""
+        if not isinstance(cache, ReplicaCache):
+            check_tasks_of(cache, self.bank, ids)
+            return
+        cache.inside = True
+        try:
+            check_tasks_of(cache, self.bank, ids)
+        finally:
+            cache.inside = False
+
     def _begin(self, cache: Any, ids: Tensor) -> None:
         """Fill an empty cache with the rows' prefixes; check that a filled one has them."""
         if isinstance(cache, ReplicaCache):
-            cache.inside = True  # a pass that failed may have left prefixes and no tokens
-            check_tasks_of(cache, self.bank, ids)
-            cache.inside = False
+            cache.check_whole()
+            self.check(cache, ids)
             if len(cache.prefix_mask) != len(ids):
                 raise ShapeError(
                     f"task_ids: expected {len(cache.prefix_mask)}, one for each row of past_key_values, got {len(ids)}"
@@ -241,6 +314,15 @@ class ReplicaHook:
         return torch.cat([zeros, x.to(zeros)], dim=1)
 
 
+def _refuse_tasks(body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-hook of the model below its head, where nothing of `ReplicaHook` has been done."""
+    if kwargs.get("task_ids", kwargs.get(RELAYED)) is not None:
+        raise UnsupportedModel(
+            f"task_ids: in families served in the slow way the whole model takes them, not its {type(body).__name__}; "
+            "call the model (output_hidden_states=True gives what this would)"
+        )
+
+
 def _refuse_unmasked_windows(model: Any) -> None:
     """Raise `UnsupportedModel` where the cache forgets what is out of a window that the family's masks do not have.
 
@@ -260,7 +342,14 @@ def _refuse_what_would_be_wrong(model: Any, given: dict[str, Any], without_cache
         raise UnsupportedModel(
             "attention_mask: expected [batch, tokens], to which the prefix is added, got another kind"
         )
+    for name in ("encoder_hidden_states", "image_embeds"):
+        if given.get(name) is not None:
+            raise UnsupportedModel(
+                f"{name}: this family is served with the prefix in its cache, where it would be mixed up with the "
+                "keys of cross-attention, or taken for tokens behind which there is no image; drop it"
+            )
     if model.training and getattr(model, "is_gradient_checkpointing", False):
         raise UnsupportedModel("gradient checkpointing switches the cache off that holds this family's prefixes")
-    if without_cache and given.get("return_dict") is False:
+    return_dict = given.get("return_dict")
+    if without_cache and not (getattr(model.config, "return_dict", True) if return_dict is None else return_dict):
         raise UnsupportedModel("return_dict=False: expected True with use_cache=False for this family")

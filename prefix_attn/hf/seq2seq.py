@@ -75,7 +75,8 @@ class Seq2SeqPatch:
         ]
         self.handles.append(stacks[DECODER].register_forward_hook(remember_tasks, with_kwargs=True))
         self.handles.append(stacks[ENCODER].register_forward_hook(remember_tasks_of_states, with_kwargs=True))
-        self.handles.append(model.register_forward_pre_hook(StatesHook(bank), with_kwargs=True))
+        for module in {model, model.base_model}:
+            self.handles.append(module.register_forward_pre_hook(StatesHook(bank), with_kwargs=True))
         if hasattr(stacks[DECODER], "embed_positions"):
             table = stacks[DECODER].embed_positions
             self.handles.append(table.register_forward_pre_hook(look_up_rows, with_kwargs=True))
