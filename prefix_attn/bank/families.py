@@ -36,7 +36,7 @@ NO_PLACE = {
     "diffusion_gemma": "it fills in a block of tokens at a time, in any order, instead of one after the other",
     "git": "it takes what its cache holds in front of the text for an image, of a fixed number of tokens",
     "idefics": "its layers attend to an image in every pass",
-    "kosmos-2": _NEEDS_AN_IMAGE.format("text_model"),
+    "kosmos-2": _NEEDS_AN_IMAGE.format("text_model") + " for texts without images",
     "minimax": (
         "transformers' cache for it takes the length of padding masks from its first layer, which keeps no keys, and "
         "loses the states of its linear layers when beams change places, so that there is no right result to equal"
