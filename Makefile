@@ -39,7 +39,7 @@ figures: $(VENV)/ready  ## from the newest results of each device, into benchmar
 	$(BIN)/prefix-attn bench plot
 
 gpu:  ## on a machine with an NVIDIA GPU: tests, parity and timings with the torch and Triton it has
-	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu $(if $(OUT),--out $(OUT)) $(if $(COMMIT),--commit $(COMMIT))
 
 fix: $(VENV)/ready  ## what a formatter can repair
 	$(BIN)/ruff check --fix .

@@ -25,6 +25,7 @@ from rich import print
 from rich.table import Table
 
 import prefix_attn as pa
+from prefix_attn.hf.continuous import refuse_old_engines
 from prefix_attn.serving import Engine, Request
 
 from . import record
@@ -222,6 +223,7 @@ def main(
     commit: Commit = None,
 ) -> None:
     """Answer the same requests in every way, print a table, and append JSON lines to <out>/<device>/serving.jsonl."""
+    refuse_old_engines()  # else PEFT would be timed for minutes, and compared with nothing
     device, environment = here(threads, commit)
     model = gpt2_sized(prefix_tokens + PROMPT + LONGEST, device)
     path = out / environment.slug / "serving.jsonl"

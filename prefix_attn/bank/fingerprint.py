@@ -29,7 +29,8 @@ CONFIG_KEYS = ("model_type", "hidden_size", "num_attention_heads", "vocab_size",
 SEQ2SEQ_KEYS = ("scale_embedding", "relative_attention_num_buckets", "relative_attention_max_distance")
 ROPE_KEYS = (
     "rope_type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast",
-    "beta_slow", "short_factor", "long_factor", "mscale", "mscale_all_dim",
+    "beta_slow", "short_factor", "long_factor", "mscale", "mscale_all_dim", "partial_rotary_factor",
+    "original_max_position_embeddings",
 )  # fmt: skip
 
 

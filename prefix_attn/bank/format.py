@@ -13,10 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -78,9 +80,8 @@ def write_prefix(path: Path, key_values: Mapping[str, Sequence[LayerKV]], base: 
     }
     if provenance.peft_version:
         metadata["peft_version"] = provenance.peft_version
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata)
-    os.replace(partial, path)
+    with _partial(path) as partial:
+        save_file(tensors, partial, metadata)
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -140,7 +141,7 @@ def _check_metadata(file: str, metadata: Mapping[str, str], base: Base, check_ba
     for part, ours in base.geometries.items():
         try:
             geometry = Geometry.from_json(metadata.get(f"{prefixed(part)}geometry", ""))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise IncompatiblePrefix(f"{file}: its geometry is unreadable ({error}); the file is damaged") from error
         if geometry != ours:
             raise IncompatiblePrefix(
@@ -178,9 +179,19 @@ def write_index(folder: Path, files: Mapping[str, str]) -> None:
     """Write ``bank.json``: task names and their files, in order."""
     tasks = [{"name": name, "file": file} for name, file in files.items()]
     text = json.dumps({"format": BANK_FORMAT, "format_version": VERSION, "tasks": tasks}, indent=2, ensure_ascii=False)
-    partial = folder / f"{INDEX}.partial"
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, folder / INDEX)
+    with _partial(folder / INDEX) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """A file of this process alone, which takes the place of ``path`` once it is whole, and is gone if it never is."""
+    partial = path.with_name(f".{uuid4().hex}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_index(folder: Path) -> dict[str, str]:
@@ -225,7 +236,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or `IncompatiblePrefix` naming the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise IncompatiblePrefix(f"{path}: expected a JSON file, but it cannot be read ({reason})") from error
     if not isinstance(content, dict):

@@ -51,6 +51,8 @@ class Answerer:
         self.ends: list[int] = [] if end is None else [end] if isinstance(end, int) else list(end)
         pads = [token for token in (tokenizer.pad_token_id, *self.ends) if token is not None]
         self.pad: int = pads[0] if pads else 0
+        if not self.encodes:
+            settings.min_length = None  # counts the prompt, and what pads it
         settings.update(do_sample=False, num_beams=1, **dict.fromkeys((*NOT_GREEDY, *NOT_PLAIN)))
 
     def made_by(self, task: str | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -11,7 +11,10 @@ from rich.text import Text
 
 from prefix_attn.cli import console
 from prefix_attn.cli.options import ModelOption, named_path
-from prefix_attn.errors import UnknownTask
+from prefix_attn.errors import IncompatiblePrefix, UnknownTask
+
+if TYPE_CHECKING:
+    from prefix_attn.bank import PrefixBank
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,8 +53,11 @@ def add(
     """
     from prefix_attn.cli.models import load_bank, load_model, tasks_of
 
+    name, path = named_path(adapter)
     existing = folder if tasks_of(folder) else None
-    load_bank(load_model(model), [named_path(adapter)], existing).save_pretrained(folder)
+    loaded = load_model(model)
+    check_new(name, load_bank(loaded, [], existing))
+    load_bank(loaded, [(name, path)]).save_into(folder)  # the files of the others stay as they are
     print_table(folder)
 
 
@@ -79,9 +85,10 @@ def add_text(
         raise typer.BadParameter(f"expected a text in UTF-8: {error}") from error
     existing = folder if tasks_of(folder) else None
     tokenizer, loaded = load_tokenizer(model), load_model(model)
-    bank = load_bank(loaded, [], existing)
+    check_new(name, load_bank(loaded, [], existing))
+    bank = load_bank(loaded, [])
     bank.add_text(name, tokenizer, text, loaded)
-    bank.save_pretrained(folder)
+    bank.save_into(folder)
     print_table(folder)
 
 
@@ -123,6 +130,12 @@ def check(folder: Folder, model: ModelOption) -> None:
     count = len(load_bank(load_model(model), [], folder))
     print_table(folder)
     console.out.print(Text(f"{count} {'prefix fits' if count == 1 else 'prefixes fit'} {model}."), soft_wrap=True)
+
+
+def check_new(name: str, bank: PrefixBank) -> None:
+    """Raise `IncompatiblePrefix` for a task that the bank has."""
+    if name in bank:
+        raise IncompatiblePrefix(f"name: {name!r} is already in the bank; remove it first")
 
 
 def print_table(folder: Path) -> None:

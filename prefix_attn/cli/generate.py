@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -76,6 +76,7 @@ def generate(
             console.err.print(f"Continuing {output} after {done.lines} of {len(lines)} lines.", soft_wrap=True)
     tally = Tally(earlier=done.lines, answered=done.lines - done.failed, failed=done.failed)
     with output.open("ab") as file:  # before loading, so that an output that cannot be written is known at once
+        only_writer(file)
         answerer = load(model, adapters, bank, dtype, device, verify) if done.lines < len(lines) else None
         if answerer is None and lines:
             console.warn(f"{output} is complete, and was not compared with model and prefixes; --overwrite starts anew")
@@ -88,6 +89,18 @@ def generate(
     console.out.print(tally.table())
     if tally.failed:
         raise typer.Exit(1)
+
+
+def only_writer(file: BinaryIO) -> None:
+    """Raise `PrefixAttnError` if another process writes to the file, where the file system can tell."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise PrefixAttnError(f"--output: another process is writing to {file.name}; wait for it") from error
+    except (ImportError, OSError):  # Windows has no such locks, nor have some file systems
+        pass
 
 
 @dataclass
@@ -167,7 +180,9 @@ class Job:
             except PrefixAttnError as error:
                 self._fail(index, console.error_line(error))
         yield len(window) - len(rows)
-        for batch in plan_batches(rows, self.batch_size, self.answerer.bank.context_limit):
+        bank = self.answerer.bank
+        slides = None if bank.sliding_window is None else bank.sliding_window.tokens
+        for batch in plan_batches(rows, self.batch_size, bank.context_limit, slides):
             started = perf_counter()
             answers = self.answerer.answer(batch)
             self.tally.seconds += perf_counter() - started

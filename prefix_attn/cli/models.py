@@ -21,6 +21,9 @@ from prefix_attn.cli import console
 from prefix_attn.cli.options import Dtype
 from prefix_attn.errors import IncompatiblePrefix, PrefixAttnError
 
+#: What transformers raises for files that are damaged, or do not belong together.
+UNREADABLE = (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError)
+
 
 def load_model(name: str, dtype: Dtype = Dtype.AUTO, device: str = "auto") -> Any:
     """A language model, causal or with an encoder as its config says, in evaluation mode.
@@ -35,9 +38,11 @@ def load_model(name: str, dtype: Dtype = Dtype.AUTO, device: str = "auto") -> An
     try:
         seq2seq = AutoConfig.from_pretrained(checked_name(name)).is_encoder_decoder
         auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-        model = auto.from_pretrained(name, dtype=kind)
-    except (OSError, ValueError) as error:
+        model, found = auto.from_pretrained(name, dtype=kind, output_loading_info=True)
+    except UNREADABLE as error:
         raise _unloadable(name, error) from error
+    if missing := sorted(found["missing_keys"]):
+        raise PrefixAttnError(f"--model: {name!r} lacks {len(missing)} weights, {missing[0]} for one; fetch it again")
     try:
         return model.to(place).eval()
     except torch.OutOfMemoryError as error:
@@ -48,7 +53,7 @@ def load_tokenizer(name: str) -> Any:
     """The model's tokenizer."""
     try:
         return AutoTokenizer.from_pretrained(checked_name(name))
-    except (OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise _unloadable(name, error) from error
 
 

@@ -169,24 +169,31 @@ def json_line(output: dict[str, Any]) -> bytes:
     return json.dumps(output, ensure_ascii=False).encode()
 
 
-def plan_batches(rows: Iterable[Row], batch_size: int, limit: int | None = None) -> list[list[Row]]:
+def plan_batches(
+    rows: Iterable[Row], batch_size: int, limit: int | None = None, window: int | None = None
+) -> list[list[Row]]:
     """Cut rows, sorted so that those of a batch are of similar work, into batches of at most ``batch_size``.
 
     A batch is as wide as its longest prompt and runs for its largest ``new_tokens``. A row is never put where this
-    would take it past ``limit`` positions, though it fits by itself; tasks may mix.
+    would take it past ``limit`` positions, though it fits by itself; tasks may mix. Nor is it put where padding would
+    take room in a sliding ``window``, and so hide some of its prefix from it.
     """
     batches: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: (row.new_tokens, len(row.tokens))):
-        if batches and len(batches[-1]) < batch_size and _fit([*batches[-1], row], limit):
+        if batches and len(batches[-1]) < batch_size and _fit([*batches[-1], row], limit, window):
             batches[-1].append(row)
         else:
             batches.append([row])
     return batches
 
 
-def _fit(batch: Sequence[Row], limit: int | None) -> bool:
-    own = max(row.start for row in batch) + max(row.new_tokens for row in batch)
-    return limit is None or max(row.prefix for row in batch) + own - 1 <= limit
+def _fit(batch: Sequence[Row], limit: int | None, window: int | None) -> bool:
+    width = max(row.start for row in batch)
+    own = width + max(row.new_tokens for row in batch) - 1
+    if limit is not None and max(row.prefix for row in batch) + own > limit:
+        return False
+    padded = [row.prefix for row in batch if row.prefix and row.start < width]
+    return window is None or not padded or max(padded) + own <= window
 
 
 def cut(generated: Sequence[int], asked: int, ends: Collection[int]) -> list[int]:

@@ -97,6 +97,8 @@ def serve(
         (host, port), family=family
     ) as listening:  # before loading, so that a taken port is known
         tokenizer, loaded = load_tokenizer(model), load_model(model, dtype, device)
+        if loaded.generation_config.eos_token_id is None:
+            loaded.generation_config.eos_token_id = tokenizer.eos_token_id  # as `generate` and `train` do
         tasks = load_bank(loaded, adapters, bank)
         engine = Engine(patch(loaded, tasks), cache_tokens, plain)
         server = uvicorn.Server(uvicorn.Config(create_app(engine, tokenizer, base, prefixes)))

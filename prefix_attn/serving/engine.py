@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from prefix_attn.bank import PrefixBank
@@ -102,7 +103,10 @@ class Engine:
         wanted = GenerationConfig(eos_token_id=self.ends or -1, pad_token_id=0, do_sample=True)
         self._manager = model.init_continuous_batching(wanted, config)
         install(self._manager.logit_processor)
-        self._manager.warmup()  # makes the cache, so that too little memory is known here
+        try:
+            self._manager.warmup()  # makes the cache, so that too little memory is known here
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise ShapeError(f"cache_tokens: too little memory for {cache_tokens or 'the cache'}: {error}") from error
         # not in older versions, where there is no manager either
         from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 

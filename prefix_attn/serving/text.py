@@ -40,7 +40,10 @@ class AnswerText:
 
     def __init__(self, decode: Detokenizer, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
         self._decode = decode
-        self._tokens = [token for token in prompt if token not in decode.special][-CONTEXT:]
+        told = [token for token in prompt if token not in decode.special]
+        # Not from within a character: a decoder with a token a byte gives up on all that follow.
+        ends = (told[-n:] for n in range(CONTEXT, CONTEXT + 4))
+        self._tokens = next((end for end in ends if not decode(end).startswith(PARTIAL)), told[-CONTEXT:])
         self._start, self._done = 0, len(self._tokens)
         self._stops = stops
         self._held = ""  # may be the beginning of a stop string

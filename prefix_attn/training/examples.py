@@ -39,7 +39,11 @@ class Row:
     def of(cls, index: int, example: Example, tokenizer: Any, end: int | None, room: int | None) -> Row:
         """Tokens of an example, the ``index``-th, and ``end``; as many as ``room`` at most."""
         prompt = list(tokenizer(example.prompt, verbose=False)["input_ids"])
-        answer = list(tokenizer(example.answer, add_special_tokens=False, verbose=False)["input_ids"])
+        joined = list(tokenizer(example.prompt + example.answer, verbose=False)["input_ids"])
+        if joined[: len(prompt)] == prompt:
+            answer = joined[len(prompt) :]
+        else:  # prompt and answer share a token; alone, an answer may get a space in front of it
+            answer = list(tokenizer(example.answer, add_special_tokens=False, verbose=False)["input_ids"])
         if end is not None:
             answer.append(end)
         if not prompt or not answer:

@@ -203,10 +203,11 @@ def test_config_digest_sees_rotary_parameters_and_windows() -> None:
             {},
             {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             {"vocab_size": 65},
         )
     }
-    assert len(digests) == 4
+    assert len(digests) == 5
     windows = {config_digest(tiny("mistral", sliding_window=w).config, {DECODER: geometry}) for w in (4, 8, None)}
     assert len(windows) == 3
     whole_number = tiny(rope_parameters={"rope_type": "default", "rope_theta": 10000})

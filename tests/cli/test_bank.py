@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefix_attn.cli.example import Example
 from tests.cli.conftest import Folder, Run
@@ -104,6 +104,23 @@ def test_a_text_becomes_a_task(bank: Path, run: Run, example: Example, folder: F
     folder.ask([{"task": "told", "prompt": "hot tea>"}, {"task": "up", "prompt": "hot tea>"}])
     assert folder.generate().exit_code == 0
     assert [answer["text"] for answer in folder.answers()] == ["aet toh", "HOT TEA"]
+
+
+def test_adding_rewrites_no_other_task(bank: Path, run: Run, example: Example, tmp_path: Path) -> None:
+    """Also where the checkpoint has another dtype than the bank."""
+    model = AutoModelForCausalLM.from_pretrained(example.model).bfloat16()
+    for x in (model, AutoTokenizer.from_pretrained(example.model)):
+        x.save_pretrained(tmp_path / "half")
+    text, before = tmp_path / "text", (bank / "up.safetensors").read_bytes()
+    text.write_text("reverse|", encoding="utf-8")
+    added = run("bank", "add", bank, f"more={example.folder / 'adapters' / 'rot13'}", "--model", tmp_path / "half")
+    assert added.exit_code == 0, added.stderr
+    assert run("bank", "add-text", bank, "told", text, "--model", tmp_path / "half").exit_code == 0
+    assert (bank / "up.safetensors").read_bytes() == before
+    assert run("bank", "check", bank, "--model", example.model).exit_code == 0
+    again = run("bank", "add", bank, f"more={example.folder / 'adapters' / 'rot13'}", "--model", example.model)
+    assert again.exit_code == 2
+    assert "'more' is already in the bank" in again.stderr
 
 
 def test_a_text_that_is_none(run: Run, example: Example, tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prefix_attn as pa
@@ -193,6 +195,45 @@ def test_answers_of_another_length_are_not_mixed_with_these(folder: Folder) -> N
     assert result.exit_code == 2
     assert "line 1 of the existing file does not belong to this input and --max-new-tokens" in result.stderr
     assert folder.output.read_bytes() == begun
+
+
+def test_one_process_writes_an_output(folder: Folder) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="this system has no locks of files")
+    folder.ask([{"task": "upper", "prompt": PROMPT}])
+    with folder.output.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        result = folder.generate()
+    assert result.exit_code == 2
+    assert f"another process is writing to {folder.output}" in result.stderr
+    assert folder.generate().exit_code == 0
+
+
+def test_damaged_checkpoints_say_so(folder: Folder, example: Example, tmp_path: Path) -> None:
+    folder.ask([{"task": "upper", "prompt": PROMPT}])
+    folder.model = str(shutil.copytree(example.model, tmp_path / "damaged"))
+    weights = tmp_path / "damaged" / "model.safetensors"
+    tensors = load_file(weights)
+    lost = next(name for name in tensors if "mlp" in name)
+    save_file({name: x for name, x in tensors.items() if name != lost}, weights, {"format": "pt"})
+    result = folder.generate()
+    assert result.exit_code == 2
+    assert f"lacks 1 weights, {lost} for one" in result.stderr
+    weights.write_bytes(weights.read_bytes()[:1000])
+    result = folder.generate()
+    assert result.exit_code == 2
+    assert "--model: cannot load" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_least_length_does_not_count_padding(folder: Folder, example: Example, tmp_path: Path) -> None:
+    model, tokenizer = (kind.from_pretrained(example.model) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model.generation_config.min_length = 12
+    folder.model = str(tmp_path / "model")
+    for x in (model, tokenizer):
+        x.save_pretrained(folder.model)
+    folder.ask([{"task": "upper", "prompt": "at>"}, {"task": "upper", "prompt": "a long prompt>"}])
+    assert folder.generate().exit_code == 0
+    assert folder.answers()[0]["text"] == "AT"
 
 
 def test_a_failed_start_keeps_the_old_output(folder: Folder) -> None:

@@ -126,6 +126,15 @@ def test_batches_hold_every_row_once_and_none_past_the_context(
         assert all(row.prefix + width + new - 1 <= limit for row in batch)
 
 
+def test_padding_takes_no_room_in_a_sliding_window() -> None:
+    """A prefix of 4, prompts of 2 and 6, 3 new tokens: the short row needs 4 + 6 + 2 slots of the window beside it."""
+    made = [Row(0, "a", [0] * 2, 4, 3), Row(1, None, [0] * 6, 0, 3)]
+    assert plan_batches(made, 2, window=12) == [made]
+    assert plan_batches(made, 2, window=11) == [made[:1], made[1:]]
+    alike = [Row(0, "a", [0] * 6, 4, 3), Row(1, "a", [0] * 6, 4, 3)]
+    assert plan_batches(alike, 2, window=8) == [alike], "none is padded"
+
+
 def test_an_encoders_prompts_take_no_positions_of_the_decoder() -> None:
     """20 positions: a start token, a prefix of 8 and 12 new tokens, the last of which needs none."""
     made = [Row(i, None, [0] * 50, 8, 12, encoded=True) for i in range(4)]

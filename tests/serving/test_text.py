@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from prefix_attn.serving.text import CONTEXT, AnswerText, Detokenizer
@@ -33,7 +33,17 @@ def words() -> Any:
     return made
 
 
-BYTES, WORDS = byte_level(), words()
+def byte_fallback() -> Any:
+    """A token a letter, and a byte of other characters; its decoder gives up on bytes that are no characters."""
+    vocabulary = {name: i for i, name in enumerate(["<unk>", "<eos>", *(f"<0x{i:02X}>" for i in range(256)), *"▁abc"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps)  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+
+
+BYTES, WORDS, FALLBACK = byte_level(), words(), byte_fallback()
 READ, READ_WORDS = Detokenizer(BYTES), Detokenizer(WORDS)
 
 
@@ -86,6 +96,13 @@ def test_a_space_between_prompt_and_answer_stays(length: int) -> None:
     pieces = [text.add([token]) for token in (1, 2, 3, 0, 4)]
     assert "".join([*pieces, text.end()]) == WORDS.decode([*asked, 1, 2, 3, 0])[len(WORDS.decode(asked)) :]
     assert pieces == ["two" if length == 0 else " two", " three", "!", " one", ""]
+
+
+@settings(max_examples=200, deadline=None)
+@given(prompt=st.text("ab é日🎉"), answer=st.text("ab é日🎉"))
+def test_a_prompt_is_not_cut_within_a_character(prompt: str, answer: str) -> None:
+    text = AnswerText(Detokenizer(FALLBACK), FALLBACK(prompt)["input_ids"])
+    assert "".join(text.add([token]) for token in FALLBACK(answer)["input_ids"]) + text.end() == answer
 
 
 def test_a_prompt_that_ends_within_a_character() -> None:

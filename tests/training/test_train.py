@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import prefix_attn as pa
 from prefix_attn.hf.wiring import bank_of
 from prefix_attn.string_tasks.tasks import TASKS, draw_input, prompt_without_instruction
 from prefix_attn.training import Example, Loss, TrainablePrefixes, Trained, loop, train
+from prefix_attn.training.examples import NOT_SCORED, Row
 from tests.hf.test_text import EXAMPLE
 
 
@@ -20,6 +22,18 @@ from tests.hf.test_text import EXAMPLE
 def base() -> tuple[Any, Any]:
     folder = EXAMPLE / "model"
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
+def test_an_answer_is_tokenised_as_it_follows_its_prompt() -> None:
+    """Alone, this tokenizer puts a space in front of a text."""
+    vocabulary = [(name, -1.0) for name in ("<unk>", "▁cat", "▁dog", "dog", ":", "▁")]
+    model = Tokenizer(models.Unigram(vocabulary, unk_id=0))
+    model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model)
+    for answer, expected in (("dog", "dog"), (" dog", "▁dog")):
+        row = Row.of(0, Example("a", "cat:", answer), tokenizer, None, None)
+        assert tokenizer.convert_ids_to_tokens(row.ids.tolist()) == ["▁cat", ":", expected]
+        assert row.labels.tolist() == [NOT_SCORED, NOT_SCORED, row.ids[2]]
 
 
 def examples(count: int, *names: str) -> list[Example]:
