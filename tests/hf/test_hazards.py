@@ -418,6 +418,10 @@ class TestPrefixesInTheCache:
             twice = model(ids[:, 5:].repeat_interleave(2, 0), past_key_values=cache, task_ids=tasks).logits
         torch.testing.assert_close(twice, expected[:, 5:].repeat_interleave(2, 0))
         cache.reset()
+        if cache.get_seq_length():  # transformers 5.17 leaves zeros in the place of tokens
+            with pytest.raises(pa.UnsupportedModel, match="expected an empty DynamicCache"):
+                model(ids, past_key_values=cache, task_ids=TASKS)
+            return
         with torch.no_grad():
             torch.testing.assert_close(model(ids, past_key_values=cache, task_ids=TASKS).logits, expected)
 
