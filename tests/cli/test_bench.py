@@ -104,7 +104,7 @@ def test_an_interrupted_run_keeps_what_it_has(run: Run, tmp_path: Path, monkeypa
 
 def test_the_summary_keeps_the_notes_of_all_runs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as hurry:
-        hurry.setattr(benchmarks.Clock, "share", lambda self, suite: 1e-9)
+        hurry.setattr(benchmarks.Clock, "share", lambda self, suite: 0.1)
         assert run("bench", "decode", "--device", "cpu", "--output", tmp_path).exit_code == 0
     assert run("bench", "prefill", "--device", "cpu", "--output", tmp_path).exit_code == 0
     page = next(tmp_path.rglob("*.md")).read_text()
@@ -146,7 +146,7 @@ def test_what_cannot_run_ends_with_2(run: Run, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_budget_stops_and_says_what_it_left_out(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarks.Clock, "share", lambda self, suite: 1e-9)
+    monkeypatch.setattr(benchmarks.Clock, "share", lambda self, suite: 0.1)
     result = run("bench", "decode", "--budget", "1", "--device", "cpu", "--output", tmp_path)
     assert result.exit_code == 0
     assert "decode left out for want of time: decode B=2 T=1 m=16 n=3" in result.stdout
