@@ -1,6 +1,7 @@
 """A prompt as a prefix: the keys and values that the model itself computes for a text at positions 0..m-1.
 
-A request that follows then gets, up to rounding, the result of prepending the text to it.
+A request that follows then gets, up to rounding, the result of prepending the text's tokens to its own. (Of prepending
+the text itself, unless the tokenizer would join the two otherwise, or puts a space in front of every text.)
 """
 
 from __future__ import annotations
