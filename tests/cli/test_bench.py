@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,10 +104,16 @@ def test_an_interrupted_run_keeps_what_it_has(run: Run, tmp_path: Path, monkeypa
     assert "interrupted in decode" in file.with_suffix(".md").read_text()
 
 
+def time_for_one_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget of one second is over when the first point has been measured."""
+    clock = itertools.chain([0.0] * 4, itertools.repeat(2.0))  # budget, share, deadline, first point; then the second
+    monkeypatch.setattr(benchmarks, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+
 def test_the_summary_keeps_the_notes_of_all_runs(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as hurry:
-        hurry.setattr(benchmarks.Clock, "share", lambda self, suite: 0.1)
-        assert run("bench", "decode", "--device", "cpu", "--output", tmp_path).exit_code == 0
+        time_for_one_point(hurry)
+        assert run("bench", "decode", "--budget", "1", "--device", "cpu", "--output", tmp_path).exit_code == 0
     assert run("bench", "prefill", "--device", "cpu", "--output", tmp_path).exit_code == 0
     page = next(tmp_path.rglob("*.md")).read_text()
     assert "decode left out for want of time: decode B=2 T=1 m=16 n=3" in page
@@ -146,7 +154,7 @@ def test_what_cannot_run_ends_with_2(run: Run, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_budget_stops_and_says_what_it_left_out(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarks.Clock, "share", lambda self, suite: 0.1)
+    time_for_one_point(monkeypatch)
     result = run("bench", "decode", "--budget", "1", "--device", "cpu", "--output", tmp_path)
     assert result.exit_code == 0
     assert "decode left out for want of time: decode B=2 T=1 m=16 n=3" in result.stdout
