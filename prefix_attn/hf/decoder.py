@@ -29,7 +29,7 @@ from prefix_attn.hf.positions import (
 from prefix_attn.hf.scope import scope
 from prefix_attn.hf.sources import NO_INTERFACE, Call, Sources
 from prefix_attn.hf.verify import verify_a_text, verify_against_replica
-from prefix_attn.hf.wiring import PROBE, Wired
+from prefix_attn.hf.wiring import PROBE, Wired, named_arguments
 
 # When this module is imported, so that a patched model which was pickled finds them in another process.
 AttentionInterface.register(NAME, prefix_attention_forward)
@@ -202,8 +202,7 @@ def _by_name(
 ) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     """A call with at most one argument by position, and its input: tokens, or their embeddings."""
     if len(args) > 1:
-        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        args, kwargs = (), bound | bound.pop("kwargs", {})
+        args, kwargs = (), named_arguments(module, args, kwargs)
     inputs = args[0] if args else kwargs.get("input_ids")
     inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
     assert isinstance(inputs, Tensor), "transformers requires input_ids or inputs_embeds"

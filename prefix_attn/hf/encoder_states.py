@@ -7,7 +7,6 @@ remember, and are taken as they are.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from prefix_attn.hf.attention import KEYWORD
 from prefix_attn.hf.caches import MARK, Mark, has_tokens
 from prefix_attn.hf.generate import checked_for_batch
 from prefix_attn.hf.positions import prefix_lengths
-from prefix_attn.hf.wiring import PROBE
+from prefix_attn.hf.wiring import PROBE, named_arguments
 
 
 def remember_tasks_of_states(encoder: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -37,8 +36,7 @@ class StatesHook:
 
     def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if args:
-            bound = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-            kwargs = bound | bound.pop("kwargs", {})
+            kwargs = named_arguments(model, args, kwargs)
         states, cache = kwargs.get("encoder_outputs"), kwargs.get("past_key_values")
         tasks = kwargs.get("task_ids", kwargs.get(RELAYED))
         if states is not None and tasks is not PROBE and not (cache is not None and has_tokens(cache)):

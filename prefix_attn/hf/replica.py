@@ -8,7 +8,6 @@ says how many tokens the request has, inside it says how many it holds.
 
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
 from typing import Any
@@ -36,6 +35,7 @@ from prefix_attn.hf.positions import (
 from prefix_attn.hf.scope import scope
 from prefix_attn.hf.sources import fill
 from prefix_attn.hf.verify import TOKENS, check_close, of_all_heads, replicated, some_tokens
+from prefix_attn.hf.wiring import named_arguments
 
 
 class ReplicaCache(DynamicCache):  # type: ignore[misc]
@@ -224,8 +224,7 @@ class ReplicaHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         task_ids = pop_task_ids(kwargs)
         end_interrupted_pass()
-        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
+        given = named_arguments(model, args, kwargs)
         cache = given.get("past_key_values")
         if task_ids is None:
             self.check(cache, None)

@@ -11,7 +11,6 @@ positions of the encoder's tokens (arXiv:2101.00190); cross-attention has no pos
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +35,7 @@ from prefix_attn.hf.positions import look_up_rows, restore_rows, shifted_positio
 from prefix_attn.hf.relative_bias import bias_table, check_buckets
 from prefix_attn.hf.scope import scope
 from prefix_attn.hf.verify_parts import sound_frames, verify_parts
-from prefix_attn.hf.wiring import PROBE, Wired
+from prefix_attn.hf.wiring import PROBE, Wired, named_arguments
 
 #: Families whose positions and biases are known, and tested.
 FAMILIES = (
@@ -170,8 +169,7 @@ class StackHook:
         scope.implementation = None
         check_config(stack)
         if args:
-            bound = inspect.signature(stack.forward).bind_partial(*args, **kwargs).arguments
-            args, kwargs = (), bound | bound.pop("kwargs", {})
+            args, kwargs = (), named_arguments(stack, args, kwargs)
         inputs = next(x for name in INPUTS if (x := kwargs.get(name)) is not None)
         ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
         check_tasks_of(kwargs.get("past_key_values"), self.bank, ids)

@@ -1,7 +1,8 @@
-"""How a patched model is known, and a value in the place of ``task_ids`` that shows whether they reach a hook."""
+"""What all patches share: how a patched model is known, its calls' arguments, and a probe for its hooks."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from prefix_attn.bank import PrefixBank
@@ -13,6 +14,13 @@ PATCHED = "_prefix_attn"
 def bank_of(model: Any) -> PrefixBank | None:
     """The bank that a model, or the one in PEFT's wrapper, is patched with; None for one that is not."""
     return getattr(getattr(model, PATCHED, None), "bank", None)
+
+
+def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a module's forward, all by name."""
+    named: dict[str, Any] = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    named |= named.pop("kwargs", {})
+    return named
 
 
 class Wired(Exception):

@@ -18,14 +18,14 @@ import pytest
 import torch
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import save_file
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache, TrOCRForCausalLM
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import prefix_attn as pa
 from prefix_attn.hf.caches import MARK
 from prefix_attn.hf.sources import fill
 from tests.hf.conftest import TASKS, make_bank, padded_inputs
 from tests.hf.families import random_prefix, tiny_model
-from tests.hf.shrink import tiny_config, tiny_random_model
+from tests.hf.shrink import tiny_random_model
 from tests.hf.survey import random_bank
 from tests.hf.test_seq2seq import make_bank as make_seq2seq_bank
 from tests.seq2seq import tiny_seq2seq
@@ -348,96 +348,6 @@ def test_padding_that_fills_a_window_is_warned_of(family: str) -> None:
         warnings.simplefilter("error")
         model.generate(**long, **GREEDY, task_ids=["nine", None])  # no padding, or no prefix
         model.generate(**short, max_new_tokens=1, task_ids=["nine", "five"])  # room for all
-
-
-@pytest.mark.filterwarnings("ignore:served in the slow way")
-class TestPrefixesInTheCache:
-    """In families served in the slow way a cache holds prefixes, which nobody else may take for tokens."""
-
-    @pytest.fixture
-    def model(self) -> Any:
-        model = tiny_random_model("gptj")
-        return pa.patch(model, random_bank(model))
-
-    def prefill(self, model: Any, tokens: int = 5) -> Any:
-        cache = DynamicCache(config=model.config)
-        with torch.no_grad():
-            model(X["input_ids"][:, :tokens], past_key_values=cache, task_ids=TASKS)
-        return cache
-
-    def talk(self, model: Any) -> tuple[Any, dict[str, torch.Tensor], torch.Tensor]:
-        """A cache of one turn, the two turns, and what should follow them."""
-        cache = DynamicCache(config=model.config)
-        first = model.generate(**X, **GREEDY, task_ids=TASKS, past_key_values=cache)
-        both = torch.cat([first, X["input_ids"].flip(1), X["input_ids"]], dim=1)
-        inputs = {"input_ids": both, "attention_mask": torch.ones_like(both)}
-        return cache, inputs, model.generate(**inputs, **GREEDY, task_ids=TASKS)
-
-    def test_a_refused_call_does_not_disturb_the_next(self, model: Any) -> None:
-        cache, inputs, expected = self.talk(model)
-        with pytest.raises(pa.IncompatiblePrefix):
-            model.generate(**inputs, **GREEDY, task_ids=["nine"] * 4, past_key_values=cache)
-        assert torch.equal(model.generate(**inputs, **GREEDY, task_ids=TASKS, past_key_values=cache), expected)
-
-    def test_nor_does_an_interrupt(self, model: Any) -> None:
-        cache, inputs, expected = self.talk(model)
-
-        def interrupt(*_: Any) -> None:
-            raise KeyboardInterrupt
-
-        hook = model.transformer.wte.register_forward_pre_hook(interrupt)
-        new = inputs["input_ids"][:, cache.get_seq_length() :]
-        with pytest.raises(KeyboardInterrupt):
-            model(new, attention_mask=inputs["attention_mask"], past_key_values=cache, task_ids=TASKS)
-        hook.remove()
-        assert torch.equal(model.generate(**inputs, **GREEDY, task_ids=TASKS, past_key_values=cache), expected)
-
-    def test_they_are_nobody_elses(self, model: Any) -> None:
-        rest = X["input_ids"][:, 5:]
-        cropped = self.prefill(model)
-        cropped.crop(-5)
-        with pytest.raises(pa.IncompatiblePrefix, match="computed with tasks"):
-            model(rest, past_key_values=cropped)
-        with pytest.raises(pa.IncompatiblePrefix, match="only the patched model knows"):
-            model.transformer(rest, past_key_values=self.prefill(model))
-        cropped = self.prefill(model)
-        cropped.crop(-8)
-        with pytest.raises(pa.IncompatiblePrefix, match="cropped with its tokens"):
-            model(rest, past_key_values=cropped, task_ids=TASKS)
-        cache = self.prefill(model)
-        pa.unpatch(model)
-        with pytest.raises(pa.IncompatiblePrefix, match="only the patched model knows"):
-            model(rest, past_key_values=cache)
-
-    def test_rows_are_repeated_and_reset_as_in_any_cache(self, model: Any) -> None:
-        ids, tasks = X["input_ids"], [task for task in TASKS for _ in range(2)]
-        expected = logits(model, task_ids=TASKS)
-        cache = self.prefill(model)
-        cache.batch_repeat_interleave(2)
-        with torch.no_grad():
-            twice = model(ids[:, 5:].repeat_interleave(2, 0), past_key_values=cache, task_ids=tasks).logits
-        torch.testing.assert_close(twice, expected[:, 5:].repeat_interleave(2, 0))
-        cache.reset()
-        if cache.get_seq_length():  # transformers 5.17 leaves zeros in the place of tokens
-            with pytest.raises(pa.UnsupportedModel, match="expected an empty DynamicCache"):
-                model(ids, past_key_values=cache, task_ids=TASKS)
-            return
-        with torch.no_grad():
-            torch.testing.assert_close(model(ids, past_key_values=cache, task_ids=TASKS).logits, expected)
-
-    def test_what_would_be_lost_is_refused(self, model: Any) -> None:
-        ids = X["input_ids"]
-        with pytest.raises(pa.UnsupportedModel, match="the whole model takes them, not its GPTJModel"):
-            model.transformer(ids, task_ids=TASKS)
-        with pytest.raises(pa.ShapeError, match="expected 8 columns"):
-            model(ids[:, 5:], attention_mask=torch.ones(4, 3), past_key_values=self.prefill(model), task_ids=TASKS)
-        config = tiny_config("trocr")
-        config.is_decoder = config.add_cross_attention = True
-        trocr = TrOCRForCausalLM(config).eval()
-        pa.patch(trocr, random_bank(trocr))
-        states = torch.randn(4, 7, config.cross_attention_hidden_size or config.hidden_size)
-        with pytest.raises(pa.UnsupportedModel, match="encoder_hidden_states"):
-            trocr(ids, encoder_hidden_states=states, task_ids=[None] * 4)
 
 
 def test_a_cache_given_by_position_is_checked_too() -> None:

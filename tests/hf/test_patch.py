@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import prefix_attn as pa
 from prefix_attn.bank import PrefixBank
@@ -157,57 +157,6 @@ def test_families_it_cannot_serve_are_refused_by_name(family: str, reason: str) 
         pa.patch(model, bank)
     assert type(model).__name__ in str(refused.value)
     assert "_prefix_attn" not in model.__dict__
-
-
-def test_the_slow_way() -> None:
-    """Each row's cache begins with a copy of its prefix, which generate must not count."""
-    model = tiny_random_model("gptj")
-    with pytest.warns(pa.SlowModel, match="copy of the prefix"):
-        pa.patch(model, random_bank(model))
-    inputs = padded_inputs()
-    expected = model.generate(**inputs, **GREEDY, task_ids=TASKS)
-    cache = DynamicCache(config=model.config)
-    first = model.generate(**inputs, max_new_tokens=3, do_sample=False, task_ids=TASKS, past_key_values=cache)
-    assert cache.get_seq_length() == first.shape[1] - 1
-    mask = torch.cat([inputs["attention_mask"], torch.ones(4, 3, dtype=torch.long)], dim=1)
-    again = {"input_ids": first, "attention_mask": mask, "past_key_values": cache}
-    assert torch.equal(model.generate(**again, max_new_tokens=3, do_sample=False, task_ids=TASKS), expected)
-    with pytest.raises(pa.IncompatiblePrefix, match="computed with tasks"):
-        model.generate(**again, max_new_tokens=1, task_ids=["nine"] * 4)
-    with pytest.raises(pa.UnsupportedModel, match="StaticCache"):
-        model.generate(**inputs, **GREEDY, task_ids=TASKS, cache_implementation="static")
-    assert torch.equal(model.generate(**inputs, **GREEDY, task_ids=TASKS, use_cache=False), expected)
-    with pytest.raises(pa.UnsupportedModel, match="slow way"):
-        model.generate_batch([[5, 6, 7]], task_ids=["nine"])
-    pa.unpatch(model)
-    assert not model._forward_pre_hooks
-    assert not model._forward_hooks
-
-
-def test_the_slow_way_reads_a_cache_that_it_does_not_fill() -> None:
-    model = tiny_random_model("gptj")
-    with pytest.warns(pa.SlowModel):
-        pa.patch(model, random_bank(model))
-    ids = padded_inputs(paddings=(0, 0, 0, 0))["input_ids"]
-    found = []
-    for use_cache in (True, False):
-        cache = DynamicCache(config=model.config)
-        with torch.no_grad():
-            model(ids[:, :5], past_key_values=cache, task_ids=TASKS)
-            found.append(model(ids[:, 5:], past_key_values=cache, use_cache=use_cache, task_ids=TASKS).logits)
-    assert torch.equal(*found)
-
-
-def test_the_slow_way_leaves_no_prefix_for_other_tasks() -> None:
-    """A pass that is refused, or breaks off, has put its prefixes into the cache by then."""
-    model = tiny_random_model("gptj")
-    with pytest.warns(pa.SlowModel):
-        pa.patch(model, random_bank(model))
-    ids, cache = padded_inputs()["input_ids"], DynamicCache(config=model.config)
-    with pytest.raises(pa.UnsupportedModel):
-        model(ids, attention_mask=torch.ones(4, 1, 8, 8), past_key_values=cache, task_ids=TASKS)
-    with pytest.raises(pa.IncompatiblePrefix, match="computed with tasks"):
-        model(ids, past_key_values=cache, task_ids=["nine"] * 4)
 
 
 @pytest.mark.filterwarnings("ignore:served in the slow way")
