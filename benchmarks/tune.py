@@ -149,25 +149,23 @@ def launch(
     kind: str, problem: Problem, tile: TileConfig | None = None, chunks: int | None = None
 ) -> Callable[[], Tensor]:  # fmt: skip
     """A call of one kernel with this config, and its keys (in grouped decode the prefixes') in so many chunks."""
-    from prefix_attn.backends.triton import operands_of
     from prefix_attn.kernels.decode import decode_attention
     from prefix_attn.kernels.grouped import grouped_attention
     from prefix_attn.kernels.prefill import prefill_attention
     from prefix_attn.plan import row_tiles
 
     call, prefix = problem.call, problem.prefix
-    operands = operands_of(call)
     tiles = row_tiles(call.task_ids, prefix.lens, call.q_len * call.group) if kind == "grouped" else None
     both = None if chunks is None else (chunks, 1)
 
     def run() -> Tensor:
         out = torch.empty_like(call.q)
         if tiles is not None:
-            grouped_attention(operands, *tiles, out, None, max_len=prefix.expected_max_len, config=tile, chunks=both)
+            grouped_attention(call, *tiles, out, None, max_len=prefix.expected_max_len, config=tile, chunks=both)
         elif kind.startswith("decode"):
-            decode_attention(operands, out, None, config=tile, chunks=chunks)
+            decode_attention(call, out, None, config=tile, chunks=chunks)
         else:
-            prefill_attention(operands, out, None, config=tile)
+            prefill_attention(call, out, None, config=tile)
         return out
 
     return run

@@ -76,7 +76,7 @@ def attention_backward(
     if needed[3] or needed[4]:
         dpk, dpv = bank_gradients(operands, do, lse_log2, delta)
     if needed[5] and operands.sinks is not None:
-        sinks = operands.sinks.float().view(1, operands.kv_heads, 1, operands.group)
+        sinks = operands.sinks.float().reshape(1, operands.kv_heads, 1, operands.group)
         dsinks = -(torch.exp2(sinks * LOG2_E.value - lse_log2) * delta).sum((0, 2)).flatten()
         dsinks = dsinks.to(operands.sinks.dtype)
     return dq, dk, dv, dpk, dpv, dsinks

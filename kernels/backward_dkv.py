@@ -269,14 +269,14 @@ def own_key_gradients(
     operands: Operands, do: Tensor, lse: Tensor, delta: Tensor, config: TileConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """dk and dv of the rows' own keys, in the layouts of k and v; do, lse and delta are `backward.saved_rows`."""
-    config = config or operands.layout().config("backward_dkv")
+    config = config or operands.layout.config("backward_dkv")
     dk, dv = torch.empty_like(operands.k), torch.empty_like(operands.v)
     if dk.numel() == 0:
         return dk, dv
     key_tiles = triton.cdiv(operands.k.shape[2], config.block_n)
     backward_own_kernel[(key_tiles * operands.kv_heads * operands.batch,)](
         **strided(q=operands.q, k=operands.k, v=operands.v, do=do, dk=dk, dv=dv),
-        **operands.row_arguments(), **operands.bias_arguments(), **backward_scales(operands.scale, operands.softcap),
+        **operands.row_arguments(), **backward_scales(operands.scale, operands.softcap),
         lse_ptr=lse, delta_ptr=delta, key_tiles=key_tiles,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=padded_head_dim(operands.head_dim),
         num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
@@ -292,8 +292,8 @@ def bank_gradients(
 
     ``parts`` of each sum follow from shapes by default. Nothing is read back from the device.
     """
-    config = config or operands.layout().config("backward_dkv")
-    prefix_k, prefix_v = operands.prefix_k, operands.prefix_v
+    config = config or operands.layout.config("backward_dkv")
+    prefix_k, prefix_v = operands.prefix.k, operands.prefix.v
     tables = bank_tiles(operands, config.block_n)
     tiles = tables.tile_task.shape[0]
     if tiles == 0 or prefix_k.numel() == 0:
@@ -312,7 +312,7 @@ def bank_gradients(
         **strided(q=operands.q, prefix_k=prefix_k, prefix_v=prefix_v, do=do, dk=dk, dv=dv),
         **{name: value for name, value in rows.items() if name not in unused},
         **{f"{name}_ptr": table for name, table in tables._asdict().items()},
-        **operands.bias_arguments(), **backward_scales(operands.scale, operands.softcap),
+        **backward_scales(operands.scale, operands.softcap),
         lse_ptr=lse, delta_ptr=delta, tiles=tiles, parts=parts,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=padded_head_dim(operands.head_dim),
         num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,
@@ -341,18 +341,19 @@ class BankTiles(NamedTuple):
 
 def bank_tiles(operands: Operands, block_n: int) -> BankTiles:
     """The tables for tiles of ``block_n`` slots; shapes are those of the worst case, so that the host need not wait."""
-    ids, batch, tasks, tokens = operands.task_ids, operands.batch, operands.lens.shape[0], operands.prefix_k.shape[1]
+    ids, lens, batch = operands.task_ids, operands.prefix.lens, operands.batch
+    tasks, tokens = lens.shape[0], operands.prefix.k.shape[1]
     sound = (ids >= 0) & (ids < tasks)  # the others are NaN in the forward pass, and have no gradient
     if operands.kv_len is not None:
-        sound &= (operands.kv_len >= 0) & (operands.kv_len <= operands.k.shape[2])
+        sound &= (operands.kv_len >= 0) & (operands.kv_len <= operands.kv_capacity)
     if operands.kv_start is not None:
-        sound &= (operands.kv_start >= 0) & (operands.kv_start <= operands.k.shape[2])
+        sound &= (operands.kv_start >= 0) & (operands.kv_start <= operands.kv_capacity)
     ids, order = torch.sort(torch.where(sound, ids, tasks), stable=True)
     every = torch.arange(tasks, dtype=ids.dtype, device=ids.device)
     first = torch.searchsorted(ids, every)
     readers = torch.searchsorted(ids, every, right=True) - first
 
-    needed = torch.where(readers > 0, (operands.lens.clamp(min=0) + block_n - 1) // block_n, 0)
+    needed = torch.where(readers > 0, (lens.clamp(min=0) + block_n - 1) // block_n, 0)
     ends = torch.cumsum(needed, 0)
     in_use = min(batch, tasks)
     most = min((tokens + in_use * (block_n - 1)) // block_n, in_use * triton.cdiv(tokens, block_n))

@@ -128,15 +128,15 @@ def query_gradient(
     operands: Operands, do: Tensor, lse: Tensor, delta: Tensor, config: TileConfig | None = None
 ) -> Tensor:
     """dq, in q's dtype and layout; do, lse and delta are `backward.saved_rows`."""
-    config = config or operands.layout().config("backward_dq")
+    config = config or operands.layout.config("backward_dq")
     dq = torch.empty_like(operands.q)
     query_tiles = triton.cdiv(operands.q_len * operands.group, config.block_m)
     backward_dq_kernel[(query_tiles * operands.kv_heads * operands.batch,)](
         **strided(
-            q=operands.q, k=operands.k, v=operands.v, prefix_k=operands.prefix_k, prefix_v=operands.prefix_v, do=do,
+            q=operands.q, k=operands.k, v=operands.v, prefix_k=operands.prefix.k, prefix_v=operands.prefix.v, do=do,
             dq=dq,
         ),
-        **operands.row_arguments(), **operands.bias_arguments(), **backward_scales(operands.scale, operands.softcap),
+        **operands.row_arguments(), **backward_scales(operands.scale, operands.softcap),
         lse_ptr=lse, delta_ptr=delta, query_tiles=query_tiles,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_D=padded_head_dim(operands.head_dim),
         num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH_OPTIONS,

@@ -25,7 +25,7 @@ from prefix_attn.kernels.chunks import Residency, choose_chunks
 from prefix_attn.kernels.config import TileConfig, decode_rows, multiprocessors, padded_head_dim, slices
 from prefix_attn.kernels.direct_launch import Launcher
 from prefix_attn.kernels.early_launch import early_options, let_next_begin, wait_for_previous
-from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv, contiguous
 from prefix_attn.kernels.merge import Partials, merge_chunks
 from prefix_attn.kernels.primitives import (
     LN_2,
@@ -181,15 +181,16 @@ def decode_attention(
     many keys k could hold.
     """
     operands = operands.scaled
-    launch = _launch(operands.layout(out), batch_invariant, config, chunks)
+    sinks = contiguous(operands.sinks)
+    launch = _launch(operands.layout, out.stride(), batch_invariant, config, chunks)
     partials = Partials.empty(launch.launched, operands.q, operands.kv_heads) if launch.chunks > 1 else None
     launch.run(decode_kernel, {
-        **operands.tensors(), "sinks_ptr": operands.sinks, "bias_ptr": operands.relative_bias, "out_ptr": out,
+        **operands.tensors(), "sinks_ptr": sinks, "bias_ptr": operands.relative_bias, "out_ptr": out,
         "lse_ptr": lse, "partial_ptr": None if partials is None else partials.out,
         "partial_lse_ptr": None if partials is None else partials.lse,
     })  # fmt: skip
     if partials is not None:
-        merge_chunks(partials, out, lse, operands.sinks, launch.chunks)
+        merge_chunks(partials, out, lse, sinks, launch.chunks)
 
 
 class _Launch(NamedTuple):
@@ -199,8 +200,10 @@ class _Launch(NamedTuple):
 
 
 @lru_cache(maxsize=LAYOUTS)
-def _launch(layout: Layout, batch_invariant: bool, config: TileConfig | None, chunks: int | None) -> _Launch:
-    """A launch of decode_kernel but for its tensors."""
+def _launch(
+    layout: Layout, out: tuple[int, ...], batch_invariant: bool, config: TileConfig | None, chunks: int | None
+) -> _Launch:
+    """A launch of decode_kernel but for its tensors; ``out`` are the strides of the output."""
     (batch, _, q_len, head_dim), (_, kv_heads, kv_capacity, _) = layout.q_shape, layout.k_shape
     rows = q_len * layout.group
     if config is None:
@@ -223,7 +226,7 @@ def _launch(layout: Layout, batch_invariant: bool, config: TileConfig | None, ch
     most_tiles = cdiv(kv_capacity, config.block_n) + cdiv(layout.prefix_tokens, config.block_n)
     launched = max(1, min(chunks, cdiv(most_tiles, least_tiles)))
     arguments = {
-        **layout.arguments(), **layout.bias_arguments(), "batch": batch, "query_tiles": query_tiles, "chunks": chunks,
+        **layout.arguments(out=out), "batch": batch, "query_tiles": query_tiles, "chunks": chunks,
         "SPLIT": chunks > 1, "MIN_TILES": least_tiles,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": padded_head_dim(head_dim),
         "SLICES": slices(config.block_m, config.block_n, config.num_warps, head_dim, layout.dtype),

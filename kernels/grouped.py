@@ -32,7 +32,7 @@ from prefix_attn.kernels.config import TileConfig, decode_rows, edge_keys, item_
 from prefix_attn.kernels.decode import MIN_TILES
 from prefix_attn.kernels.direct_launch import Launcher
 from prefix_attn.kernels.early_launch import early_options, let_next_begin, wait_for_previous
-from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv, contiguous
 from prefix_attn.kernels.merge import Partials, merge_chunks
 from prefix_attn.kernels.primitives import (
     again,
@@ -310,13 +310,13 @@ def grouped_attention(
             back from the device.
     """
     operands = operands.scaled
-    launch = _launch(operands.layout(), *members.shape, max_len, config, chunks)
+    launch = _launch(operands.layout, *members.shape, max_len, config, chunks)
     partials = Partials.empty(launch.chunks, operands.q, operands.kv_heads)
     launch.run(grouped_kernel, {
         **operands.tensors(), "bias_ptr": operands.relative_bias, "planned_ptr": planned, "tasks_ptr": tasks,
         "members_ptr": members, "partial_ptr": partials.out, "partial_lse_ptr": partials.lse,
     })  # fmt: skip
-    merge_chunks(partials, out, lse, operands.sinks, launch.chunks)
+    merge_chunks(partials, out, lse, contiguous(operands.sinks), launch.chunks)
 
 
 class _Launch(NamedTuple):
@@ -351,7 +351,7 @@ def _launch(
     prefix_items = tiles * kv_heads * prefix_chunks
     request_items = requests * own_chunks
     arguments = {
-        **layout.arguments(), **layout.bias_arguments(), "batch": batch, "tiles": tiles, "query_tiles": query_tiles,
+        **layout.arguments(), "batch": batch, "tiles": tiles, "query_tiles": query_tiles,
         "prefix_chunks": prefix_chunks, "own_chunks": own_chunks,
         "prefix_items": prefix_items, "request_items": request_items, "MIN_TILES": MIN_TILES,
         "BLOCK_P": tile_rows, "BLOCK_M": block_m, "BLOCK_N": config.block_n, "BLOCK_E": block_e,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -18,27 +20,25 @@ LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 #: Layouts whose launches a kernel keeps: those of a model's layers, over the last steps.
 LAYOUTS = 64
 
-#: The tensors whose strides are arguments of an attention kernel.
-STRIDED = ("q", "k", "v", "prefix_k", "prefix_v", "out")
-
 
 def cdiv(a: int, b: int) -> int:
     """``a / b``, rounded up. (Triton's own, which kernels may call too, takes the host microseconds.)"""
     return -(-a // b)
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Layout:
     """A call without its tensors: all that its launch follows from, and the same in every layer of a step.
 
-    What is worked out from it is therefore kept (``lru_cache`` of `LAYOUTS` entries): own keys that grow make a new
-    layout every step, and the first layer of the step finds the launch anew.
+    Calls alike have one layout (`Operands.layout`), so it is compared as an object, and what is worked out from it is
+    kept. Own keys that grow make a new one every step, and the first layer of the step works it all out anew.
     """
 
     q_shape: tuple[int, ...]
     k_shape: tuple[int, ...]
     prefix_tokens: int
     num_tasks: int
-    strides: tuple[tuple[int, ...], ...]  # of `STRIDED`, up to the last that the kernel takes
+    strides: tuple[tuple[int, ...], ...]  # of q, k, v, prefix.k and prefix.v
     row_strides: tuple[int, ...]  # of task_ids, kv_start and kv_len; 0 for one that is not given
     bias: tuple[int, ...] | None  # strides and entries per head of relative_bias
     causal: bool
@@ -57,58 +57,78 @@ class Layout(NamedTuple):
         kind = kernel if self.bias is None else f"biased_{kernel}"
         return config_for(kind, self.q_shape[3], self.dtype, self.device, rows)
 
-    def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of an attention kernel that follow from the layout."""
+    def arguments(self, **strides: tuple[int, ...]) -> dict[str, Any]:
+        """The keyword arguments of an attention kernel that follow from the layout, and from ``strides`` of outputs."""
+        q, k, v, prefix_k, prefix_v = self.strides
         scale_log2, softcap_inner = score_scales(self.scale, self.softcap)
         return {
-            **stride_arguments(dict(zip(STRIDED, self.strides, strict=False))),
+            **stride_arguments({"q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v, **strides}),
             "scale_log2": scale_log2, "softcap_inner": softcap_inner, **self.row_arguments(),
         }  # fmt: skip
 
-    def bias_arguments(self) -> dict[str, Any]:
-        """Those of a kernel that adds a relative bias, or none."""
-        stride_head, stride_entry, entries = self.bias or (0, 0, 0)
-        return {
-            "stride_bias_head": stride_head, "stride_bias_entry": stride_entry, "bias_reach": entries // 2,
-            "bias_scale": bias_scale(self.scale, self.softcap), "BIAS_OF_SLOTS": not self.causal,
-        }  # fmt: skip
-
     def row_arguments(self) -> dict[str, Any]:
-        """Those that say which keys each query sees, and the sizes."""
+        """Those that say which keys each query sees, the sizes, and how a relative bias lies, if there is one."""
         (_, _, q_len, head_dim), (_, kv_heads, kv_capacity, _) = self.q_shape, self.k_shape
         stride_task_ids, stride_kv_start, stride_kv_len = self.row_strides
+        stride_bias_head, stride_bias_entry, bias_entries = self.bias or (0, 0, 0)
         return {
             "stride_task_ids": stride_task_ids, "stride_kv_start": stride_kv_start, "stride_kv_len": stride_kv_len,
             "kv_heads": kv_heads, "q_len": q_len, "kv_capacity": kv_capacity, "num_tasks": self.num_tasks,
             "window": self.window, "GROUP": self.group, "HEAD_DIM": head_dim,
             # The one query of a row sees all its keys up to its end.
             "CAUSAL": self.causal and q_len > 1,
+            "stride_bias_head": stride_bias_head, "stride_bias_entry": stride_bias_entry,
+            "bias_reach": bias_entries // 2, "bias_scale": bias_scale(self.scale, self.softcap),
+            "BIAS_OF_SLOTS": not self.causal,
         }  # fmt: skip
 
 
-class Operands(NamedTuple):
-    """The inputs of one attention call, as in `prefix_attn.types.AttentionCall`.
+_kept_layout = lru_cache(maxsize=LAYOUTS)(Layout)
 
-    q: ``[batch, q_heads, q_len, head_dim]``; k, v: ``[batch, kv_heads, kv_len, head_dim]``; prefix_k, prefix_v:
-    ``[kv_heads, tokens, head_dim]``; starts, lens: int32 ``[tasks]``; task_ids, kv_start, kv_len: int32 ``[batch]``;
-    sinks: ``[q_heads]``, contiguous; relative_bias: ``[q_heads, 2R + 1]``. Any strides but for sinks.
+
+class Prefixes(Protocol):
+    """Prefixes of all tasks, packed along the token axis: `prefix_attn.types.PrefixKV`.
+
+    k, v: ``[kv_heads, tokens, head_dim]``; starts, lens: int32 ``[tasks]``.
+    """
+
+    @property
+    def k(self) -> Tensor: ...
+    @property
+    def v(self) -> Tensor: ...
+    @property
+    def starts(self) -> Tensor: ...
+    @property
+    def lens(self) -> Tensor: ...
+
+
+@dataclass(eq=False)
+class Operands:
+    """What an attention kernel is given; `prefix_attn.types.AttentionCall` is one, and says more.
+
+    Attributes:
+        q: ``[batch, q_heads, q_len, head_dim]``; any strides, as all tensors but those of prefix.
+        k, v: ``[batch, kv_heads, kv_len, head_dim]``.
+        task_ids: int32 ``[batch]``; -1 for a row without prefix.
+        kv_start, kv_len: int32 ``[batch]``; None is 0, and ``k.shape[2]``.
+        sinks: ``[q_heads]``.
+        relative_bias: ``[q_heads, 2R + 1]``.
+
+    (Not frozen: to make one would take four times as long, and each layer of a step does.)
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
-    prefix_k: Tensor
-    prefix_v: Tensor
-    starts: Tensor
-    lens: Tensor
+    prefix: Prefixes
     task_ids: Tensor
     kv_start: Tensor | None
     kv_len: Tensor | None
-    sinks: Tensor | None
     causal: bool
     scale: float
     window: int | None
     softcap: float | None
+    sinks: Tensor | None = None
     relative_bias: Tensor | None = None
 
     @property
@@ -116,11 +136,16 @@ class Operands(NamedTuple):
         return self.q.shape[0]
 
     @property
+    def q_heads(self) -> int:
+        return self.q.shape[1]
+
+    @property
     def kv_heads(self) -> int:
         return self.k.shape[1]
 
     @property
     def group(self) -> int:
+        """Query heads that share one key/value head."""
         return self.q.shape[1] // self.k.shape[1]
 
     @property
@@ -128,50 +153,59 @@ class Operands(NamedTuple):
         return self.q.shape[2]
 
     @property
+    def kv_capacity(self) -> int:
+        """Key slots that exist; ``kv_len`` says how many of them hold a key."""
+        return self.k.shape[2]
+
+    @property
     def head_dim(self) -> int:
         return self.q.shape[3]
 
     @property
-    def scaled(self) -> Operands:
+    def scaled(self) -> Self:
         """With the sign of a negative scale in q, where the forward kernels need it; see `score_scales`."""
-        return self if self.scale >= 0 or self.softcap is not None else self._replace(q=-self.q, scale=-self.scale)
+        signed = self.scale < 0 and self.softcap is None
+        return replace(self, q=-self.q, scale=-self.scale) if signed else self
 
-    def layout(self, out: Tensor | None = None) -> Layout:
-        """The layout of this call; with ``out``, if the kernel writes it by its strides."""
-        # Every layer of a step comes here: no loops, and each tensor is asked for its strides once, all together.
-        q, k, v, prefix_k, prefix_v, _, lens, ids, kv_start, kv_len, _, causal, scale, window, softcap, table = self
-        strides: tuple[tuple[int, ...], ...]
-        strides = q.stride(), k.stride(), v.stride(), prefix_k.stride(), prefix_v.stride()
-        (of_ids,), of_rows = ids.stride(), (0,)
+    @property
+    def layout(self) -> Layout:
+        # Every layer of a step comes here: no loops, and each tensor is asked for its strides once.
+        q, k, prefix, prefix_k, table = self.q, self.k, self.prefix, self.prefix.k, self.relative_bias
+        kv_start, kv_len, of_rows = self.kv_start, self.kv_len, (0,)
+        (of_ids,) = self.task_ids.stride()
         (of_start,) = of_rows if kv_start is None else kv_start.stride()
         (of_len,) = of_rows if kv_len is None else kv_len.stride()
-        return Layout(
-            q.shape, k.shape, prefix_k.shape[1], lens.shape[0], strides if out is None else (*strides, out.stride()),
-            (of_ids, of_start, of_len), None if table is None else (*table.stride(), table.shape[1]),
-            causal, scale, window, softcap, q.dtype, q.device,
+        return _kept_layout(
+            q.shape, k.shape, prefix_k.shape[1], prefix.lens.shape[0],
+            (q.stride(), k.stride(), self.v.stride(), prefix_k.stride(), prefix.v.stride()), (of_ids, of_start, of_len),
+            None if table is None else (*table.stride(), table.shape[1]),
+            self.causal, self.scale, self.window, self.softcap, q.dtype, q.device,
         )  # fmt: skip
 
     def tensors(self) -> dict[str, Tensor | None]:
-        """The keyword arguments of an attention kernel that are inputs, without sinks."""
+        """The keyword arguments of an attention kernel that are inputs, but for sinks and a relative bias."""
+        prefix = self.prefix
         return {
-            "q_ptr": self.q, "k_ptr": self.k, "v_ptr": self.v,
-            "prefix_k_ptr": self.prefix_k, "prefix_v_ptr": self.prefix_v, **self.row_tensors(),
+            "q_ptr": self.q, "k_ptr": self.k, "v_ptr": self.v, "prefix_k_ptr": prefix.k, "prefix_v_ptr": prefix.v,
+            **self.row_tensors(),
         }  # fmt: skip
 
     def row_tensors(self) -> dict[str, Tensor | None]:
         """Those that say which keys each row sees."""
+        starts, lens = self.prefix.starts.contiguous(), self.prefix.lens.contiguous()
         return {
-            "task_ids_ptr": self.task_ids, "starts_ptr": self.starts.contiguous(), "lens_ptr": self.lens.contiguous(),
+            "task_ids_ptr": self.task_ids, "starts_ptr": starts, "lens_ptr": lens,
             "kv_start_ptr": self.kv_start, "kv_len_ptr": self.kv_len,
         }  # fmt: skip
 
     def row_arguments(self) -> dict[str, Any]:
-        """Arguments that say which keys each query sees, and the sizes."""
-        return {**self.row_tensors(), **self.layout().row_arguments()}
+        """`row_tensors`, the relative bias, and all that `Layout.row_arguments` says."""
+        return {**self.row_tensors(), "bias_ptr": self.relative_bias, **self.layout.row_arguments()}
 
-    def bias_arguments(self) -> dict[str, Any]:
-        """Those of a relative bias, or of none."""
-        return {"bias_ptr": self.relative_bias, **self.layout().bias_arguments()}
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """Sinks as a kernel takes them."""
+    return None if x is None else x.contiguous()
 
 
 def strided(**tensors: Tensor) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prefix_attn.kernels.config import TileConfig, edge_keys, padded_head_dim
 from prefix_attn.kernels.direct_launch import Launcher
-from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv, contiguous
 from prefix_attn.kernels.primitives import (
     LN_2,
     LOG2_E,
@@ -114,20 +114,20 @@ def prefill_kernel(
 def prefill_attention(operands: Operands, out: Tensor, lse: Tensor | None, config: TileConfig | None = None) -> None:
     """Write out, and lse (float32 ``[batch, q_heads, q_len]``, contiguous) if given."""
     operands = operands.scaled
-    _launch(operands.layout(out), config)(prefill_kernel, {
-        **operands.tensors(), "sinks_ptr": operands.sinks, "bias_ptr": operands.relative_bias, "out_ptr": out,
-        "lse_ptr": lse,
+    _launch(operands.layout, out.stride(), config)(prefill_kernel, {
+        **operands.tensors(), "sinks_ptr": contiguous(operands.sinks), "bias_ptr": operands.relative_bias,
+        "out_ptr": out, "lse_ptr": lse,
     })  # fmt: skip
 
 
 @lru_cache(maxsize=LAYOUTS)
-def _launch(layout: Layout, config: TileConfig | None) -> Launcher:
-    """A launch of prefill_kernel but for its tensors."""
+def _launch(layout: Layout, out: tuple[int, ...], config: TileConfig | None) -> Launcher:
+    """A launch of prefill_kernel but for its tensors; ``out`` are the strides of the output."""
     batch, _, q_len, head_dim = layout.q_shape
     config = config or layout.config("prefill")
     query_tiles = cdiv(q_len * layout.group, config.block_m)
     return Launcher(query_tiles * layout.k_shape[1] * batch, {
-        **layout.arguments(), **layout.bias_arguments(), "query_tiles": query_tiles,
+        **layout.arguments(out=out), "query_tiles": query_tiles,
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_E": edge_keys(config.block_n), "BLOCK_D": padded_head_dim(head_dim),
         "num_warps": config.num_warps, "num_stages": config.num_stages, **LAUNCH_OPTIONS,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn.errors import DTypeError, ShapeError
+from prefix_attn.kernels.launch import Operands
 from prefix_attn.plan import BatchPlan, RowTiles
 from prefix_attn.transforms import requires_grad, transformed
 
@@ -157,61 +158,18 @@ class PrefixKV:
         return vars(self) | {"_spans": None}
 
 
-@dataclass(eq=False)
-class AttentionCall:
+@dataclass(eq=False, kw_only=True)
+class AttentionCall(Operands):
     """One checked call of `prefix_attention`; what every backend receives. Shapes as documented there.
 
-    Never changed, but for ``tiles``, which the operator sets. (Not frozen: to make one would take four times as long,
-    and each layer of a step does.)
+    Never changed, but for ``tiles``, which the operator sets.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
     prefix: PrefixKV
-    task_ids: Tensor  # int32 [batch], on q's device
-    kv_start: Tensor | None  # int32 [batch], None = 0
-    kv_len: Tensor | None  # int32 [batch], None = k.shape[2]
-    causal: bool
-    scale: float
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None  # [q_heads]
-    relative_bias: Tensor | None  # [q_heads, 2R + 1]
     return_lse: bool
     batch_invariant: bool
     plan: BatchPlan | None = None  # who shares with whom; without one, a regime that must know makes it
     tiles: RowTiles | None = None  # the plan's, for the regime chosen; only inside the operator
-
-    @property
-    def batch(self) -> int:
-        return self.q.shape[0]
-
-    @property
-    def q_heads(self) -> int:
-        return self.q.shape[1]
-
-    @property
-    def q_len(self) -> int:
-        return self.q.shape[2]
-
-    @property
-    def head_dim(self) -> int:
-        return self.q.shape[3]
-
-    @property
-    def kv_heads(self) -> int:
-        return self.k.shape[1]
-
-    @property
-    def kv_capacity(self) -> int:
-        """Key slots that exist; ``kv_len`` says how many of them hold a key."""
-        return self.k.shape[2]
-
-    @property
-    def group(self) -> int:
-        """Query heads that share one key/value head."""
-        return self.q.shape[1] // self.k.shape[1]
 
     @property
     def lse_dtype(self) -> torch.dtype:

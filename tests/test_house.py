@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "tolerance": set(),
     "plan": {"errors", "kernels"},
     "transforms": {"errors"},
-    "types": {"errors", "plan", "transforms"},
+    "types": {"errors", "kernels", "plan", "transforms"},
     "checks": {"errors", "types", "plan"},
     "kernels": set(),
     "regime": LEAVES,

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from prefix_attn import regime
 from prefix_attn.kernels.device import device_of, refusal_on
-from prefix_attn.kernels.launch import Operands
 from prefix_attn.transforms import requires_grad, transformed
 from prefix_attn.types import AttentionCall, Gradients, PerInput
 
@@ -48,17 +47,17 @@ def refusal(call: AttentionCall) -> str | None:
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """Out in q's layout, and lse (float32) if ``call.return_lse``; grouped decode if the call has tiles."""
-    q, operands = call.q, operands_of(call)
+    q = call.q
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if call.return_lse else None
     grouped_attention, decode_attention, prefill_attention = _launchers()
     with device_of(q):
         if call.tiles is not None:
-            grouped_attention(operands, *call.tiles, out, lse, max_len=call.prefix.expected_max_len)
+            grouped_attention(call, *call.tiles, out, lse, max_len=call.prefix.expected_max_len)
         elif regime.use_decode(call.q_len, call.group):
-            decode_attention(operands, out, lse, batch_invariant=call.batch_invariant)
+            decode_attention(call, out, lse, batch_invariant=call.batch_invariant)
         else:
-            prefill_attention(operands, out, lse)
+            prefill_attention(call, out, lse)
     return out, lse
 
 
@@ -88,18 +87,5 @@ def backward(
         lse = forward(replace(call, return_lse=True))[1]
         assert lse is not None, "forward returns lse where it is asked for"
     with device_of(call.q):
-        q, k, v, prefix_k, prefix_v, sinks = attention_backward(
-            operands_of(call), out, lse, grad_out, grad_lse, needed[:6]
-        )
+        q, k, v, prefix_k, prefix_v, sinks = attention_backward(call, out, lse, grad_out, grad_lse, needed[:6])
     return PerInput(q, k, v, prefix_k, prefix_v, sinks, relative_bias=None)  # which is refused
-
-
-def operands_of(call: AttentionCall) -> Operands:
-    """The call as the launchers take it."""
-    prefix, sinks = call.prefix, call.sinks
-    return Operands(
-        q=call.q, k=call.k, v=call.v, prefix_k=prefix.k, prefix_v=prefix.v, starts=prefix.starts, lens=prefix.lens,
-        task_ids=call.task_ids, kv_start=call.kv_start, kv_len=call.kv_len,
-        sinks=None if sinks is None else sinks.contiguous(), causal=call.causal,
-        scale=call.scale, window=call.window, softcap=call.softcap, relative_bias=call.relative_bias,
-    )  # fmt: skip

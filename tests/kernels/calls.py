@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from prefix_attn.backends import reference
-from prefix_attn.backends.triton import operands_of
 from prefix_attn.checks import checked_call
 from prefix_attn.kernels.config import TileConfig
 from prefix_attn.kernels.decode import decode_attention
@@ -32,12 +31,12 @@ def launch(call: AttentionCall, way: str, tile: TileConfig = TILE) -> tuple[Tens
     lse = torch.full(call.q.shape[:3], float("nan"), device=call.q.device)
     chunks = WAYS[way]
     if chunks is None:
-        prefill_attention(operands_of(call), out, lse, config=tile)
+        prefill_attention(call, out, lse, config=tile)
     elif isinstance(chunks, tuple):
         tiles = row_tiles(call.task_ids, call.prefix.lens, call.q_len * call.group, tile.block_m)
-        grouped_attention(operands_of(call), *tiles, out, lse, max_len=100, config=tile, chunks=chunks)
+        grouped_attention(call, *tiles, out, lse, max_len=100, config=tile, chunks=chunks)
     else:
-        decode_attention(operands_of(call), out, lse, config=tile, chunks=chunks)
+        decode_attention(call, out, lse, config=tile, chunks=chunks)
     return out, lse
 
 

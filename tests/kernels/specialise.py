@@ -15,6 +15,7 @@ from benchmarks.pretended_gpu import pretend
 from prefix_attn.kernels import backward, backward_dkv, backward_dq, decode, grouped, merge, prefill, row_tiles
 from prefix_attn.kernels.launch import Operands
 from prefix_attn.plan import TILE_ROWS, RowTiles
+from prefix_attn.types import PrefixKV
 
 
 class Compiled:
@@ -44,9 +45,9 @@ def operands(batch: int, kv_len: int, q_len: int, head_dim: int = 128, window: i
 
     k, prefix = sixteen_bits(batch, kv_len, 8).transpose(1, 2), sixteen_bits(8, 64)
     return Operands(
-        q=sixteen_bits(batch, q_len, 32).transpose(1, 2), k=k, v=k, prefix_k=prefix, prefix_v=prefix,
-        starts=integers(3), lens=integers(3), task_ids=integers(batch), kv_start=None, kv_len=integers(batch),
-        sinks=None, causal=True, scale=0.1, window=window, softcap=None,
+        q=sixteen_bits(batch, q_len, 32).transpose(1, 2), k=k, v=k,
+        prefix=PrefixKV(prefix, prefix, integers(3), integers(3)), task_ids=integers(batch), kv_start=None,
+        kv_len=integers(batch), causal=True, scale=0.1, window=window, softcap=None,
     )  # fmt: skip
 
 

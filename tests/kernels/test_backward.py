@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from prefix_attn.backends import reference
-from prefix_attn.backends.triton import operands_of
 from prefix_attn.checks import checked_call
 from prefix_attn.kernels.backward import attention_backward, saved_rows
 from prefix_attn.kernels.backward_dkv import bank_gradients, bank_tiles, own_key_gradients
@@ -55,11 +54,10 @@ def autograd(inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
 
 def backward(call: AttentionCall, out: Tensor, lse: Tensor, do: Tensor, dlse: Tensor | None) -> list[Tensor]:
     """Gradients of the kernels, with tiles small enough that every edge is an edge of one, and sums in two parts."""
-    inputs = operands_of(call)
-    rows = saved_rows(inputs, out, lse, do, dlse)
-    grads = [query_gradient(inputs, *rows, TILE), *own_key_gradients(inputs, *rows, TILE)]
-    grads += bank_gradients(inputs, *rows, TILE, parts=2)
-    *others, sinks = attention_backward(inputs, out, lse, do, dlse, [False] * 5 + [True])
+    rows = saved_rows(call, out, lse, do, dlse)
+    grads = [query_gradient(call, *rows, TILE), *own_key_gradients(call, *rows, TILE)]
+    grads += bank_gradients(call, *rows, TILE, parts=2)
+    *others, sinks = attention_backward(call, out, lse, do, dlse, [False] * 5 + [True])
     assert all(x is None for x in others)
     return grads if sinks is None else [*grads, sinks]
 
@@ -171,7 +169,7 @@ def check_tiles(seed: int) -> None:
     inputs = make(replace(EDGES, prefix_lens=tuple(max(m, 0) for m in lens), starts=None, ends=None), device=DEVICE)
     call = checked_call(*inputs.args, **inputs.options)
     ids = torch.randint(-2, 6, (3,), generator=rng).tolist()
-    tables = bank_tiles(operands_of(with_tasks(call, ids, torch.tensor(lens, dtype=torch.int32, device=DEVICE))), 32)
+    tables = bank_tiles(with_tasks(call, ids, torch.tensor(lens, dtype=torch.int32, device=DEVICE)), 32)
     order, first, readers, tasks, slots = (x.tolist() for x in tables)
     found = [(task, slot) for task, slot in zip(tasks, slots, strict=True) if task >= 0]
     assert found == [(t, j) for t, m in enumerate(lens) if t in ids for j in range(0, m, 32)]

@@ -99,8 +99,8 @@ class Request:
         q, k, v, out, lse = (x.to(DEVICE) for x in (q, k, v, out, lse))
         task_ids, kv_start, kv_len = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (ids, starts, ends))
         operands = Operands(
-            q=q, k=k, v=v, prefix_k=bank.k.to(DEVICE), prefix_v=bank.v.to(DEVICE), starts=bank.starts.to(DEVICE),
-            lens=bank.lens.to(DEVICE), task_ids=task_ids, kv_start=kv_start, kv_len=kv_len,
+            q=q, k=k, v=v, prefix=PrefixKV(*(x.to(DEVICE) for x in (bank.k, bank.v, bank.starts, bank.lens))),
+            task_ids=task_ids, kv_start=kv_start, kv_len=kv_len,
             sinks=None if self.sink is None else self.sink.to(DEVICE), causal=True, scale=0.25, window=self.window,
             softcap=None,
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,22 +44,21 @@ def launch_repeatedly(way: str, hip: str | None = None) -> list[Launch]:
     launches: list[Launch] = []
     torch.version.hip = hip
     take_notes(launches)
-    from prefix_attn.backends.triton import operands_of
     from prefix_attn.checks import checked_call
     from prefix_attn.kernels.decode import decode_attention
     from prefix_attn.kernels.merge import Partials, merge_chunks
     from prefix_attn.kernels.prefill import prefill_attention
 
     inputs = make(CASE, torch.bfloat16)
-    plain = operands_of(checked_call(*inputs.args, **inputs.options))
+    plain = checked_call(*inputs.args, **inputs.options)
     odd = torch.zeros(plain.q.numel() + 1, dtype=torch.bfloat16)[1:].view(plain.q.shape)
     out, lse = torch.empty_like(plain.q), torch.empty(plain.q.shape[:3])
     partials = Partials.empty(2, out, kv_heads=1)
     for q, second in ((plain.q, None), (plain.q, None), (odd, None), (plain.q, lse)):
         if way == "decode":
-            decode_attention(plain._replace(q=q), out, second, chunks=1)
+            decode_attention(replace(plain, q=q), out, second, chunks=1)
         elif way == "prefill":
-            prefill_attention(plain._replace(q=q), out, second)
+            prefill_attention(replace(plain, q=q), out, second)
         else:
             merge_chunks(partials, out if q is plain.q else odd, second, None, most_chunks=2)
     return launches

@@ -10,7 +10,6 @@ import torch
 
 from prefix_attn import regime
 from prefix_attn.backends import reference
-from prefix_attn.backends.triton import operands_of
 from prefix_attn.checks import checked_call
 from prefix_attn.kernels import decode, prefill, primitives
 from prefix_attn.kernels.config import TileConfig
@@ -103,7 +102,7 @@ def test_short_prompts_fill_a_machine(q_heads: int, kv_heads: int, q_len: int, m
     module, kernel = (decode, "decode_kernel") if few else (prefill, "prefill_kernel")
     monkeypatch.setattr(module, kernel, grid)
     if few:
-        decode.decode_attention(operands_of(call), torch.empty_like(call.q), None)
+        decode.decode_attention(call, torch.empty_like(call.q), None)
     else:
-        prefill.prefill_attention(operands_of(call), torch.empty_like(call.q), None)
+        prefill.prefill_attention(call, torch.empty_like(call.q), None)
     assert grid.programs >= 2 * 132
