@@ -71,13 +71,15 @@ def measure(device: torch.device, repeats: int, environment: record.Environment)
 
     def parts() -> dict[str, float]:
         call = checked_call(*arguments)
-        assert dispatch.regime("triton", call).name == "inline"  # type: ignore[union-attr]
+        regime = dispatch.choose(call, "triton").regime
+        assert regime is not None
+        assert regime.name == "inline"
         timed: dict[str, Callable[[], Any]] = {
             "total": lambda: pa.prefix_attention(*arguments, backend="triton"),
             "checks": lambda: checked_call(*arguments),
-            "dispatch": lambda: (dispatch.choose(call, "triton"), dispatch.regime("triton", call)),
+            "chosen": lambda: dispatch.choose_again(checked_call(*arguments), "triton"),
             "attention": lambda: ops.attention(call, "triton"),
-            "regime": lambda: dispatch.regime("triton", call),
+            "again": lambda: dispatch.choose_again(call, "triton"),
             "launcher": lambda: backend.forward(call),
         }
         return {name: host_us([function] * HOST_CALLS, device, repeats) for name, function in timed.items()}
@@ -91,8 +93,8 @@ def measure(device: torch.device, repeats: int, environment: record.Environment)
     plain = host_us([lambda: kernel[recorder.grid](**recorder.arguments)] * HOST_CALLS, device, repeats)
     return LaunchRow(
         point, "ok" if on_gpu else "ok: no GPU, without the driver's own part of a launch, values not checked",
-        total_us=us["total"], checks_us=us["checks"], dispatch_us=us["dispatch"],
-        operator_us=us["attention"] - us["regime"] - us["launcher"], launcher_us=us["launcher"], plain_launch_us=plain,
+        total_us=us["total"], checks_us=us["checks"], dispatch_us=us["chosen"] - us["checks"],
+        operator_us=us["attention"] - us["again"] - us["launcher"], launcher_us=us["launcher"], plain_launch_us=plain,
         environment=environment,
     )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Protocol, Self
 
@@ -47,6 +47,7 @@ class Layout:
     softcap: float | None
     dtype: torch.dtype
     device: torch.device
+    known: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False)  # what else follows, for its users
 
     @property
     def group(self) -> int:
@@ -83,7 +84,7 @@ class Layout:
         }  # fmt: skip
 
 
-_kept_layout = lru_cache(maxsize=LAYOUTS)(Layout)
+kept_layout = lru_cache(maxsize=LAYOUTS)(Layout)
 
 
 class Prefixes(Protocol):
@@ -130,6 +131,7 @@ class Operands:
     softcap: float | None
     sinks: Tensor | None = None
     relative_bias: Tensor | None = None
+    _layout: Layout | None = field(default=None, init=False, repr=False)
 
     @property
     def batch(self) -> int:
@@ -169,18 +171,22 @@ class Operands:
 
     @property
     def layout(self) -> Layout:
+        """The one layout of all calls like this."""
+        if self._layout is not None:
+            return self._layout
         # Every layer of a step comes here: no loops, and each tensor is asked for its strides once.
         q, k, prefix, prefix_k, table = self.q, self.k, self.prefix, self.prefix.k, self.relative_bias
         kv_start, kv_len, of_rows = self.kv_start, self.kv_len, (0,)
         (of_ids,) = self.task_ids.stride()
         (of_start,) = of_rows if kv_start is None else kv_start.stride()
         (of_len,) = of_rows if kv_len is None else kv_len.stride()
-        return _kept_layout(
+        self._layout = layout = kept_layout(
             q.shape, k.shape, prefix_k.shape[1], prefix.lens.shape[0],
             (q.stride(), k.stride(), self.v.stride(), prefix_k.stride(), prefix.v.stride()), (of_ids, of_start, of_len),
             None if table is None else (*table.stride(), table.shape[1]),
             self.causal, self.scale, self.window, self.softcap, q.dtype, q.device,
         )  # fmt: skip
+        return layout
 
     def tensors(self) -> dict[str, Tensor | None]:
         """The keyword arguments of an attention kernel that are inputs, but for sinks and a relative bias."""

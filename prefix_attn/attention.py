@@ -85,7 +85,7 @@ def prefix_attention(
         softcap=softcap, sinks=sinks, relative_bias=relative_bias, return_lse=return_lse,
         batch_invariant=batch_invariant, plan=plan,
     )  # fmt: skip
-    out, lse = ops.attention(call, dispatch.choose(call, backend).name)
+    out, lse = ops.attention(call, backend)
     if not return_lse:
         return out
     assert lse is not None, "an operator returns lse where it is asked for"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from prefix_attn.dispatch import Choice, regime
+from prefix_attn.dispatch import Choice
 from prefix_attn.regime import Regime
 from prefix_attn.types import AttentionCall
 
@@ -127,7 +127,7 @@ class Explanation:
         device = torch.cuda.get_device_name(call.q.device) if call.q.is_cuda else call.q.device.type
         cost, roof = Cost.of(call), ROOFS.get(device)
         floor_us = cost.floor_us(roof) if roof else None
-        return cls(choice.name, choice.reason, regime(choice.name, call), device, cost, floor_us, cost.saving(roof))
+        return cls(choice.name, choice.reason, choice.regime, device, cost, floor_us, cost.saving(roof))
 
     def __str__(self) -> str:
         c = self.cost

@@ -14,6 +14,9 @@ A backend is a module with
 One that refuses whatever needs a gradient goes without ``backward`` and ``saves_lse``. Only the operators (ops.py) call
 ``forward`` and ``backward``.
 
+What those of `REMEMBERED` refuse and choose may depend on a call's layout and options, not on values of its tensors:
+`choose_again` takes it for true of all calls alike.
+
 ``"auto"`` takes the first of `AUTO_ORDER` that does not refuse. A named backend runs or raises.
 """
 
@@ -35,24 +38,28 @@ BACKENDS: dict[str, ModuleType] = {
 #: interpret them, which is for tests), C++ on a CPU that has a compiler, and PyTorch, which refuses nothing.
 AUTO_ORDER = ("triton", "cpu", "torch")
 
+#: Backends that refuse a call, and choose a regime, by no value of its tensors.
+REMEMBERED = frozenset(("auto", *AUTO_ORDER, "reference"))
+
 
 class Choice(NamedTuple):
-    """A backend, and why it was taken."""
+    """A backend, why it was taken, and the regime in which it runs the call, if it has several."""
 
     name: str
     reason: str
+    regime: Regime | None
+
+    @classmethod
+    def of(cls, call: AttentionCall, name: str, reason: str) -> Choice:
+        """Backend ``name``, and what it chooses for itself."""
+        choose_regime = getattr(BACKENDS[name], "choose_regime", None)
+        return cls(name, reason, None if choose_regime is None else choose_regime(call))
 
 
 def refusal(name: str, call: AttentionCall) -> str | None:
     """Why backend ``name`` cannot run ``call`` here; None if it can."""
     why_not: str | None = BACKENDS[name].refusal(call)
     return why_not
-
-
-def regime(name: str, call: AttentionCall) -> Regime | None:
-    """The way backend ``name`` would run ``call``; None if it has only one."""
-    choose_regime = getattr(BACKENDS[name], "choose_regime", None)
-    return None if choose_regime is None else choose_regime(call)
 
 
 def choose(call: AttentionCall, backend: str = "auto") -> Choice:
@@ -66,7 +73,7 @@ def choose(call: AttentionCall, backend: str = "auto") -> Choice:
         for name in AUTO_ORDER:
             why_not = "no GPU holds these tensors" if name == "triton" and not call.q.is_cuda else refusal(name, call)
             if why_not is None:
-                return Choice(name, "; ".join([*refused, f"{name}: can run this call"]))
+                return Choice.of(call, name, "; ".join([*refused, f"{name}: can run this call"]))
             refused.append(f"{name}: {why_not}")
         raise BackendUnavailable(f"backend='auto': no backend can run this call: {'; '.join(refused)}")
     if backend not in BACKENDS:
@@ -76,4 +83,25 @@ def choose(call: AttentionCall, backend: str = "auto") -> Choice:
         raise BackendUnavailable(
             f"backend={backend!r} cannot run this call: {why_not}. Use backend='auto' to let the package choose"
         )
-    return Choice(backend, "named by the caller")
+    return Choice.of(call, backend, "named by the caller")
+
+
+def choose_again(call: AttentionCall, backend: str) -> Choice:
+    """`choose`, remembered for all calls alike: those of a step's other layers.
+
+    For calls that need no gradient and that nobody traces.
+
+    Raises:
+        BackendUnavailable: as `choose`.
+    """
+    if backend not in REMEMBERED:
+        return choose(call, backend)
+    plan, known = call.plan, call.layout.known
+    key = (
+        backend, call.batch_invariant, call.return_lse, call.sinks is None, call.prefix.expected_max_len,
+        -2 if plan is None else -1 if plan.distinct is None else plan.distinct,
+    )  # fmt: skip
+    choice: Choice | None = known.get(key)
+    if choice is None:
+        choice = known[key] = choose(call, backend)
+    return choice

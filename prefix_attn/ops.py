@@ -45,23 +45,24 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None]:
-    """``(out, lse)`` of a checked call that ``backend`` does not refuse.
+    """``(out, lse)`` of a checked call; ``backend`` as in `dispatch.choose`.
 
     out has q's dtype and layout; lse is float32 (float64 for float64 inputs), and None or of no meaning unless
     ``call.return_lse``.
 
     Raises:
         UnknownTask, ShapeError: a task id or a key bound on the host is out of range.
-        BackendUnavailable: an input has a forward-mode derivative.
+        BackendUnavailable: ``backend`` cannot run the call, or an input has a forward-mode derivative.
     """
     refuse_tangents(call.q, call.k, call.v, call.prefix.k, call.prefix.v, call.sinks, call.relative_bias)
-    regime = dispatch.regime(backend, call)
+    needs_grad = call.needs_grad
+    direct = not needs_grad and nobody_watches(call)
+    backend, _, regime = (dispatch.choose_again if direct else dispatch.choose)(call, backend)
     call.tiles = tiles = None
     if regime is not None and regime.name == "grouped":
         plan = call.plan or BatchPlan(call.task_ids, call.prefix.lens)
         call.tiles = tiles = plan.tiles(call.q_len * call.group)
-    needs_grad = call.needs_grad
-    if not needs_grad and nobody_watches(call):
+    if direct:
         return _run(call, backend)
     planned, tasks, members = tiles or (None, None, None)
     prefix = call.prefix

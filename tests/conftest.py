@@ -13,6 +13,14 @@ for size in ("COLUMNS", "LINES"):  # pytest-xdist sets them, and a console would
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from prefix_attn.kernels.launch import kept_layout  # noqa: E402  (which asks for TRITON_INTERPRET)
+
+
+@pytest.fixture(autouse=True)
+def nothing_known_of_layouts() -> None:
+    """What one test replaces, or finds in its environment, no other test's calls remember."""
+    kept_layout.cache_clear()
+
 
 class FailuresAtOnce:
     """Says what failed when it fails: a run that is cut short never comes to its summary."""

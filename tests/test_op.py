@@ -17,6 +17,7 @@ from prefix_attn import dispatch
 from prefix_attn.backends import reference
 from prefix_attn.checks import checked_call
 from prefix_attn.cost import Cost, Roof
+from prefix_attn.types import AttentionCall
 from tests.cases import DECODE, PREFILL, Case, Inputs, make
 from tests.tolerance import assert_close
 
@@ -192,6 +193,31 @@ def test_auto_says_why() -> None:
     choice = dispatch.choose(checked_call(*X.args))
     assert choice.name == "cpu"
     assert "triton: no GPU holds these tensors" in choice.reason
+
+
+def test_what_was_chosen_holds_for_calls_alike_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, choose = [], dispatch.choose
+
+    def noted(call: AttentionCall, backend: str) -> dispatch.Choice:
+        chosen.append(choose(call, backend).name)
+        return choose(call, backend)
+
+    monkeypatch.setattr(dispatch, "choose", noted)
+    for q in (X.q, X.q.clone(), X.q + 1):
+        call(X, q=q)
+    assert chosen == ["cpu"]
+    tracked = X.q.clone().requires_grad_()
+    for changes in (
+        {"q": X.q.repeat(1, 2, 1, 1)[:, ::2]}, {"return_lse": True}, {"batch_invariant": True}, {"backend": "torch"},
+        {"prefix": replace(X.prefix, max_len=1)},
+    ):  # fmt: skip
+        call(X, **changes)
+        assert len(chosen) == 2
+        chosen.pop()
+    call(X, q=tracked).sum().backward()
+    assert tracked.grad is not None
+    with pytest.raises(pa.BackendUnavailable, match="requires grad"):
+        call(X, q=tracked, backend="cpu")
 
 
 def test_a_named_backend_never_falls_back() -> None:
