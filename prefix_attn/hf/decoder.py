@@ -19,13 +19,7 @@ from prefix_attn.hf.configs import OwnConfigs, check_config
 from prefix_attn.hf.continuous import GenerateBatch, InitContinuousBatching
 from prefix_attn.hf.generate import Generate, PrepareInputs, checked_for_batch
 from prefix_attn.hf.masks import request_mask
-from prefix_attn.hf.positions import (
-    look_up_rows,
-    restore_rows,
-    shifted_positions,
-    tables_of_positions,
-    takes_positions,
-)
+from prefix_attn.hf.positions import hook_tables, shifted_positions, tables_of_positions, takes_positions
 from prefix_attn.hf.scope import scope
 from prefix_attn.hf.sources import NO_INTERFACE, Call, Sources
 from prefix_attn.hf.verify import verify_a_text, verify_against_replica
@@ -54,9 +48,7 @@ class DecoderPatch:
         ]
         self.handles += [module.register_forward_hook(remember_tasks, with_kwargs=True) for module in outermost]
         self.handles.append(decoder.register_forward_pre_hook(PositionsHook(self.hook), with_kwargs=True))
-        for table in tables:
-            self.handles.append(table.register_forward_pre_hook(look_up_rows, with_kwargs=True))
-            self.handles.append(table.register_forward_hook(restore_rows))
+        self.handles += hook_tables(tables)
         if self.hook.by_scope:
             self.leave_in_scope(model)
         model.generate = Generate(model, bank)

@@ -7,10 +7,12 @@ positions up in a table, ``embed_positions``; there hooks put each row's own.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import ContextOverflow, UnsupportedModel
@@ -136,19 +138,31 @@ def takes_positions(module: Any) -> bool:
     return "position_ids" in inspect.signature(module.forward).parameters
 
 
-def look_up_rows(
+def hook_tables(tables: Iterable[Any]) -> list[RemovableHandle]:
+    """Let modules that embed positions look up ``scope.positions``, every row's own, where a pass has set them."""
+    return [
+        handle
+        for table in tables
+        for handle in (
+            table.register_forward_pre_hook(_look_up_rows, with_kwargs=True),
+            table.register_forward_hook(_restore_rows),
+        )
+    ]
+
+
+def _look_up_rows(
     table: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook of a module that embeds positions and takes one list of them: give it those of all rows."""
     return None if scope.positions is None else (args, kwargs | {"position_ids": scope.positions.reshape(-1)})
 
 
+def _restore_rows(table: Any, args: tuple[Any, ...], embeddings: Tensor) -> Tensor | None:
+    """Hook behind it: from a list of embeddings to ``[batch, q_len, hidden]``."""
+    return None if scope.positions is None else embeddings.reshape(*scope.positions.shape, -1)
+
+
 def turn_rows(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Pre-hook of RoFormer's layers: what was looked up, their third argument, from ``[1, 1, batch, q_len, dim]`` to
     ``[batch, 1, q_len, dim]``."""
     return None if scope.positions is None else (*args[:2], args[2][0, 0][:, None], *args[3:])
-
-
-def restore_rows(table: Any, args: tuple[Any, ...], embeddings: Tensor) -> Tensor | None:
-    """Hook behind it: from a list of embeddings to ``[batch, q_len, hidden]``."""
-    return None if scope.positions is None else embeddings.reshape(*scope.positions.shape, -1)

@@ -24,14 +24,7 @@ from prefix_attn.hf.adapters import RELAYED, pop_task_ids
 from prefix_attn.hf.caches import MARK, Mark, check_tasks_of
 from prefix_attn.hf.continuous import NoBatches
 from prefix_attn.hf.generate import Generate, PrepareInputs, checked_for_batch
-from prefix_attn.hf.positions import (
-    look_up_rows,
-    restore_rows,
-    shifted_positions,
-    tables_of_positions,
-    takes_positions,
-    turn_rows,
-)
+from prefix_attn.hf.positions import hook_tables, shifted_positions, tables_of_positions, takes_positions, turn_rows
 from prefix_attn.hf.scope import scope
 from prefix_attn.hf.sources import fill
 from prefix_attn.hf.verify import TOKENS, check_close, of_all_heads, replicated, some_tokens
@@ -108,9 +101,7 @@ class ReplicaPatch:
             module.register_forward_pre_hook(_refuse_tasks, with_kwargs=True, prepend=True)
             for module in {model.base_model, decoder} - {model}
         ]
-        for table in self.hook.tables:
-            self.handles.append(table.register_forward_pre_hook(look_up_rows, with_kwargs=True))
-            self.handles.append(table.register_forward_hook(restore_rows))
+        self.handles += hook_tables(self.hook.tables)
         self.handles += [
             module.register_forward_pre_hook(turn_rows)
             for module in decoder.modules()

@@ -31,7 +31,7 @@ from prefix_attn.hf.continuous import NoBatches
 from prefix_attn.hf.encoder_states import StatesHook, check_tasks_of_states, remember_tasks_of_states
 from prefix_attn.hf.generate import INPUTS, Generate, PrepareInputs, checked_for_batch
 from prefix_attn.hf.part_attention import NAME, PLACE, PartBatch, Place, part_attention_forward, part_mask
-from prefix_attn.hf.positions import look_up_rows, restore_rows, shifted_positions
+from prefix_attn.hf.positions import hook_tables, shifted_positions
 from prefix_attn.hf.relative_bias import bias_table, check_buckets
 from prefix_attn.hf.scope import scope
 from prefix_attn.hf.verify_parts import sound_frames, verify_parts
@@ -77,9 +77,7 @@ class Seq2SeqPatch:
         for module in {model, model.base_model}:
             self.handles.append(module.register_forward_pre_hook(StatesHook(bank), with_kwargs=True))
         if hasattr(stacks[DECODER], "embed_positions"):
-            table = stacks[DECODER].embed_positions
-            self.handles.append(table.register_forward_pre_hook(look_up_rows, with_kwargs=True))
-            self.handles.append(table.register_forward_hook(restore_rows))
+            self.handles += hook_tables([stacks[DECODER].embed_positions])
         model.generate = Seq2SeqGenerate(model, bank)
         model.prepare_inputs_for_generation = PrepareInputs(model, self.configs.implementation)
         model.generate_batch = NoBatches(model)
