@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +96,7 @@ class PackedRows:
             for i, r in enumerate(self.requests):
                 if r.q_len:  # none: of one token and several sequences, which the engine keeps for their own steps
                     alike[(r.q_len - 1).bit_length()].append(i)
-            first_q, first_k = _starts([r.q_len for r in self.requests]), _starts(lengths)
+            first_q, first_k = ([0, *accumulate(x)] for x in ([r.q_len for r in self.requests], lengths))
             self._groups[window] = [self._group(rows, first_q, first_k, lengths, device) for rows in alike.values()]
         return self._groups[window]
 
@@ -116,14 +117,6 @@ class PackedRows:
             task_ids, on_device(k_lens).int(), queries, keys, on_device(slots), on_device(places),
             BatchPlan(task_ids, self.lens),
         )  # fmt: skip
-
-
-def _starts(lengths: list[int]) -> list[int]:
-    """Where each of some runs begins."""
-    starts = [0]
-    for n in lengths:
-        starts.append(starts[-1] + n)
-    return starts
 
 
 def _gathered(packed: Tensor, index: Tensor) -> Tensor:
