@@ -187,8 +187,11 @@ class _Pass(threading.local):
 _under_way = _Pass()
 
 
-def end_interrupted_pass() -> None:
-    """Let a cache know that its pass is over: PyTorch calls no hooks where an interrupt ended one."""
+def _end_pass() -> None:
+    """Let the cache of the pass under way know that it is over.
+
+    Called in front of the next pass too: PyTorch calls no hooks where an interrupt ended one.
+    """
     scope.positions = None
     if _under_way.cache is not None:
         _under_way.cache.inside, _under_way.cache = False, None
@@ -198,7 +201,7 @@ class ReplicaGenerate(Generate):
     """`Generate` that ends what was interrupted first, for it reads the cache's length."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        end_interrupted_pass()
+        _end_pass()
         return super().__call__(*args, **kwargs)
 
 
@@ -214,7 +217,7 @@ class ReplicaHook:
         self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         task_ids = pop_task_ids(kwargs)
-        end_interrupted_pass()
+        _end_pass()
         given = named_arguments(model, args, kwargs)
         cache = given.get("past_key_values")
         if task_ids is None:
@@ -249,11 +252,10 @@ class ReplicaHook:
 
     def end(self, model: Any, args: Any, out: Any) -> Any:
         """Forward hook: the pass is over, and its cache counts the request's tokens again."""
-        scope.positions = None
-        if _under_way.cache is not None:
-            _under_way.cache.inside, _under_way.cache = False, None
-            if _under_way.without_cache and out is not None:
-                return type(out)(**{name: x for name, x in out.items() if name != "past_key_values"})
+        filled = _under_way.cache is not None
+        _end_pass()
+        if filled and _under_way.without_cache and out is not None:
+            return type(out)(**{name: x for name, x in out.items() if name != "past_key_values"})
         return None
 
     def check(self, cache: Any, ids: Tensor | None) -> None:
