@@ -97,6 +97,16 @@ def request_mask(
     return torch.stack(numbers, dim=1).int()[:, None, None]
 
 
+def check_implementation(family: str, stack: Any, ours: str) -> None:
+    """Raise `UnsupportedModel` for layers whose attention implementation has no mask function; ``ours`` has one."""
+    implementation = stack.config._attn_implementation
+    if implementation != ours and implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise UnsupportedModel(
+            f"{family}: attn_implementation={implementation!r} has no mask function; load the model with "
+            "attn_implementation='sdpa' or 'eager'"
+        )
+
+
 class _Unknown(Exception):
     """A mask function whose meaning for prefix tokens is not known."""
 

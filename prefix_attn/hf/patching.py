@@ -21,13 +21,13 @@ import warnings
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import IncompatiblePrefix, PrefixAttnError, SlowModel, UnsupportedModel
 from prefix_attn.hf.adapters import attach, detach, is_attached, is_wrapper
 from prefix_attn.hf.attention import NAME, Ambiguous
 from prefix_attn.hf.decoder import DecoderPatch, decoder_of
+from prefix_attn.hf.masks import check_implementation
 from prefix_attn.hf.part_attention import PLACE
 from prefix_attn.hf.replica import ReplicaPatch
 from prefix_attn.hf.seq2seq import Seq2SeqPatch, refuse_seq2seq
@@ -174,9 +174,4 @@ def _refuse(model: Any) -> None:
         raise UnsupportedModel(
             f"{family}: expected a causal language model with generate, such as AutoModelForCausalLM"
         )
-    implementation = decoder_of(model).config._attn_implementation
-    if implementation != NAME and implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
-        raise UnsupportedModel(
-            f"{family}: attn_implementation={implementation!r} has no mask function; load the model with "
-            "attn_implementation='sdpa' or 'eager'"
-        )
+    check_implementation(family, decoder_of(model), NAME)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.geometry import CROSS, DECODER, ENCODER
@@ -30,6 +29,7 @@ from prefix_attn.hf.context import check_fits, new_tokens, option
 from prefix_attn.hf.continuous import NoBatches
 from prefix_attn.hf.encoder_states import StatesHook, check_tasks_of_states, remember_tasks_of_states
 from prefix_attn.hf.generate import INPUTS, Generate, PrepareInputs, checked_for_batch
+from prefix_attn.hf.masks import check_implementation
 from prefix_attn.hf.part_attention import NAME, PLACE, PartBatch, Place, part_attention_forward, part_mask
 from prefix_attn.hf.positions import hook_tables, shifted_positions
 from prefix_attn.hf.relative_bias import bias_table, check_buckets
@@ -242,9 +242,4 @@ def refuse_seq2seq(model: Any) -> None:
     if not model.can_generate():
         raise UnsupportedModel(f"{family}: expected a model with generate, such as AutoModelForSeq2SeqLM")
     for stack in (model.get_encoder(), model.get_decoder()):
-        implementation = stack.config._attn_implementation
-        if implementation != NAME and implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
-            raise UnsupportedModel(
-                f"{family}: attn_implementation={implementation!r} has no mask function; load the model with "
-                "attn_implementation='sdpa' or 'eager'"
-            )
+        check_implementation(family, stack, NAME)
