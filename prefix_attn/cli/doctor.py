@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, distribution, version
@@ -96,22 +97,18 @@ def kernels_remark() -> str:
 
 
 def devices() -> Table:
-    import os
-
     import torch
+
+    from prefix_attn.bank.memory import readable
 
     rows = table("Devices", "device", "name", "memory")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     threads = f"PyTorch's threads: {torch.get_num_threads()}"
-    rows.add_row("cpu", f"{platform.machine()}, {threads}", gib(memory) if memory else "")
+    rows.add_row("cpu", f"{platform.machine()}, {threads}", readable(memory) if memory else "")
     for i in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(i)
-        rows.add_row(f"cuda:{i}", f"{found.name}, compute {found.major}.{found.minor}", gib(found.total_memory))
+        rows.add_row(f"cuda:{i}", f"{found.name}, compute {found.major}.{found.minor}", readable(found.total_memory))
     return rows
-
-
-def gib(size: int) -> str:
-    return f"{size / 1024**3:.1f} GiB"
 
 
 def backends() -> Table:
