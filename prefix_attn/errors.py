@@ -46,6 +46,10 @@ class ContextOverflow(PrefixAttnError, ValueError):
     """Prefix and tokens together exceed the positions the model has."""
 
 
+class UnsupportedModel(PrefixAttnError, NotImplementedError):
+    """The patch would not be exact for this model or this call, so it is refused."""
+
+
 class SlowModel(UserWarning):
     """The model is served in the slow way: exact, but with a copy of its prefix in every row's cache."""
 
@@ -56,7 +60,3 @@ class PaddingInWindow(UserWarning):
 
 class RepeatedBOS(UserWarning):
     """A prompt opens the sequence with its BOS token, behind a prefix that is a text and has opened it already."""
-
-
-class UnsupportedModel(PrefixAttnError, NotImplementedError):
-    """The patch would not be exact for this model or this call, so it is refused."""
