@@ -16,7 +16,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -112,20 +112,11 @@ def llama_3_8b_shaped(positions: int, device: torch.device) -> Any:
 MODELS: dict[str, Callable[[int, torch.device], Any]] = {"GPT-2": gpt2_sized, "Llama-3-8B": llama_3_8b_shaped}
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """What a prefix must fit."""
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-
-    @classmethod
-    def of(cls, model: Any) -> Geometry:
-        config = model.config
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return cls(config.num_hidden_layers, kv_heads, head_dim)
+def random_prefixes(bank: pa.PrefixBank, tasks: int, m: int, rng: torch.Generator) -> dict[str, Tensor]:
+    """Normal keys and values of ``m`` tokens for each task, ``[layers, 2, kv_heads, m, head_dim]``, by name."""
+    layers = bank.geometry.layers
+    shape = (len(layers), 2, layers[0].kv_heads, m, layers[0].head_dim)
+    return {f"task{t}": torch.randn(shape, generator=rng, device=bank.device, dtype=bank.dtype) for t in range(tasks)}
 
 
 class Comparison:
@@ -135,16 +126,11 @@ class Comparison:
         self.model, self.point = model, point
         self.device = model.device
         rng = torch.Generator(self.device).manual_seed(point.m)
-        g = Geometry.of(model)
-        shape = (g.layers, 2, g.kv_heads, point.m, g.head_dim)
-        prefixes = {
-            f"task{t}": torch.randn(shape, generator=rng, device=self.device, dtype=model.dtype)
-            for t in range(point.tasks)
-        }
+        self.bank = pa.PrefixBank.for_model(model)
+        prefixes = random_prefixes(self.bank, point.tasks, point.m, rng)
         size = (point.rows, point.prompt)
         self.prompts = torch.randint(0, model.config.eos_token_id, size, generator=rng, device=self.device)
         self.task_of = [f"task{row % point.tasks}" for row in range(point.rows)]
-        self.bank = pa.PrefixBank.for_model(model)
         for name, x in prefixes.items():
             self.bank.add(name, [(k, v) for k, v in x])
         self.peft = with_peft(model, prefixes)

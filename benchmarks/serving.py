@@ -29,7 +29,7 @@ from prefix_attn.hf.continuous import refuse_old_engines
 from prefix_attn.serving import Engine, Request
 
 from . import record
-from .generate import Geometry, gpt2_sized, with_peft
+from .generate import gpt2_sized, random_prefixes, with_peft
 from .options import RESULTS, Commit, Out, Threads, here
 from .timing import first_line
 
@@ -78,11 +78,7 @@ class Load:
     def __init__(self, model: Any, requests: int, tasks: int, prefix_tokens: int) -> None:
         self.model, self.device = model, model.device
         rng = torch.Generator(self.device).manual_seed(tasks)
-        g = Geometry.of(model)
-        shape = (g.layers, 2, g.kv_heads, prefix_tokens, g.head_dim)
-        self.prefixes = {
-            f"task{t}": torch.randn(shape, generator=rng, device=self.device, dtype=model.dtype) for t in range(tasks)
-        }
+        self.prefixes = random_prefixes(pa.PrefixBank.for_model(model), tasks, prefix_tokens, rng)
         self.prompts = torch.randint(
             0, model.config.eos_token_id, (requests, PROMPT), generator=rng, device=self.device
         )

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+import prefix_attn as pa
 from benchmarks import generate
-from benchmarks.generate import PEFT, Comparison, Geometry, run_generations
+from benchmarks.generate import PEFT, Comparison, random_prefixes, run_generations
 from benchmarks.peers import OURS
 from benchmarks.record import Environment, GenerationRow
 from benchmarks.suites import Generation, generations
@@ -112,12 +113,13 @@ def test_what_a_provider_raises_is_its_answer(monkeypatch: pytest.MonkeyPatch) -
     assert rows[1].status == "refused: ValueError: not with this cache"
 
 
-def test_geometry_of_grouped_heads() -> None:
+def test_prefixes_fit_grouped_heads() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 3, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=9))
-    assert Geometry.of(model) == Geometry(layers=3, kv_heads=2, head_dim=16)
+    prefixes = random_prefixes(pa.PrefixBank.for_model(model), tasks=2, m=5, rng=torch.Generator())
+    assert [x.shape for x in prefixes.values()] == [(3, 2, 2, 5, 16)] * 2
 
 
 def test_grids_show_memory_over_rows_and_tasks() -> None:
