@@ -42,12 +42,13 @@ class Generation:
 
 def attention_points(suite: str, on_gpu: bool, quick: bool) -> list[Point]:
     """The points of "decode", "prefill" or "mixed"."""
-    grids = {
-        "decode": (_quick_decode, _gpu_decode if on_gpu else _cpu_decode),
-        "prefill": (_quick_prefill, _gpu_prefill if on_gpu else _cpu_prefill),
-        "mixed": (_quick_mixed, _gpu_mixed if on_gpu else _cpu_mixed),
-    }
-    return list(dict.fromkeys(grids[suite][not quick](on_gpu)))
+    if quick:
+        points = {"decode": _quick_decode, "prefill": _quick_prefill, "mixed": _quick_mixed}[suite](on_gpu)
+    elif on_gpu:
+        points = {"decode": _gpu_decode, "prefill": _gpu_prefill, "mixed": _gpu_mixed}[suite]()
+    else:
+        points = {"decode": _cpu_decode, "prefill": _cpu_prefill, "mixed": _cpu_mixed}[suite]()
+    return list(dict.fromkeys(points))
 
 
 def generations(on_gpu: bool, quick: bool) -> list[Generation]:
@@ -76,7 +77,7 @@ def _points(op: str, heads: Heads, dtype: str, batches: Sequence[tuple[int, int]
 CPU_KINDS = [(heads, dtype) for heads in (GPT_2, LLAMA_3) for dtype in ("float32", "bfloat16")]
 
 
-def _cpu_decode(_: bool) -> list[Point]:
+def _cpu_decode() -> list[Point]:
     """Tasks of 1, 4, 8, 16 and 64 rows at the heads and dtypes of `CPU_KINDS`."""
     found: list[Point] = []
     for heads, dtype in CPU_KINDS:
@@ -90,12 +91,12 @@ def _cpu_decode(_: bool) -> list[Point]:
     return found
 
 
-def _cpu_prefill(_: bool) -> list[Point]:
+def _cpu_prefill() -> list[Point]:
     sizes = ((20, 64), (128, 64), (1024, 64), (128, 256))
     return [p for kind in CPU_KINDS[::3] for p in _points("prefill", *kind, ((4, 1), (4, 4), (8, 2)), sizes)]
 
 
-def _cpu_mixed(_: bool) -> list[Point]:
+def _cpu_mixed() -> list[Point]:
     return [p for kind in CPU_KINDS[::3] for m in (128, 512) for p in _mixes(*kind, 32, m)]
 
 
@@ -129,7 +130,7 @@ def _quick_mixed(on_gpu: bool) -> list[Point]:
     return [*even, *_points("decode", heads, dtype, [(batch, 4)], ((128, 64),), "zipf")]
 
 
-def _gpu_decode(_: bool) -> list[Point]:
+def _gpu_decode() -> list[Point]:
     batches = ((16, 1), (64, 8), (1, 1), (16, 8), (256, 8), (64, 1), (256, 1), (64, 64))
     sizes = ((1024, 64), (128, 64), (32, 64), (8192, 64), (1024, 512), (128, 512), (32, 512), (8192, 512))
     found = [p for size in sizes for p in _points("decode", LLAMA_3, "bfloat16", batches, (size,))]
@@ -141,11 +142,11 @@ def _gpu_decode(_: bool) -> list[Point]:
     return found + _points("decode", LLAMA_3, "bfloat16", ((16, 1), (64, 1)), ((32768, 64),))
 
 
-def _gpu_prefill(_: bool) -> list[Point]:
+def _gpu_prefill() -> list[Point]:
     sizes = [(m, n) for n in (64, 512, 2048) for m in (32, 128, 1024, 8192)]
     long = _points("prefill", LLAMA_3, "bfloat16", ((4, 1),), [(m, n) for n in (4096, 8192) for m in (128, 1024)])
     return [*long, *_points("prefill", LLAMA_3, "bfloat16", ((16, 4),), sizes)]
 
 
-def _gpu_mixed(_: bool) -> list[Point]:
+def _gpu_mixed() -> list[Point]:
     return [p for m in (128, 1024) for p in _mixes(LLAMA_3, "bfloat16", 64, m)]
