@@ -13,14 +13,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from prefix_attn.kernels.backward_dkv import bank_gradients, own_key_gradients
 from prefix_attn.kernels.backward_dq import query_gradient
 from prefix_attn.kernels.config import padded_head_dim
-from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands, strided
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands, cdiv, strided
 from prefix_attn.kernels.primitives import LOG2_E, runtime_jit
 
 
@@ -91,7 +90,7 @@ def saved_rows(
     do = grad_out.to(operands.q.dtype)
     lse_log2, delta = (lse.new_empty(batch, operands.kv_heads, q_len, operands.group) for _ in range(2))
     block_m, block_d = 32, padded_head_dim(head_dim)
-    delta_kernel[(triton.cdiv(batch * heads * q_len, block_m),)](
+    delta_kernel[(cdiv(batch * heads * q_len, block_m),)](
         **strided(out=out, do=do), lse_ptr=lse.contiguous(),
         grad_lse_ptr=None if grad_lse is None else grad_lse.float().contiguous(),
         lse_log2_ptr=lse_log2, delta_ptr=delta, rows=batch * heads * q_len, heads=heads, q_len=q_len,

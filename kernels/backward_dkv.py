@@ -273,7 +273,7 @@ def own_key_gradients(
     dk, dv = torch.empty_like(operands.k), torch.empty_like(operands.v)
     if dk.numel() == 0:
         return dk, dv
-    key_tiles = triton.cdiv(operands.k.shape[2], config.block_n)
+    key_tiles = cdiv(operands.k.shape[2], config.block_n)
     backward_own_kernel[(key_tiles * operands.kv_heads * operands.batch,)](
         **strided(q=operands.q, k=operands.k, v=operands.v, do=do, dk=dk, dv=dv),
         **operands.row_arguments(), **backward_scales(operands.scale, operands.softcap),
@@ -356,7 +356,7 @@ def bank_tiles(operands: Operands, block_n: int) -> BankTiles:
     needed = torch.where(readers > 0, (lens.clamp(min=0) + block_n - 1) // block_n, 0)
     ends = torch.cumsum(needed, 0)
     in_use = min(batch, tasks)
-    most = min((tokens + in_use * (block_n - 1)) // block_n, in_use * triton.cdiv(tokens, block_n))
+    most = min((tokens + in_use * (block_n - 1)) // block_n, in_use * cdiv(tokens, block_n))
     tile = torch.arange(most, dtype=ends.dtype, device=ids.device)
     task = torch.searchsorted(ends, tile, right=True)
     used, task = task < tasks, task.clamp(max=tasks - 1)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prefix_attn.kernels.config import TileConfig, padded_head_dim
-from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands, backward_scales, strided
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands, backward_scales, cdiv, strided
 from prefix_attn.kernels.primitives import (
     NO_LIMIT,
     again,
@@ -130,7 +130,7 @@ def query_gradient(
     """dq, in q's dtype and layout; do, lse and delta are `backward.saved_rows`."""
     config = config or operands.layout.config("backward_dq")
     dq = torch.empty_like(operands.q)
-    query_tiles = triton.cdiv(operands.q_len * operands.group, config.block_m)
+    query_tiles = cdiv(operands.q_len * operands.group, config.block_m)
     backward_dq_kernel[(query_tiles * operands.kv_heads * operands.batch,)](
         **strided(
             q=operands.q, k=operands.k, v=operands.v, prefix_k=operands.prefix.k, prefix_v=operands.prefix.v, do=do,
