@@ -11,8 +11,6 @@ from typing import Any
 #: ``(grid, number of the compiled kernel, arguments)``, as Triton hands them to a GPU's driver.
 OnLaunch = Callable[[tuple[int, int, int], int, tuple[Any, ...]], None]
 
-SHARED_MEMORY = 232_448
-
 
 def pretend(on_launch: OnLaunch | None = None, multiprocessors: int = 132) -> None:
     """Make Triton and `prefix_attn.kernels` take tensors on the CPU for ones on an H200, from now on."""
@@ -22,12 +20,12 @@ def pretend(on_launch: OnLaunch | None = None, multiprocessors: int = 132) -> No
 
     from prefix_attn.kernels import chunks, config, decode, device
 
-    kernels = 0
+    shared_memory, kernels = config.SHARED_MEMORY["sm_90"], 0
 
     class Pretended(DriverBase):  # type: ignore[misc]
         class utils:
             load_binary = staticmethod(lambda *_: ("module", 0, 32, 0, 1024))
-            get_device_properties = staticmethod(lambda device: {"max_shared_mem": SHARED_MEMORY})
+            get_device_properties = staticmethod(lambda device: {"max_shared_mem": shared_memory})
             unload_module = staticmethod(lambda module: None)
 
         def launcher_cls(self, source: Any, metadata: Any) -> Any:
