@@ -29,10 +29,10 @@ from prefix_attn.errors import ContextOverflow, PrefixAttnError, ShapeError, Unk
 from prefix_attn.serving import protocol
 from prefix_attn.serving.engine import Engine, EngineFailed, Request
 from prefix_attn.serving.metrics import Metrics
-from prefix_attn.serving.protocol import Answers, ChatAsked, CompletionAsked
-from prefix_attn.serving.refusals import answer_in_form, error_body
+from prefix_attn.serving.protocol import ChatCompletionRequest, CompletionRequest, ResponseBuilder
+from prefix_attn.serving.refusals import add_error_handlers, error_body
 from prefix_attn.serving.text import AnswerText, Detokenizer
-from prefix_attn.serving.waiting import together, unless_gone
+from prefix_attn.serving.waiting import gather_or_cancel, unless_disconnected
 
 #: Answers that one HTTP request may ask for.
 MOST_CHOICES = 1024
@@ -41,7 +41,7 @@ MOST_CHOICES = 1024
 LONGEST_TOKEN = 256
 
 
-class PrefixAsked(BaseModel):
+class PutPrefixRequest(BaseModel):
     """``PUT /v1/prefixes/NAME``: a PEFT adapter or a prefix file, below the folder that the server was given."""
 
     model_config = ConfigDict(extra="forbid")
@@ -65,7 +65,7 @@ def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None 
         raise UnknownTask(f"base: expected a name that no task has, got {base!r}; give the base model another")
     server = _Server(engine, tokenizer, base, prefixes)
     app = FastAPI(title="prefix_attn", docs_url="/docs", redoc_url=None)
-    answer_in_form(app)
+    add_error_handlers(app)
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
@@ -76,15 +76,15 @@ def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None 
         return server.model(server.task(name).name or base)
 
     @app.post("/v1/completions")
-    async def completions(asked: CompletionAsked, http: HTTPRequest) -> Response:
-        task = server.task(asked.model)
-        check_count(len(asked.prompts), asked.n)
-        return await server.answer(asked, http, task, await server.in_thread(server.tokens, asked, task))
+    async def completions(body: CompletionRequest, http: HTTPRequest) -> Response:
+        task = server.task(body.model)
+        check_count(len(body.prompts), body.n)
+        return await server.answer(body, http, task, await server.in_thread(server.tokens, body, task))
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(asked: ChatAsked, http: HTTPRequest) -> Response:
-        task = server.task(asked.model)
-        return await server.answer(asked, http, task, await server.in_thread(server.chat_tokens, asked, task))
+    async def chat_completions(body: ChatCompletionRequest, http: HTTPRequest) -> Response:
+        task = server.task(body.model)
+        return await server.answer(body, http, task, await server.in_thread(server.chat_tokens, body, task))
 
     @app.get("/v1/prefixes")
     def listed() -> list[dict[str, Any]]:
@@ -92,14 +92,14 @@ def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None 
             return [server.described(name) for name in engine.bank.names]
 
     @app.put("/v1/prefixes/{name}")
-    def put(name: str, asked: PrefixAsked) -> dict[str, Any]:
-        path = below(server.changes_from(), asked.path)
+    def put(name: str, body: PutPrefixRequest) -> dict[str, Any]:
+        path = below(server.changes_from(), body.path)
         if name == base:
             raise UnsupportedModel(f"name: {name!r} is the base model; choose another")
         try:
             engine.bank.load(name, path, replace=True)
         except OSError as error:
-            raise UnsupportedModel(f"path: cannot read {asked.path!r}: {error.strerror or error}") from error
+            raise UnsupportedModel(f"path: cannot read {body.path!r}: {error.strerror or error}") from error
         return server.described(name)
 
     @app.delete("/v1/prefixes/{name}", status_code=204)
@@ -159,11 +159,11 @@ class _Server:
         self._tokenizing = asyncio.Lock()  # two encodings must not overlap
 
     async def in_thread(
-        self, tokenize: Callable[[Any, _Task], list[list[int]]], asked: Any, task: _Task
+        self, tokenize: Callable[[Any, _Task], list[list[int]]], body: Any, task: _Task
     ) -> list[list[int]]:
         """Tokens of all prompts, while the event loop goes on."""
         async with self._tokenizing:
-            return await asyncio.to_thread(tokenize, asked, task)
+            return await asyncio.to_thread(tokenize, body, task)
 
     def model(self, name: str) -> dict[str, Any]:
         """A task, or the base model, as an entry of OpenAI's list."""
@@ -186,21 +186,21 @@ class _Server:
         if len(text) > LONGEST_TOKEN * limit:
             raise ContextOverflow(f"prompt: {len(text)} characters are too many for the model's {limit} positions")
 
-    def tokens(self, asked: CompletionAsked, task: _Task) -> list[list[int]]:
+    def tokens(self, body: CompletionRequest, task: _Task) -> list[list[int]]:
         """Of every prompt; behind a prefix that is a text, without another opening of the sequence."""
         made = []
-        for prompt in asked.prompts:
+        for prompt in body.prompts:
             if isinstance(prompt, str):
                 self.check_length(prompt)
                 prompt = self.tokenizer(prompt, add_special_tokens=not task.opens, verbose=False)["input_ids"]
             made.append(prompt)
         return made
 
-    def chat_tokens(self, asked: ChatAsked, task: _Task) -> list[list[int]]:
+    def chat_tokens(self, body: ChatCompletionRequest, task: _Task) -> list[list[int]]:
         """Of a conversation, through the chat template."""
         if not self.tokenizer.chat_template:
             raise UnsupportedModel("messages: the model's tokenizer has no chat template; use /v1/completions")
-        messages = [message.plain() for message in asked.messages]
+        messages = [message.plain() for message in body.messages]
         try:
             text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template's own refusal, of many types: of roles that do not take turns, say
@@ -211,31 +211,35 @@ class _Server:
         return [tokens[1:] if twice else tokens]
 
     async def answer(
-        self, asked: CompletionAsked | ChatAsked, http: HTTPRequest, task: _Task, prompts: Sequence[list[int]]
+        self,
+        body: CompletionRequest | ChatCompletionRequest,
+        http: HTTPRequest,
+        task: _Task,
+        prompts: Sequence[list[int]],
     ) -> Response:
         """All choices of a request; as a stream if it wants one. What cannot be answered is refused before any is."""
         requests = [
-            Request(tokens, task.id, asked.new_tokens, asked.sampling(self.engine.defaults)) for tokens in prompts
+            Request(tokens, task.id, body.new_tokens, body.sampling(self.engine.defaults)) for tokens in prompts
         ]
         for request in requests:
             self.engine.new_tokens(request)
-        choices = [_Choice(task, request, AnswerText(self.decode, request.tokens, asked.stops))
-                   for request in requests for _ in range(asked.n)]  # fmt: skip
+        choices = [_Choice(task, request, AnswerText(self.decode, request.tokens, body.stops))
+                   for request in requests for _ in range(body.n)]  # fmt: skip
         if self.engine.failure is not None:
             raise EngineFailed(self.engine.failure)
-        answers, prompt_tokens = Answers(asked, uuid.uuid4().hex), sum(map(len, prompts))
+        response, prompt_tokens = ResponseBuilder(body, uuid.uuid4().hex), sum(map(len, prompts))
         self.metrics.prompt(task.name, prompt_tokens)
-        if asked.stream:
-            with_usage = asked.stream_options is not None and asked.stream_options.include_usage
+        if body.stream:
+            with_usage = body.stream_options is not None and body.stream_options.include_usage
             return StreamingResponse(
-                self._events(choices, answers, prompt_tokens, with_usage), media_type="text/event-stream"
+                self._events(choices, response, prompt_tokens, with_usage), media_type="text/event-stream"
             )
-        whole = await unless_gone(http, together([self._whole(choice) for choice in choices]))
+        whole = await unless_disconnected(http, gather_or_cancel([self._whole(choice) for choice in choices]))
         if whole is None:
             return Response(status_code=499)  # nobody reads it
         new_tokens = sum(tokens for _, _, tokens in whole)
         texts = [(text, finish) for text, finish, _ in whole]
-        return JSONResponse(answers.whole(texts, protocol.usage(prompt_tokens, new_tokens)))
+        return JSONResponse(response.whole(texts, protocol.usage(prompt_tokens, new_tokens)))
 
     async def _whole(self, choice: _Choice) -> tuple[str, str, int]:
         """Text, finish and number of tokens of one answer."""
@@ -267,7 +271,7 @@ class _Server:
             await pieces.aclose()  # type: ignore[attr-defined]
 
     async def _events(
-        self, choices: Sequence[_Choice], answers: Answers, prompt_tokens: int, with_usage: bool
+        self, choices: Sequence[_Choice], response: ResponseBuilder, prompt_tokens: int, with_usage: bool
     ) -> AsyncIterator[str]:
         """The stream: the choices' texts as they come."""
         events: asyncio.Queue[str | Exception | None] = asyncio.Queue()
@@ -278,7 +282,7 @@ class _Server:
             try:
                 async for more, finish, counts[index] in self._pieces(choice):
                     if more or finish or first:
-                        events.put_nowait(answers.event(index, more, finish, first))
+                        events.put_nowait(response.event(index, more, finish, first))
                         first = False
             except Exception as error:  # whatever it is, the reader must hear of it
                 events.put_nowait(error)
@@ -296,7 +300,7 @@ class _Server:
                 if event is not None:
                     yield event
             if with_usage:
-                yield answers.usage_event(protocol.usage(prompt_tokens, sum(counts)))
+                yield response.usage_event(protocol.usage(prompt_tokens, sum(counts)))
             yield protocol.END_OF_STREAM
         finally:
             for task in tasks:

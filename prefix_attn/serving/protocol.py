@@ -57,7 +57,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] = False
 
 
-class Asked(BaseModel):
+class APIRequest(BaseModel):
     """What both kinds of requests have in common.
 
     ``model`` is the name of a task, or of the base model for no prefix. ``top_k`` (0 keeps all tokens) is our own.
@@ -83,8 +83,8 @@ class Asked(BaseModel):
         if len(given) > MOST_FIELDS:
             raise ValueError(f"expected at most {MOST_FIELDS} fields, got {len(given)}")
         for name, neutral in NEUTRAL.items():
-            asked = given.get(name)
-            if asked is not None and (asked != neutral or isinstance(asked, bool) != isinstance(neutral, bool)):
+            value = given.get(name)
+            if value is not None and (value != neutral or isinstance(value, bool) != isinstance(neutral, bool)):
                 raise ValueError(f"{name} is not served; leave it out")
         return {name: x for name, x in given.items() if name not in NEUTRAL and name not in IGNORED}
 
@@ -97,7 +97,7 @@ class Asked(BaseModel):
         return [] if self.stop is None else [self.stop] if isinstance(self.stop, str) else self.stop
 
 
-class CompletionAsked(Asked):
+class CompletionRequest(APIRequest):
     """``POST /v1/completions``: a text, or its tokens, or a list of either."""
 
     prompt: Text | Several[int] | Several[Text] | Several[Several[int]]
@@ -142,7 +142,7 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatAsked(Asked):
+class ChatCompletionRequest(APIRequest):
     """``POST /v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1)
@@ -160,15 +160,15 @@ class ChatAsked(Asked):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-class Answers:
+class ResponseBuilder:
     """What is sent back for one HTTP request: whole, or as events of a stream."""
 
-    def __init__(self, asked: CompletionAsked | ChatAsked, request_id: str) -> None:
-        self._chat = isinstance(asked, ChatAsked)
+    def __init__(self, body: CompletionRequest | ChatCompletionRequest, request_id: str) -> None:
+        self._chat = isinstance(body, ChatCompletionRequest)
         kind = "chat.completion" if self._chat else "text_completion"
         self._head = {
             "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{request_id}", "created": int(time.time()),
-            "model": asked.model,
+            "model": body.model,
         }  # fmt: skip
         self._kind, self._chunk = kind, f"{kind}.chunk" if self._chat else kind
 

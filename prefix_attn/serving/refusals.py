@@ -16,8 +16,8 @@ from prefix_attn.serving.engine import EngineFailed
 MOST_LINES = 8
 
 
-def answer_in_form(app: FastAPI) -> None:
-    """Let every error of an application have the form."""
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every error of an application in OpenAI's form."""
     app.add_exception_handler(PrefixAttnError, _refused)
     app.add_exception_handler(RequestValidationError, _malformed)
     app.add_exception_handler(HTTPException, _not_served)

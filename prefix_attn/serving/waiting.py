@@ -11,7 +11,7 @@ from fastapi import Request
 T = TypeVar("T")
 
 
-async def together(answers: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+async def gather_or_cancel(answers: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """All of them; if one fails, the others are cancelled."""
     tasks = [asyncio.ensure_future(answer) for answer in answers]
     try:
@@ -22,19 +22,19 @@ async def together(answers: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def unless_gone(http: Request, answer: Awaitable[list[Any]]) -> list[Any] | None:
+async def unless_disconnected(http: Request, answer: Awaitable[list[Any]]) -> list[Any] | None:
     """The answer, or None, and the answer cancelled, when the client hangs up."""
     wanted = asyncio.ensure_future(answer)
-    gone = asyncio.ensure_future(_hung_up(http))
+    disconnected = asyncio.ensure_future(_disconnected(http))
     try:
-        await asyncio.wait((wanted, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((wanted, disconnected), return_when=asyncio.FIRST_COMPLETED)
         return await wanted if wanted.done() else None
     finally:
-        for future in (wanted, gone):
+        for future in (wanted, disconnected):
             future.cancel()
-        await asyncio.gather(wanted, gone, return_exceptions=True)
+        await asyncio.gather(wanted, disconnected, return_exceptions=True)
 
 
-async def _hung_up(http: Request) -> None:
+async def _disconnected(http: Request) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
