@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from prefix_attn.cli import console
@@ -142,9 +141,7 @@ def print_table(folder: Path) -> None:
     from prefix_attn.cli.models import read_headers
 
     headers = read_headers(folder)
-    table = Table("task", "tokens", "bytes", "source", "base model", title="Prefixes", title_justify="left")
-    for column in table.columns[1:3]:
-        column.justify = "right"
+    table = console.table("Prefixes", "task", "tokens", "bytes", "source", "base model", numbers=(1, 2))
     for name, header in headers.items():
         cells = (name, in_parts(header.tokens), f"{header.bytes:,}", header.source, header.base)
         table.add_row(*map(Text, cells))

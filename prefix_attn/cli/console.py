@@ -1,10 +1,11 @@
 """Where the command line writes: results on stdout; progress, warnings and errors on stderr."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.table import Column, Table
 from rich.text import Text
 
 out = Console(highlight=False)
@@ -21,6 +22,12 @@ def say(label: str, style: str, message: str) -> None:
 
 def warn(message: str) -> None:
     say("warning", "bold yellow", message)
+
+
+def table(title: str, *headings: str, numbers: Container[int] = ()) -> Table:
+    """A table without rows, in the style of all commands; the columns ``numbers`` are aligned on the right."""
+    columns = [Column(heading, justify="right" if i in numbers else "left") for i, heading in enumerate(headings)]
+    return Table(*columns, title=title, title_justify="left", title_style="bold")
 
 
 @contextmanager

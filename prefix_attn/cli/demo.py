@@ -99,7 +99,7 @@ class Demo:
         tasks: list[str | None] = [*ANSWERS, None]
         replies = self.ask([(task, f"{INPUT}>") for task in tasks])
         title = f"One generate call over {len(tasks)} rows: each task, and none"
-        table = titled(title, "task", "input", "answer", "correct")
+        table = console.table(title, "task", "input", "answer", "correct")
         passed = True
         for task, reply in zip(tasks, replies, strict=True):
             if task is None:
@@ -124,11 +124,12 @@ class Demo:
             for question, reply in zip(batch, replies, strict=True):
                 right[question.task].append(reply.text == question.answer)
         title = f"Accuracy on {len(questions)} held-out prompts, in mixed batches of {HELD_OUT_BATCH}"
-        table = titled(title, "task", "prefix tokens", "with prefix", "without prefix and instruction (report.json)")
+        headings = "task", "prefix tokens", "with prefix", "without prefix and instruction (report.json)"
+        table = console.table(title, *headings, numbers=range(1, 4))
         for task, found in right.items():
             accuracy, bare = 100 * sum(found) / len(found), self.example.without_instruction[task]
             table.add_row(task, str(self.bank.prefix_len(task)), f"{accuracy:.0f}%", f"{bare:.0f}%")
-        show(right_aligned(table))
+        show(table)
 
     def equality(self) -> bool:
         """Every row so far again with PEFT, one task at a time; passes where there is no PEFT to ask."""
@@ -140,7 +141,7 @@ class Demo:
         with console.err.status("The same rows with PEFT"):
             result = Comparison.of(self.replies, self.peft.ask(self.asked))
         verdict = Text("equal", "bold green") if result.passed else Text("NOT EQUAL", "bold red")
-        table = titled(f"The same {result.rows} rows with PEFT, one task at a time", "compared", "result")
+        table = console.table(f"The same {result.rows} rows with PEFT, one task at a time", "compared", "result")
         table.add_row("verdict", verdict)
         table.add_row("rows with the same tokens", f"{result.equal} of {result.rows}")
         difference = f"{result.difference:.1e} (largest logit {result.largest:.0f})"
@@ -163,14 +164,14 @@ class Demo:
         tokens = len(questions) * TIMED_TOKENS
         place = "one CPU thread" if self.patched.device.type == "cpu" else str(self.patched.device)
         title = f"{len(questions)} rows, {TIMED_ROWS_PER_TASK} a task, {TIMED_TOKENS} new tokens a row, on {place}"
-        table = titled(title, "", "prefix_attn", "PEFT, grouped by task")
+        table = console.table(title, "", "prefix_attn", "PEFT, grouped by task", numbers=(1, 2))
         table.add_row("generate calls", "1", str(len(usage.tasks)))
         table.add_row("bytes of prefix", f"{usage.total:,}", f"{sum(usage.tasks[task] for task in tasks):,}")
         table.add_row("held as", "one copy a task", "one copy a row")
         middle = [f"{median(found):.2f} ({min(found):.2f} to {max(found):.2f})" for found in seconds]
         table.add_row(f"seconds, median of {len(seconds[0])}", *middle)
         table.add_row("tokens/s", *(f"{tokens / median(found):,.0f}" for found in seconds))
-        show(right_aligned(table))
+        show(table)
         tell(
             f"With room to grow and spans padded for the kernels, the bank's tensors take {usage.allocated:,} bytes; "
             "PEFT's bytes are summed over its calls. A model this small spends its time on the fixed costs of each "
@@ -188,14 +189,3 @@ def tell(text: str) -> None:
 def show(table: Table) -> None:
     console.out.print(table)
     console.out.print()
-
-
-def titled(title: str, *headings: str) -> Table:
-    return Table(*headings, title=title, title_justify="left", title_style="bold")
-
-
-def right_aligned(table: Table) -> Table:
-    """All columns but the first, which are numbers."""
-    for column in table.columns[1:]:
-        column.justify = "right"
-    return table

@@ -42,14 +42,10 @@ def doctor() -> None:
         console.out.print()
 
 
-def table(title: str, *headings: str) -> Table:
-    return Table(*headings, title=title, title_justify="left")
-
-
 def versions() -> Table:
     from prefix_attn import __version__
 
-    rows = table("Versions", "package", "version", "remark")
+    rows = console.table("Versions", "package", "version", "remark")
     rows.add_row("prefix-attn", __version__)
     rows.add_row("python", platform.python_version(), f"{sys.platform} {platform.machine()}")
     for name in PACKAGES:
@@ -101,7 +97,7 @@ def devices() -> Table:
 
     from prefix_attn.bank.memory import readable
 
-    rows = table("Devices", "device", "name", "memory")
+    rows = console.table("Devices", "device", "name", "memory")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
     threads = f"PyTorch's threads: {torch.get_num_threads()}"
     rows.add_row("cpu", f"{platform.machine()}, {threads}", readable(memory) if memory else "")
@@ -116,7 +112,7 @@ def backends() -> Table:
 
     from prefix_attn.dispatch import BACKENDS, choose, refusal
 
-    rows = table("Backends", "device", "dtype", "backend", "can run")
+    rows = console.table("Backends", "device", "dtype", "backend", "can run")
     probes = [("cpu", torch.float32)]
     if torch.cuda.is_available():
         probes += [("cuda", torch.float32), ("cuda", torch.bfloat16)]
@@ -154,7 +150,7 @@ def decode_steps() -> Table:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     title = f"Decode on {device}: a layer of Llama-3-8B in bfloat16, {OWN_KEYS} own keys a row"
-    rows = table(title, "rows", "tasks", "prefix", "runs", "why", "MB", "GFLOP", "floor", "gain")
+    rows = console.table(title, "rows", "tasks", "prefix", "runs", "why", "MB", "GFLOP", "floor", "gain")
     rows.caption = (
         "floor: bytes at the rate of a copy, FLOPs at that of a large product; gain: over a prefix copied into every "
         "row, both at their floor"

@@ -118,9 +118,8 @@ class Tally:
         return f"{self.tokens / self.seconds:,.0f} tokens/s" if self.seconds else ""
 
     def table(self) -> Table:
-        table = Table(title="Summary", show_header=False, title_justify="left")
-        table.add_column()
-        table.add_column(justify="right")
+        table = console.table("Summary", "", "", numbers=(1,))
+        table.show_header = False
         table.add_row("lines answered", f"{self.answered:,}")
         table.add_row("lines failed", f"{self.failed:,}", style="red" if self.failed else "")
         if self.earlier:

@@ -151,9 +151,8 @@ def draw_losses(trained: Trained, folder: Path) -> None:
 def table(trained: Trained, examples: list[Example]) -> Table:
     """The losses before and after, by task."""
     counts = Counter(example.task for example in examples)
-    shown = Table("task", title="Loss on held-out examples, nats a token", title_justify="left")
-    for heading in ("examples", "at the start", "at best", "epoch"):
-        shown.add_column(heading, justify="right")
+    title = "Loss on held-out examples, nats a token"
+    shown = console.table(title, "task", "examples", "at the start", "at best", "epoch", numbers=range(1, 5))
     starts = {loss.task: loss for loss in trained.losses if loss.epoch == 0}
     for task, best in trained.best.items():
         cells = ["" if x.held_out is None else f"{x.held_out:.3f}" for x in (starts[task], best)]
