@@ -81,6 +81,8 @@ def compare(
 ) -> None:
     """How many times faster each point became from one results file to another.
 
+    For instance:
+
         prefix-attn bench compare benchmarks/results/DEVICE/OLD.jsonl benchmarks/results/DEVICE/NEW.jsonl
 
     Shows the geometric mean and the worst case too, and those of the peers: as much as they changed, the machine did.
@@ -102,6 +104,8 @@ def plot(
     figures: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("benchmarks/figures"),
 ) -> None:
     """Draw figures from results files, and from nothing else.
+
+    For instance:
 
         prefix-attn bench plot
 
