@@ -12,12 +12,10 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 import prefix_attn as pa
 from tests.hf.conftest import make_bank
 from tests.hf.families import random_prefix, tiny_model
+from tests.serving.engines import OLD, needs_engine
 
 NEW = 14
 TASKS: list[str | None] = ["five", "twelve", None, "nine", "five", "nine"]
-
-OLD = tuple(int(x) for x in transformers.__version__.split(".")[:2]) < (5, 23)
-needs_engine = pytest.mark.skipif(OLD, reason="continuous batching is refused before transformers 5.23")
 
 
 def prompts() -> list[list[int]]:

@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 OLD = tuple(int(x) for x in transformers.__version__.split(".")[:2]) < (5, 23)
-needs_engine = pytest.mark.skipif(OLD, reason="serving is refused before transformers 5.23")
+needs_engine = pytest.mark.skipif(OLD, reason="continuous batching is refused before transformers 5.23")
 
 
 async def settled(done: Callable[[], bool]) -> None:
