@@ -108,7 +108,7 @@ def prefix_attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """One layer's attention as transformers calls it: ``[batch, heads, len, D]`` to ``[batch, len, heads, D]``."""
-    batch: Batch | None = kwargs.pop(KEYWORD, None) or scope.batch
+    batch: Batch | None = kwargs.pop(KEYWORD, None) or scope().batch
     layer = type(module).__name__
     if batch is None:
         raise KeywordsLost(f"{layer}: the attention layer was called outside a pass of the patched model")

@@ -119,8 +119,12 @@ def _reads(task_ids: Tensor) -> bool:
 
 def remember_tasks(decoder: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of the decoder: mark the cache it returns with the tasks of the call."""
-    cache, batch = getattr(output, "past_key_values", None), kwargs.get(KEYWORD) or scope.batch
-    if cache is not None and batch is not None and not torch.compiler.is_compiling():
+    cache, batch = getattr(output, "past_key_values", None), kwargs.get(KEYWORD) or scope().batch
+    if cache is None or batch is None or torch.compiler.is_exporting():
+        return
+    if torch.compiler.is_compiling():  # a look at the mark would be a guard, and a copy of the ids part of the graph
+        setattr(cache, MARK, Mark(batch.bank, batch.task_ids, batch.task_ids))
+    else:
         mark: Mark | None = getattr(cache, MARK, None)
         if mark is None or not mark.is_of(batch.bank, batch.task_ids):
             setattr(cache, MARK, Mark.of(batch.bank, batch.task_ids))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+from inspect import Parameter
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from prefix_attn.hf.positions import hook_tables, shifted_positions, tables_of_p
 from prefix_attn.hf.scope import scope
 from prefix_attn.hf.sources import NO_INTERFACE, Call, Sources
 from prefix_attn.hf.verify import verify_a_text, verify_against_replica
-from prefix_attn.hf.wiring import PROBE, Wired, named_arguments
+from prefix_attn.hf.wiring import PROBE, Wired, named_arguments, parameters_of
 
 # When this module is imported, so that a patched model which was pickled finds them in another process.
 AttentionInterface.register(NAME, prefix_attention_forward)
@@ -124,28 +124,28 @@ class ModelHook:
     def __call__(
         self, body: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if KEYWORD in kwargs or (scope.batch is not None and body is not self.model.base_model):
+        if KEYWORD in kwargs or (scope().batch is not None and body is not self.model.base_model):
             return args, kwargs  # prepared: by continuous batching, or by this hook further out
-        scope.batch = None  # that of a pass which was interrupted may still be there
+        scope().batch = None  # that of a pass which was interrupted may still be there
         task_ids = pop_task_ids(kwargs)
         if task_ids is PROBE:
             raise Wired
         if task_ids is None:
-            scope.implementation, scope.positions = self.implementation, None
+            scope().implementation, scope().positions = self.implementation, None
             if len(args) > 1:
                 args, kwargs, _ = _by_name(body, args, kwargs)
             check_tasks_of(kwargs.get("past_key_values"), self.bank, None)
-            return args, kwargs | self._passed_down(Batch(self.implementation, recorded=scope.recorded))
+            return args, kwargs | self._passed_down(Batch(self.implementation, recorded=scope().recorded))
         args, kwargs, inputs = _by_name(body, args, kwargs)
         ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
         check_tasks_of(kwargs.get("past_key_values"), self.bank, ids)
         made = self.sources.made_of(self.bank) if self.sources is not None else []
-        scope.implementation, scope.positions = None, None
+        scope().implementation, scope().positions = None, None
         batch = Batch(self.implementation, self.bank, ids, self.bank.plans(ids), made=tuple(made), strict=self.strict)
         return args, kwargs | self._passed_down(batch)
 
     def _passed_down(self, batch: Batch) -> dict[str, Batch]:
-        scope.batch = batch if self.by_scope else None
+        scope().batch = batch if self.by_scope else None
         return {} if self.by_scope else {KEYWORD: batch}
 
     def record(self, cache: Any) -> list[Call]:
@@ -157,12 +157,12 @@ class ModelHook:
             # some families count by what they keep of the last sequence, when none are given
             positions["position_ids"] = torch.full_like(tokens, cache.get_seq_length())
         calls: list[Call] = []
-        scope.recorded = calls
+        scope().recorded = calls
         try:
             self.model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **positions)
             return calls
         finally:
-            scope.recorded = None
+            scope().recorded = None
 
 
 class PositionsHook:
@@ -174,7 +174,7 @@ class PositionsHook:
     def __call__(
         self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        batch: Batch | None = kwargs.get(KEYWORD) or scope.batch
+        batch: Batch | None = kwargs.get(KEYWORD) or scope().batch
         if batch is None or batch.task_ids is None or batch.packed is not None:
             return None
         check_config(decoder)
@@ -185,7 +185,7 @@ class PositionsHook:
         )  # fmt: skip
         if takes_positions(decoder):
             return args, kwargs | {"position_ids": positions}
-        scope.positions = positions.expand(inputs.shape[0], -1)
+        scope().positions = positions.expand(inputs.shape[0], -1)
         return None
 
 
@@ -202,9 +202,8 @@ def _by_name(
 
 
 def _takes_keywords(module: Any) -> bool:
-    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
-    return inspect.Parameter.VAR_KEYWORD in kinds
+    return any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters_of(module).values())
 
 
 def _end_of_pass(*_: Any) -> None:
-    scope.batch = None
+    scope().batch = None

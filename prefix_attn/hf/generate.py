@@ -137,7 +137,7 @@ class PrepareInputs(Method):
         self.implementation = implementation
 
     def __call__(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
-        scope.implementation = self.implementation if task_ids is None else None  # static caches build masks here
+        scope().implementation = self.implementation if task_ids is None else None  # static caches build masks here
         inputs: dict[str, Any] = self.original(*args, **kwargs)
         return inputs if task_ids is None else inputs | {"task_ids": task_ids}
 

@@ -74,8 +74,8 @@ def request_mask(
         )  # fmt: skip
         return mask
 
-    if scope.implementation is not None:
-        return theirs(scope.implementation)
+    if (implementation := scope().implementation) is not None:
+        return theirs(implementation)
     try:
         window = _window(mask_function)
     except _Unknown:  # attention refuses it, if it is used at all

@@ -124,7 +124,7 @@ def part_mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """Build the mask for AttentionMaskInterface; without tasks, and for the decoder's self-attention, masks.py does."""
-    if scope.implementation is not None or mask_function is not bidirectional_mask_function:
+    if scope().implementation is not None or mask_function is not bidirectional_mask_function:
         return request_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, mask_function=mask_function,
             attention_mask=attention_mask, device=device, **kwargs,

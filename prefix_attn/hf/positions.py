@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import ContextOverflow, UnsupportedModel
 from prefix_attn.hf.scope import scope
+from prefix_attn.hf.wiring import parameters_of
 from prefix_attn.plan import recording
 
 #: Families that count positions by the attention mask when none are given; all others count cache slots.
@@ -135,11 +136,11 @@ def tables_of_positions(decoder: Any) -> list[Any]:
 
 def takes_positions(module: Any) -> bool:
     """Whether positions can be given to a module."""
-    return "position_ids" in inspect.signature(module.forward).parameters
+    return "position_ids" in parameters_of(module)
 
 
 def hook_tables(tables: Iterable[Any]) -> list[RemovableHandle]:
-    """Let modules that embed positions look up ``scope.positions``, every row's own, where a pass has set them."""
+    """Let modules that embed positions look up ``scope().positions``, every row's own, where a pass has set them."""
     return [
         handle
         for table in tables
@@ -154,15 +155,17 @@ def _look_up_rows(
     table: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook of a module that embeds positions and takes one list of them: give it those of all rows."""
-    return None if scope.positions is None else (args, kwargs | {"position_ids": scope.positions.reshape(-1)})
+    positions = scope().positions
+    return None if positions is None else (args, kwargs | {"position_ids": positions.reshape(-1)})
 
 
 def _restore_rows(table: Any, args: tuple[Any, ...], embeddings: Tensor) -> Tensor | None:
     """Hook behind it: from a list of embeddings to ``[batch, q_len, hidden]``."""
-    return None if scope.positions is None else embeddings.reshape(*scope.positions.shape, -1)
+    positions = scope().positions
+    return None if positions is None else embeddings.reshape(*positions.shape, -1)
 
 
 def turn_rows(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """Pre-hook of RoFormer's layers: what was looked up, their third argument, from ``[1, 1, batch, q_len, dim]`` to
     ``[batch, 1, q_len, dim]``."""
-    return None if scope.positions is None else (*args[:2], args[2][0, 0][:, None], *args[3:])
+    return None if scope().positions is None else (*args[:2], args[2][0, 0][:, None], *args[3:])

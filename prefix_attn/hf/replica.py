@@ -9,7 +9,6 @@ says how many tokens the request has, inside it says how many it holds.
 from __future__ import annotations
 
 import sys
-import threading
 from typing import Any
 
 import torch
@@ -177,24 +176,15 @@ class ReplicaPatch:
         return torch.cat(logits, dim=1)
 
 
-class _Pass(threading.local):
-    """The pass under way in this thread: its cache, and whether the caller wants none."""
-
-    cache: ReplicaCache | None = None
-    without_cache: bool = False
-
-
-_under_way = _Pass()
-
-
 def _end_pass() -> None:
     """Let the cache of the pass under way know that it is over.
 
     Called in front of the next pass too: PyTorch calls no hooks where an interrupt ended one.
     """
-    scope.positions = None
-    if _under_way.cache is not None:
-        _under_way.cache.inside, _under_way.cache = False, None
+    under_way = scope()
+    under_way.positions = None
+    if under_way.replica is not None:
+        under_way.replica.inside, under_way.replica = False, None
 
 
 class ReplicaGenerate(Generate):
@@ -228,11 +218,11 @@ class ReplicaHook:
         assert isinstance(inputs, Tensor), "transformers requires input_ids or inputs_embeds"
         ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
         use_cache = given.get("use_cache")
-        _under_way.without_cache = not (getattr(model.config, "use_cache", True) if use_cache is None else use_cache)
+        without_cache = not (getattr(model.config, "use_cache", True) if use_cache is None else use_cache)
         if cache is None:
             cache = DynamicCache(config=model.config)
         self._begin(cache, ids)
-        _refuse_what_would_be_wrong(model, given, _under_way.without_cache)
+        _refuse_what_would_be_wrong(model, given, without_cache)
         own = given.get("attention_mask")
         if own is None:
             own = torch.ones(inputs.shape[0], cache.get_seq_length() + inputs.shape[1], device=inputs.device)
@@ -245,16 +235,16 @@ class ReplicaHook:
         if takes_positions(model):
             given["position_ids"] = positions
         elif self.tables:
-            scope.positions = positions.expand(inputs.shape[0], -1)
+            scope().positions = positions.expand(inputs.shape[0], -1)
         given["attention_mask"] = torch.cat([cache.prefix_mask.to(own.dtype), own], dim=1)
-        cache.inside, _under_way.cache = True, cache
+        cache.inside, scope().replica, scope().without_cache = True, cache, without_cache
         return (), given | {"past_key_values": cache, "use_cache": True}
 
     def end(self, model: Any, args: Any, out: Any) -> Any:
         """Forward hook: the pass is over, and its cache counts the request's tokens again."""
-        filled = _under_way.cache is not None
+        filled = scope().replica is not None
         _end_pass()
-        if filled and _under_way.without_cache and out is not None:
+        if filled and scope().without_cache and out is not None:
             return type(out)(**{name: x for name, x in out.items() if name != "past_key_values"})
         return None
 

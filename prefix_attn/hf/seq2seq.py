@@ -159,12 +159,12 @@ class StackHook:
         if task_ids is PROBE:
             raise Wired(self.part)
         if self.part == DECODER:
-            scope.positions = None
+            scope().positions = None
         if task_ids is None:
             check_tasks_of(kwargs.get("past_key_values"), self.bank, None)
-            scope.implementation = self.implementation
+            scope().implementation = self.implementation
             return args, kwargs | {KEYWORD: PartBatch(self.implementation)}
-        scope.implementation = None
+        scope().implementation = None
         check_config(stack)
         if args:
             args, kwargs = (), named_arguments(stack, args, kwargs)
@@ -172,7 +172,7 @@ class StackHook:
         ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
         check_tasks_of(kwargs.get("past_key_values"), self.bank, ids)
         if self.part == DECODER and hasattr(stack, "embed_positions"):
-            scope.positions = shifted_positions(
+            scope().positions = shifted_positions(
                 self.bank, ids, inputs, kwargs.get("position_ids"), kwargs.get("attention_mask"),
                 kwargs.get("past_key_values"), stack,
             )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -14,7 +13,7 @@ from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.forward import FAILURES, cached_kv, evaluating
 from prefix_attn.bank.geometry import LayerKV
 from prefix_attn.errors import PrefixAttnError, UnsupportedModel
-from prefix_attn.hf.positions import counts_otherwise
+from prefix_attn.hf.positions import counts_otherwise, takes_positions
 from prefix_attn.hf.sources import Sources, fill
 
 TOKENS = 5
@@ -90,7 +89,7 @@ def _kinds_of_positions(model: Any, tokens: torch.Tensor) -> list[dict[str, torc
 
     (A family that counts slots by itself is not asked: some forget those in the cache.)
     """
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if not takes_positions(model):
         return [{}]
     given = {"position_ids": torch.arange(tokens.shape[1], device=tokens.device)[None]}
     return [given, {}] if counts_otherwise(model) else [given]

@@ -16,9 +16,17 @@ def bank_of(model: Any) -> PrefixBank | None:
     return getattr(getattr(model, PATCHED, None), "bank", None)
 
 
+def parameters_of(module: Any) -> dict[str, inspect.Parameter]:
+    """Those of a module's forward, as its class defines it: what wraps that of an instance need not say them."""
+    forward = type(getattr(module, "_orig_mod", module)).forward  # of what is compiled
+    _, *parameters = inspect.signature(forward).parameters.items()
+    return dict(parameters)
+
+
 def named_arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of a module's forward, all by name."""
-    named: dict[str, Any] = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    signature = inspect.Signature([*parameters_of(module).values()])
+    named: dict[str, Any] = signature.bind_partial(*args, **kwargs).arguments
     named |= named.pop("kwargs", {})
     return named
 

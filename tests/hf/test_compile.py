@@ -16,6 +16,7 @@ import prefix_attn as pa
 from prefix_attn import dispatch
 from tests.hf.conftest import TASKS, make_bank, padded_inputs
 from tests.hf.families import tiny_model
+from tests.hf.shrink import tiny_random_model
 
 #: Head dims the kernels take; the tiny models' 8 is too small for them.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -92,3 +93,22 @@ def test_decode_on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     choose = dispatch.choose
     monkeypatch.setattr(dispatch, "choose", lambda call, backend: choose(call, "triton"))
     check("llama", "aot_eager")
+
+
+@pytest.mark.parametrize("family", ["llama", "bart", "nemotron"])
+def test_graph_breaks_keep_what_a_pass_knows(family: str) -> None:
+    """Its keywords, its positions in a table, and a batch in the thread's scope; a pass before had other tasks."""
+    model = tiny_random_model(family)
+    pa.patch(model, make_bank(model))
+    inputs = padded_inputs()
+    layer = next(module for name, module in model.named_modules() if name.endswith("layers.0"))
+    layer.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    torch.compiler.reset()
+    step = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        expected = model(**inputs, task_ids=TASKS, use_cache=False).logits
+        for others in ([None, "nine", "nine", "five"], None):
+            model(**inputs, task_ids=others, use_cache=False)
+            for _ in range(2):
+                found = step(**inputs, task_ids=TASKS, use_cache=False).logits
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

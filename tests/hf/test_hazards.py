@@ -350,6 +350,21 @@ def test_padding_that_fills_a_window_is_warned_of(family: str) -> None:
         model.generate(**short, max_new_tokens=1, task_ids=["nine", "five"])  # room for all
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neo"])  # the fast way, and the slow one
+def test_a_wrapper_that_hides_the_arguments_of_forward(family: str) -> None:
+    model = tiny_random_model(family)
+    with pytest.warns(pa.SlowModel) if family == "gpt_neo" else nullcontext():
+        pa.patch(model, make_bank(model))
+    expected = logits(model, task_ids=TASKS)
+    for module in (model, model.base_model):
+
+        def timed(*args: Any, forward: Any = module.forward, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        module.forward = timed
+    assert torch.equal(logits(model, task_ids=TASKS), expected)
+
+
 def test_a_cache_given_by_position_is_checked_too() -> None:
     model = patched("llama")
     cache = DynamicCache(config=model.config)
