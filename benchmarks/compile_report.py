@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.predict import PROBLEMS, predict
 from prefix_attn.plan import TILE_ROWS
+
+from .predict import PROBLEMS, predict
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")

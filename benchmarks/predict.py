@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from benchmarks.peers.problem import Point
 from prefix_attn.cost import ROOFS
 from prefix_attn.kernels.config import decode_rows, edge_keys, padded_head_dim
+
+from .peers.problem import Point
 
 H200 = ROOFS["NVIDIA H200"]
 
