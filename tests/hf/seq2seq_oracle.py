@@ -15,7 +15,7 @@ from typing import Any
 import prefix_attn as pa
 from tests.bank.models import quiet_peft
 from tests.bank.test_seq2seq import peft_prefix
-from tests.hf.replica import replicated
+from tests.hf.seq2seq_replica import replicated
 from tests.seq2seq import random_parts, tiny_seq2seq
 
 #: Tokens of the task with prefixes in every part.

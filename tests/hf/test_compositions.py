@@ -15,7 +15,7 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 import prefix_attn as pa
 from tests.hf.conftest import TASKS, make_bank, padded_inputs, replica
 from tests.hf.families import tiny_model
-from tests.hf.replica import replicated
+from tests.hf.seq2seq_replica import replicated
 from tests.hf.test_seq2seq import ROWS, decoder_tokens, make_inputs
 from tests.hf.test_seq2seq import TASKS as PART_LENGTHS
 from tests.hf.test_seq2seq import make_bank as make_seq2seq_bank

@@ -15,7 +15,7 @@ from torch import Tensor
 import prefix_attn as pa
 from tests.bank.models import quiet_peft
 from tests.bank.test_seq2seq import peft_prefix
-from tests.hf.replica import replicated
+from tests.hf.seq2seq_replica import replicated
 from tests.seq2seq import SEQ2SEQ, SOME, random_parts, tiny_seq2seq
 
 TOLERANCE = 1e-5

@@ -12,7 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, CompileConfig, DynamicCache, Enc
 from transformers.generation.streamers import BaseStreamer
 
 import prefix_attn as pa
-from tests.hf.replica import replicated
+from tests.hf.seq2seq_replica import replicated
 from tests.hf.test_seq2seq import ROWS, TASKS, TOLERANCE, decoder_tokens, make_bank, make_inputs, one_row
 from tests.hf.threads import wrong_in_threads
 from tests.seq2seq import random_parts, tiny_seq2seq
