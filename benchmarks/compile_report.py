@@ -11,7 +11,6 @@ instructions or its pipelined loads, or overflows shared memory.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import re
@@ -23,9 +22,10 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from tqdm import tqdm
 
 from prefix_attn.plan import TILE_ROWS
@@ -370,23 +370,21 @@ def markdown(rows: Iterable[Row], version: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    assert __doc__
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="only D = 128, and 64 with a relative bias, in bfloat16")
-    parser.add_argument("--check", action="store_true", help="fail if a default config is unfit, not only if one fails")
-    parser.add_argument("--processes", type=int, default=2, help="compilations at a time")
-    parser.add_argument("--out", type=Path, default=None, help=f"folder of the report; {RESULTS} unless --quick")
-    options = parser.parse_args(arguments)
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="only D = 128, and 64 with a bias, in bfloat16")] = False,
+    check: Annotated[bool, typer.Option("--check", help="fail also if a default config is unfit")] = False,
+    processes: Annotated[int, typer.Option(help="compilations at a time")] = 2,
+    out: Annotated[Path | None, typer.Option(help=f"folder of the report; {RESULTS} unless --quick")] = None,
+) -> None:
+    """What the compiler makes of every kernel: registers, spills, shared memory, instructions. No GPU is needed."""
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        parser.error("TRITON_INTERPRET=1: kernels are interpreted, not compiled; unset it")
+        raise typer.BadParameter("TRITON_INTERPRET=1: kernels are interpreted, not compiled; unset it")
     import triton
 
-    todo = jobs(options.quick)
-    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+    todo = jobs(quick)
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
         rows = list(tqdm(pool.imap(compile_job, todo), total=len(todo), unit="kernel"))
-    out = options.out or (None if options.quick else RESULTS)
+    out = out or (None if quick else RESULTS)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "compile_report.md").write_text(markdown(rows, triton.__version__))
@@ -395,8 +393,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{row.job}: {'; '.join(why)}", file=sys.stderr)
     where = f"; {out}" if out else ""
     print(f"{len(rows)} kernels compiled by Triton {triton.__version__}, {len(unfit)} unfit{where}")
-    return 1 if any(row.error for row in rows) or (options.check and unfit) else 0
+    if any(row.error for row in rows) or (check and unfit):
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)
