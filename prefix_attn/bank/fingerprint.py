@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from prefix_attn.bank.geometry import DECODER, Geometry, setting
+from prefix_attn.bank.config import setting
+from prefix_attn.bank.geometry import DECODER, Geometry
 from prefix_attn.errors import UnsupportedModel
 
 SAMPLE = 64

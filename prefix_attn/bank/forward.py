@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prefix_attn.bank.config import text_config
 from prefix_attn.bank.geometry import LayerKV
 from prefix_attn.errors import PrefixAttnError, UnsupportedModel
 
@@ -32,14 +33,6 @@ KNOWN_STATES = {"keys", "values", "conv_states", "recurrent_states", "cumulative
 def unwrap(model: Any) -> Any:
     """The base model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def text_config(model: Any) -> Any:
-    """The config of the part that holds the decoder's layers; an encoder-decoder model's own config."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "get_text_config"):
-        raise UnsupportedModel(f"model: expected a Hugging Face transformers model, got {type(model).__name__}")
-    return config if config.is_encoder_decoder else config.get_text_config(decoder=True)
 
 
 def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:

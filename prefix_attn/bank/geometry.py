@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,20 +116,3 @@ def devices_of(key_values: Sequence[LayerKV]) -> tuple[torch.device, ...]:
 
 def _layer(kv_heads: int, head_dim: int, v_head_dim: int | None = None) -> LayerGeometry:
     return LayerGeometry(int(kv_heads), int(head_dim), int(head_dim if v_head_dim is None else v_head_dim))
-
-
-def setting(config: Any, key: str) -> Any:
-    """A value of a config, or None where it has none, or one per layer (transformers then refuses the question)."""
-    try:
-        return getattr(config, key, None)
-    except RuntimeError:
-        return None
-
-
-def context_limit(config: Any) -> int | None:
-    """Positions a model has, from its (text) config; None where nothing limits them, as with ALiBi or T5's bias."""
-    for key in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"):
-        limit = setting(config, key)
-        if isinstance(limit, int) and limit > 0:
-            return limit
-    return None

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from prefix_attn.bank.config import context_limit, setting
 from prefix_attn.bank.forward import FAILURES, evaluating
-from prefix_attn.bank.geometry import Geometry, LayerGeometry, LayerKV, context_limit, setting
+from prefix_attn.bank.geometry import Geometry, LayerGeometry, LayerKV
 from prefix_attn.errors import UnsupportedModel
 
 

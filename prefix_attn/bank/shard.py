@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from prefix_attn.bank.geometry import Geometry, setting
+from prefix_attn.bank.config import setting
+from prefix_attn.bank.geometry import Geometry
 from prefix_attn.errors import UnsupportedModel
 
 

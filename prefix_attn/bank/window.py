@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from prefix_attn.bank.geometry import setting
+from prefix_attn.bank.config import setting
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from torch import nn
 from prefix_attn import UnsupportedModel
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.base import Base
+from prefix_attn.bank.config import context_limit, setting
 from prefix_attn.bank.fingerprint import config_digest, weights_digest
-from prefix_attn.bank.geometry import DECODER, Geometry, LayerGeometry, context_limit, setting
+from prefix_attn.bank.geometry import DECODER, Geometry, LayerGeometry
 from tests.bank.models import FAMILIES, tiny
 from tests.hf.shrink import tiny_random_model
 
