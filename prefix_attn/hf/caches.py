@@ -73,7 +73,7 @@ def check_tasks_of(cache: Any, bank: PrefixBank, task_ids: Tensor | None) -> Non
     if (mark is not None and mark.is_of(bank, task_ids)) or not has_tokens(cache):
         return
     if mark is None:
-        if task_ids is None or isinstance(cache.get_seq_length(), Tensor) or not _reads(task_ids):
+        if task_ids is None or isinstance(cache.get_seq_length(), Tensor) or not task_ids.is_cpu:
             return
         if bool((task_ids >= 0).any()):
             raise IncompatiblePrefix(
@@ -101,7 +101,7 @@ def _same(mark: Mark, bank: PrefixBank, task_ids: Tensor | None) -> bool:
         return not bool((seen >= 0).any() or (task_ids >= 0).any())
     if len(seen) != len(task_ids):  # somebody has repeated or dropped rows
         return recording(task_ids) or _follows(task_ids.tolist(), seen.tolist())
-    return not _reads(task_ids) or torch.equal(seen, task_ids)
+    return not task_ids.is_cpu or torch.equal(seen, task_ids)
 
 
 def _follows(given: list[int], seen: list[int]) -> bool:
@@ -111,10 +111,6 @@ def _follows(given: list[int], seen: list[int]) -> bool:
         return not rest and given == [task for task in seen for _ in range(times)]
     left = iter(seen)
     return all(task in left for task in given)
-
-
-def _reads(task_ids: Tensor) -> bool:
-    return task_ids.device.type == "cpu"
 
 
 def remember_tasks(decoder: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
