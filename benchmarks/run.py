@@ -71,7 +71,7 @@ class Outcome:
         if not rows:
             return None
         page = summary.markdown(rows, environment, record.read_notes(self.path))
-        summary.write(self.path.with_suffix(".md"), page)
+        self.path.with_suffix(".md").write_text(page)
         return page
 
 

@@ -6,7 +6,6 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from .peers import OURS
 from .record import Environment, Row
@@ -128,11 +127,6 @@ def _cached(rows: Iterable[Row]) -> list[str]:
         return []
     what = f"Not past the L2 cache, in which inputs may be found, since there are {MOST_SETS} sets at most"
     return ["", f"{what}: {'; '.join(small)}."]
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
 
 
 def _ratios(rows: Sequence[Row], points: dict[str, Times]) -> list[str]:
