@@ -1,7 +1,7 @@
 """What ``model.generate`` needs: task ids as a tensor (so that beams and return sequences copy them), checked up front.
 
-Both objects below stand in front of a bound method as an attribute of the model instance. They are plain objects, so
-that a patched model can be copied and pickled.
+A `Method` stands in front of a bound method, as an attribute of the model instance. It is a plain object, not a
+closure, so that a patched model can be copied and pickled.
 """
 
 from __future__ import annotations
