@@ -26,9 +26,9 @@ def checked_ids(
                 _check_id(row, task, ids, lengths)
         return tasks.to(device=device, dtype=torch.int32)
     if isinstance(tasks, str) or not isinstance(tasks, Sequence):
+        one = f"; for a batch of one write [{tasks!r}]" if isinstance(tasks, str | Integral) else ""
         raise DTypeError(
-            f"task_ids: expected a list with a name, an id or None per row, or an integer tensor, got "
-            f"{tasks!r}; for a batch of one write [{tasks!r}]"
+            f"task_ids: expected a list with a name, an id or None per row, or an integer tensor, got {tasks!r}{one}"
         )
     rows = [_row_id(row, task, ids, lengths) for row, task in enumerate(tasks)]
     return torch.tensor(rows, dtype=torch.int32, device=device)

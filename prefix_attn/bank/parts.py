@@ -19,7 +19,6 @@ from torch import Tensor
 from prefix_attn.bank.geometry import DECODER, Geometry, LayerKV
 from prefix_attn.bank.shard import Shard
 from prefix_attn.bank.storage import Span, Storage
-from prefix_attn.bank.uses import CHANGING
 from prefix_attn.errors import IncompatiblePrefix, ShapeError
 from prefix_attn.types import PrefixKV, align
 
@@ -93,7 +92,6 @@ class Part:
             capacity = align(reserve.tokens)
         self._storage = Storage(self.geometry, dtype, devices, capacity, fixed=reserve is not None)
         self._spans: list[Span | None] = []  # by id; None was removed
-        self._layers: list[PrefixKV] = []
         self._tables = self._new_tables()
         self._tabulate()
 
@@ -137,11 +135,7 @@ class Part:
 
     def layer(self, i: int) -> PrefixKV:
         """Layer i's prefixes, sharing memory: a snapshot, so ask again after a change; with a reserve, never stale."""
-        layers = self._layers  # read once: another thread may write it
-        if not layers:
-            with CHANGING:
-                layers = self._layers = self._lend(max(self.lengths, default=0))
-        return layers[i]
+        return self._layers[i]
 
     def _lend(self, longest: int | None) -> list[PrefixKV]:
         tables = (self._tables[device] for device in self._devices)
@@ -156,7 +150,8 @@ class Part:
         self.lengths = [-1 if span is None else span.length for span in self._spans]
         tables = self._new_tables()
         if self._reserve is None:
-            self._tables, self._layers = tables, []
+            self._tables = tables
+            self._layers = self._lend(max(self.lengths, default=0))
             return
         for device, table in tables.items():
             self._tables[device].lens.copy_(table.lens)

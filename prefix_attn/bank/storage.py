@@ -2,8 +2,8 @@
 
 Each layer's are on that layer's device; the spans are the same everywhere.
 
-A span never moves inside its memory, and memory that was lent out is never written where a borrower may look: the space
-of a removed span waits (is pinned) until the live spans are copied to new memory, which nobody has borrowed yet.
+A span never moves inside its memory, and memory is not written where a borrower may look: the space of a removed span
+waits (is pinned) until the live spans are copied to new memory, which nobody has borrowed yet.
 
 Fixed memory is the opposite: it is never replaced, and written where borrowers look, for they want to see every change.
 """
@@ -53,7 +53,6 @@ class Storage:
             _write(k, v, span, self.read(span))
         self._capacity, self._k, self._v = capacity, k, v
         self._pinned: list[Span] = []  # of removed spans that a borrower may still see
-        self._lent = False
 
     @property
     def nbytes(self) -> int:
@@ -83,7 +82,7 @@ class Storage:
     def free(self, span: Span) -> None:
         """Give a span back."""
         self._spans.remove(span)
-        if self._lent and not self._fixed:
+        if not self._fixed:
             self._pinned.append(span)
 
     def read(self, span: Span) -> list[LayerKV]:
@@ -93,8 +92,7 @@ class Storage:
         return [(k[:, tokens, : kind.head_dim], v[:, tokens, : kind.v_head_dim]) for k, v, kind in layers]
 
     def lend(self) -> list[LayerKV]:
-        """The tensors of every layer, ``[kv_heads, capacity, width]``."""
-        self._lent = True
+        """The tensors of every layer, ``[kv_heads, capacity, width]``; from now on somebody may look at all spans."""
         return list(zip(self._k, self._v, strict=True))
 
 

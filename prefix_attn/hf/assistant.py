@@ -25,6 +25,13 @@ class Assistant:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model(*args, **kwargs)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # transformers looks at its name to choose how to draft
+        return type(self._model)
+
     def generate(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
         """``model.generate`` with the assistant's own tasks in the place of the caller's."""
         own = {} if self._tasks is None else {"task_ids": self._tasks}

@@ -111,7 +111,10 @@ def prefix_attention_forward(
     batch: Batch | None = kwargs.pop(KEYWORD, None) or scope().batch
     layer = type(module).__name__
     if batch is None:
-        raise KeywordsLost(f"{layer}: the attention layer was called outside a pass of the patched model")
+        raise KeywordsLost(
+            f"{layer}: the attention layer was called outside a pass of the patched model; for a model that was made "
+            "from a patched one's config, call set_attn_implementation('sdpa') on it"
+        )
     if batch.bank is None or batch.task_ids is None:
         if batch.recorded is not None:
             _refuse_masks_of_heads(layer, attention_mask)
@@ -167,9 +170,9 @@ def original_attention(module: nn.Module, implementation: str) -> Callable[..., 
     return function
 
 
-def _refuse_masks_of_heads(layer: str, mask: Tensor | None) -> None:
-    """For the family's own mask ``[batch, heads or 1, q_len, kv_len]``."""
-    if mask is not None and mask.ndim == 4 and mask.shape[1] != 1:
+def _refuse_masks_of_heads(layer: str, mask: Any) -> None:
+    """For the family's own mask ``[batch, heads or 1, q_len, kv_len]``; flex_attention's is no tensor."""
+    if isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1] != 1:
         raise UnsupportedModel(
             f"{layer}: makes a mask for each head out of the keys and values in its cache, and a prefix is not there"
         )

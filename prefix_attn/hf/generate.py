@@ -16,6 +16,7 @@ from torch import Tensor
 from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import ShapeError, UnsupportedModel
 from prefix_attn.hf.assistant import Assistant
+from prefix_attn.hf.caches import check_tasks_of
 from prefix_attn.hf.context import check_fits, new_tokens, option, truncated, warn_of_padding, warn_of_second_bos
 from prefix_attn.hf.scope import scope
 
@@ -64,6 +65,8 @@ class Generate(Method):
         if task_ids is None:
             if truncation:
                 raise ShapeError("truncation: expected task_ids with it (None for a row without prefix), got none")
+            _refuse_layers_of_the_config(self._configs(kwargs), kwargs)
+            check_tasks_of(kwargs.get("past_key_values"), self.bank, None)
             return self.original(*args, **kwargs)
         if not isinstance(vars(self.model).get(PrepareInputs.name), PrepareInputs):
             raise UnsupportedModel(
@@ -75,8 +78,10 @@ class Generate(Method):
         options.pop("self", None)
         with torch.inference_mode(False):  # the bank keeps the plan for the steps, if it can tell when ids are written
             ids = self.bank.plan(task_ids).task_ids
-        configs = [options.get("generation_config"), self.model.generation_config]
+        configs = self._configs(options)
         _refuse_what_would_be_wrong(options, configs)
+        # Where the model is compiled, its passes do not compare tasks.
+        check_tasks_of(options.get("past_key_values"), self.bank, ids)
         inputs = next((x for name in INPUTS if (x := options.get(name)) is not None), None)
         if inputs is not None:
             if len(ids) != len(inputs):
@@ -90,6 +95,9 @@ class Generate(Method):
             return self.original(task_ids=ids, **options)
         finally:
             self.bank.release(held)
+
+    def _configs(self, options: dict[str, Any]) -> list[Any]:
+        return [options.get("generation_config"), self.model.generation_config]
 
     def _fit(
         self, ids: Tensor, inputs: Tensor, options: dict[str, Any], configs: Sequence[Any], truncation: bool
@@ -112,7 +120,16 @@ class Generate(Method):
 INPUTS = ("inputs", "inputs_embeds", "input_ids", "input_features")
 
 
+def _refuse_layers_of_the_config(configs: Sequence[Any], options: dict[str, Any]) -> None:
+    if option("use_mtp", options, configs):
+        raise UnsupportedModel(
+            "use_mtp: its drafting layers are made from the config of the patched model, whose attention they cannot "
+            "use; drop it, or unpatch the model"
+        )
+
+
 def _refuse_what_would_be_wrong(options: dict[str, Any], configs: Sequence[Any]) -> None:
+    _refuse_layers_of_the_config(configs, options)
     if option("output_attentions", options, configs):
         raise UnsupportedModel("output_attentions: attention weights are never built; drop it, or unpatch the model")
     if option("token_healing", options, configs):

@@ -26,6 +26,7 @@ from prefix_attn.bank import PrefixBank
 from prefix_attn.errors import IncompatiblePrefix, PrefixAttnError, SlowModel, UnsupportedModel
 from prefix_attn.hf.adapters import attach, detach, is_attached, is_wrapper
 from prefix_attn.hf.attention import NAME, Ambiguous
+from prefix_attn.hf.configs import OURS
 from prefix_attn.hf.decoder import DecoderPatch, decoder_of
 from prefix_attn.hf.masks import check_implementation
 from prefix_attn.hf.part_attention import PLACE
@@ -159,6 +160,10 @@ def _refuse(model: Any) -> None:
         raise UnsupportedModel(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
     config: Any = model.config.get_text_config()
     family = f"{type(model).__name__} ({config.model_type})"
+    if PATCHED not in vars(model) and (model.config._attn_implementation or "").startswith(OURS):
+        raise UnsupportedModel(
+            f"{family}: was made from a patched model's config; call set_attn_implementation('sdpa') on it first"
+        )
     if model.config.is_encoder_decoder:
         refuse_seq2seq(model)
         return

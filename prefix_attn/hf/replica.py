@@ -236,7 +236,8 @@ class ReplicaHook:
             given["position_ids"] = positions
         elif self.tables:
             scope().positions = positions.expand(inputs.shape[0], -1)
-        given["attention_mask"] = torch.cat([cache.prefix_mask.to(own.dtype), own], dim=1)
+        given["attention_mask"] = mask = torch.cat([cache.prefix_mask.to(own.dtype), own], dim=1)
+        _refuse_padding_among_chosen_keys(model, cache.prefix_mask, mask.shape[1])
         cache.inside, scope().replica, scope().without_cache = True, cache, without_cache
         return (), given | {"past_key_values": cache, "use_cache": True}
 
@@ -315,6 +316,16 @@ def _refuse_unmasked_windows(model: Any) -> None:
         raise UnsupportedModel(
             "the family's cache forgets what its masks would show, so what a query sees of a prefix would depend on "
             "how the tokens were cut into passes"
+        )
+
+
+def _refuse_padding_among_chosen_keys(model: Any, prefix_mask: Tensor, slots: int) -> None:
+    """Doge sees no more than its best ``keep_window_size`` keys, and counts padding among them."""
+    kept = getattr(model.config, "keep_window_size", slots)
+    if slots > kept and not bool(prefix_mask.all()):
+        raise UnsupportedModel(
+            f"task_ids: expected prefixes of one length, for rows of more than keep_window_size = {kept} tokens: this "
+            "family chooses which of them it sees, and it would choose padding in front of shorter prefixes"
         )
 
 

@@ -146,6 +146,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "kosmos_2_text_model": {"embed_dim": 32, "layers": 2},
     "kosmos_2_5_text_model": {"embed_dim": 32, "layers": 2},
     "gemma4_assistant": {"text_config": NO_INPUT_PER_LAYER | {"num_kv_shared_layers": 5}},
-    "doge": {"keep_window_size": 12},  # of the 25 slots that the survey fills
+    "doge": {"keep_window_size": 32},  # the survey fills 25 slots; test_replica.py, more than it keeps
     "step3p5": {"sliding_window": 12},
 }

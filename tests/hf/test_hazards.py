@@ -21,8 +21,11 @@ from safetensors.torch import save_file
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import prefix_attn as pa
+from prefix_attn.errors import PrefixAttnError
+from prefix_attn.hf.assistant import Assistant
 from prefix_attn.hf.caches import MARK
 from prefix_attn.hf.sources import fill
+from prefix_attn.hf.wiring import bank_of
 from tests.hf.conftest import TASKS, make_bank, padded_inputs
 from tests.hf.families import random_prefix, tiny_model
 from tests.hf.shrink import tiny_random_model
@@ -348,6 +351,62 @@ def test_padding_that_fills_a_window_is_warned_of(family: str) -> None:
         warnings.simplefilter("error")
         model.generate(**long, **GREEDY, task_ids=["nine", None])  # no padding, or no prefix
         model.generate(**short, max_new_tokens=1, task_ids=["nine", "five"])  # room for all
+
+
+def test_an_assistant_that_transformers_calls_itself() -> None:
+    """Drafts of speculative decoding by blocks; the assistant's class tells transformers how to draft."""
+
+    class Drafter:
+        def __call__(self, value: int) -> int:
+            return value + 1
+
+    wrapped = Assistant(Drafter(), ["nine"])
+    assert wrapped(1) == 2
+    assert wrapped.__class__.__name__ == "Drafter"
+
+
+def test_models_made_from_a_patched_ones_config() -> None:
+    model = patched("llama")
+    other = type(model)(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(PrefixAttnError, match=r"from a patched one's config, call set_attn_implementation\('sdpa'\)"):
+        other(X["input_ids"])
+    with pytest.raises(pa.UnsupportedModel, match=r"a patched model's config; call set_attn_implementation\('sdpa'\)"):
+        pa.patch(other, bank_of(model))
+    other.set_attn_implementation("sdpa")
+    pa.patch(other, make_bank(other))
+    for tasks in ({}, {"task_ids": TASKS}):
+        with pytest.raises(pa.UnsupportedModel, match="use_mtp: its drafting layers"):
+            model.generate(**X, **tasks, **GREEDY, use_mtp=True)
+
+
+@pytest.mark.filterwarnings("ignore:_compile flag on create_block_mask:DeprecationWarning")  # transformers gives it
+def test_flex_attention_stays_what_a_pass_without_tasks_uses() -> None:
+    model = tiny_model("llama")
+    expected = logits(model)
+    model.set_attn_implementation("flex_attention")
+    pa.patch(model, make_bank(model))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits(model, task_ids=TASKS), logits(patched("llama"), task_ids=TASKS))
+
+
+def test_compiled_passes_leave_their_mark() -> None:
+    """They do not compare tasks themselves; the eager pass behind them does, and so does generate in front of them."""
+    model = patched("llama")
+    step = torch.compile(model, backend="eager", fullgraph=True)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        out = step(**X, past_key_values=cache, use_cache=True, task_ids=TASKS)
+        token, mask = out.logits[:, -1:].argmax(-1), torch.ones(4, X["input_ids"].shape[1] + 1)
+        for tasks in (None, TASKS[::-1]):
+            with pytest.raises(pa.IncompatiblePrefix, match="were computed with tasks"):
+                model(token, attention_mask=mask, past_key_values=cache, task_ids=tasks)
+        model(token, attention_mask=mask, past_key_values=copy.deepcopy(cache), task_ids=TASKS)
+        model.forward = torch.compile(model.forward, backend="eager")
+        both = torch.cat([X["input_ids"], token], 1)
+        for options in ({}, {"task_ids": TASKS[::-1]}):
+            with pytest.raises(pa.IncompatiblePrefix, match="were computed with tasks"):
+                model.generate(both, attention_mask=mask, past_key_values=cache, **options, **GREEDY)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neo"])  # the fast way, and the slow one

@@ -154,3 +154,18 @@ class TestPrefixesInTheCache:
         states = torch.randn(4, 7, config.cross_attention_hidden_size or config.hidden_size)
         with pytest.raises(pa.UnsupportedModel, match="encoder_hidden_states"):
             trocr(ids, encoder_hidden_states=states, task_ids=[None] * 4)
+
+
+@pytest.mark.filterwarnings("ignore::prefix_attn.SlowModel")
+def test_keys_are_not_chosen_among_padding() -> None:
+    """Doge sees its best 12 of 17 slots or more; rows with shorter prefixes have slots that are padding."""
+    model = tiny_random_model("doge")
+    for module in model.modules():
+        if hasattr(module, "keep_window_size"):
+            module.keep_window_size = 12
+    model.config.keep_window_size = 12
+    pa.patch(model, random_bank(model))
+    alone = torch.cat([logits(model, **{k: x[r : r + 1] for k, x in X.items()}, task_ids=["nine"]) for r in range(4)])
+    torch.testing.assert_close(logits(model, task_ids=["nine"] * 4), alone, rtol=1e-5, atol=1e-5)
+    with pytest.raises(pa.UnsupportedModel, match=r"expected prefixes of one length, .* keep_window_size = 12"):
+        logits(model, task_ids=TASKS)
