@@ -1,23 +1,26 @@
 """Which backend runs a call, and why.
 
-A backend is a module with
+``"auto"`` takes the first of `AUTO_ORDER` that does not refuse. A named backend runs or raises.
 
-- ``READS_IDS``: whether it waits for task ids and key bounds on an accelerator, so that they may as well be checked;
-- ``CHECKS_VALUES``, if true: its forward raises for bad ids and bounds, which else are checked before it, as where
-  prefixes lie always is;
+A backend is a module in prefix_attn/backends, whose ``forward`` and ``backward`` only the operators (ops.py) call.
+Each has
+
 - ``refusal(call)``: why it cannot run this call here, or None;
 - ``forward(call)``: ``(out, lse)``; lse may be None unless ``call.return_lse``;
-- ``backward(call, out, lse, grad_out, grad_lse, needed)``: at least the `Gradients` that are ``needed``;
-- ``saves_lse(call)``: whether ``backward`` wants the forward's lse, which else may be None, as grad_lse may;
-- ``choose_regime(call)``, if it has several ways of running: which it takes, and why.
+- ``READS_IDS``: whether ``forward`` waits for task ids on an accelerator. If so, the operator checks ids and key bounds
+  before it on every device, otherwise only where they are on a CPU.
 
-One that refuses whatever needs a gradient goes without ``backward`` and ``saves_lse``. Only the operators (ops.py) call
-``forward`` and ``backward``.
+One that has gradients, and so does not refuse every call that needs one, also has
 
-What those of `REMEMBERED` refuse and choose may depend on a call's layout and options, not on values of its tensors:
-`choose_again` takes it for true of all calls alike.
+- ``backward(call, out, lse, grad_out, grad_lse, needed)``: at least those `Gradients` that ``needed`` marks; lse may be
+  None unless ``saves_lse`` is true, and grad_lse may be None;
+- ``saves_lse(call)``: whether ``backward`` needs the lse of the forward pass.
 
-``"auto"`` takes the first of `AUTO_ORDER` that does not refuse. A named backend runs or raises.
+Two more are optional:
+
+- ``choose_regime(call)``, where there are several ways to run a call: the one it takes, and why;
+- ``CHECKS_VALUES = True``, where ``forward`` itself raises for bad ids and key bounds, so that the operator need not
+  check them. (Where prefixes lie in the bank it checks all the same.)
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ BACKENDS: dict[str, ModuleType] = {
 #: interpret them, which is for tests), C++ on a CPU that has a compiler, and PyTorch, which refuses nothing.
 AUTO_ORDER = ("triton", "cpu", "torch")
 
-#: Backends that refuse a call, and choose a regime, by no value of its tensors.
+#: Backends whose ``refusal`` and ``choose_regime`` follow from a call's layout and options, and from no value of its
+#: tensors: `choose_again` asks them once for all calls that are alike.
 REMEMBERED = frozenset(("auto", *AUTO_ORDER, "reference"))
 
 
@@ -87,9 +91,9 @@ def choose(call: AttentionCall, backend: str = "auto") -> Choice:
 
 
 def choose_again(call: AttentionCall, backend: str) -> Choice:
-    """`choose`, remembered for all calls alike: those of a step's other layers.
+    """`choose`, remembered for all calls that are alike, such as those of a step's other layers.
 
-    For calls that need no gradient and that nobody traces.
+    For calls that need no gradient and bypass the operator.
 
     Raises:
         BackendUnavailable: as `choose`.
