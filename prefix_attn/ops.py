@@ -2,8 +2,8 @@
 
 One operator a layer call, whatever the backend. `torch.compile` sees one node of known shapes and strides, and traces
 into nothing that a backend does, be it a kernel launch or a read of task ids on the host; autograd gets the gradients
-that the same backend computes. Where nobody is there to see the operator, its backend is called without it. Triton
-is imported by its first real call, not by this registration.
+that the same backend computes. Where nothing in PyTorch has to see the operator, the backend is called directly.
+Triton is imported by its first real call, not by this registration.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ torch.library.define(
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
-#: Types of arguments that no subclass of tensors wants to hear of.
+#: Types of arguments for which PyTorch calls no ``__torch_function__`` or ``__torch_dispatch__``.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -56,7 +56,7 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None]
     """
     refuse_tangents(call.q, call.k, call.v, call.prefix.k, call.prefix.v, call.sinks, call.relative_bias)
     needs_grad = call.needs_grad
-    direct = not needs_grad and nobody_watches(call)
+    direct = not needs_grad and can_bypass_operator(call)
     backend, _, regime = (dispatch.choose_again if direct else dispatch.choose)(call, backend)
     call.tiles = tiles = None
     if regime is not None and regime.name == "grouped":
@@ -76,8 +76,8 @@ def attention(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None]
     return result
 
 
-def nobody_watches(call: AttentionCall) -> bool:
-    """Whether PyTorch would only pass the operator's arguments on to the backend, which takes longer than all the rest.
+def can_bypass_operator(call: AttentionCall) -> bool:
+    """Whether PyTorch would do nothing but pass the operator's arguments on, which alone takes longer than the rest.
 
     It does more for a compiler, a tracer, a profiler, a transform of functions, a mode, tensors without memory, their
     subclasses, and views that stand for the negative of what memory holds.
@@ -126,7 +126,7 @@ def _without_autocast(call: AttentionCall, function: Callable[..., T], *argument
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     call, backend = _call(*arguments)
     out, lse = _run(call, backend)
-    return out, _nothing(call) if lse is None else lse
+    return out, _placeholder(call) if lse is None else lse
 
 
 @torch.library.impl(_BACKWARD, ("cpu", "cuda"))
@@ -136,12 +136,14 @@ def _backward(
     call, backend = _call(*arguments)
     inputs = arguments[: len(needed)]
     if call.q.numel() == 0:
-        return tuple(torch.zeros_like(x) if need else _nothing(call) for x, need in zip(inputs, needed, strict=True))
+        return tuple(
+            torch.zeros_like(x) if need else _placeholder(call) for x, need in zip(inputs, needed, strict=True)
+        )
     saved = lse if call.return_lse else None
     backward = dispatch.BACKENDS[backend].backward
     grads = _without_autocast(call, backward, call, out, saved, grad_out, grad_lse, PerInput(*needed))
     return tuple(
-        _in_layout_of(x, grad) if need and grad is not None else _nothing(call)
+        _in_layout_of(x, grad) if need and grad is not None else _placeholder(call)
         for x, grad, need in zip(inputs, grads, needed, strict=True)
     )
 
@@ -155,7 +157,7 @@ def _backward_fake(
 ) -> tuple[Tensor, ...]:
     call, _ = _call(*arguments)
     inputs = arguments[: len(needed)]
-    return tuple(torch.empty_like(x) if need else _nothing(call) for x, need in zip(inputs, needed, strict=True))
+    return tuple(torch.empty_like(x) if need else _placeholder(call) for x, need in zip(inputs, needed, strict=True))
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -214,11 +216,11 @@ def _call(
 
 
 def _empty_outputs(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    lse = call.q.new_empty(call.q.shape[:3], dtype=call.lse_dtype) if call.return_lse else _nothing(call)
+    lse = call.q.new_empty(call.q.shape[:3], dtype=call.lse_dtype) if call.return_lse else _placeholder(call)
     return torch.empty_like(call.q), lse
 
 
-def _nothing(call: AttentionCall) -> Tensor:
+def _placeholder(call: AttentionCall) -> Tensor:
     """What stands for a result that was not asked for."""
     return call.q.new_empty((0,), dtype=call.lse_dtype)
 
