@@ -20,7 +20,7 @@ from prefix_attn.types import AttentionCall, PrefixKV
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 256  # what kernels and flash-attn take at most, which therefore do not check it again
 MAX_INT = 2**31 - 1
 MAX_WINDOW = 2**30  # no row is longer, and its sums with positions fit 32 bits
 

@@ -25,7 +25,6 @@ from prefix_attn.types import AttentionCall
 READS_IDS = True
 
 DTYPES = (torch.float16, torch.bfloat16)
-MAX_HEAD_DIM = 256
 
 
 def refusal(call: AttentionCall) -> str | None:
@@ -34,8 +33,8 @@ def refusal(call: AttentionCall) -> str | None:
         return missing
     if call.q.dtype not in DTYPES:
         return f"flash-attn takes {', '.join(map(str, DTYPES))}, not {call.q.dtype}"
-    if call.head_dim % 8 or call.head_dim > MAX_HEAD_DIM:
-        return f"flash-attn takes head_dim in multiples of 8 up to {MAX_HEAD_DIM}, not {call.head_dim}"
+    if call.head_dim % 8:
+        return f"flash-attn takes head_dim in multiples of 8, not {call.head_dim}"
     if call.scale <= 0:
         return f"flash-attn takes a positive scale, not {call.scale}"
     if call.needs_grad:
