@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -88,14 +88,12 @@ class PrefixKV:
                     f"k {k.dtype} on {k.device}, v {v.dtype} on {v.device}"
                 )
         lens = [k.shape[1] for k, _ in prefixes]
-        starts = [0]
-        for m in lens:
-            starts.append(starts[-1] + align(m))
+        *starts, _ = accumulate(map(align, lens), initial=0)
         pad = [first.new_zeros(first.shape[0], align(m) - m, first.shape[2]) for m in lens]
         return cls(
             k=torch.cat([t for (k, _), z in zip(prefixes, pad, strict=True) for t in (k, z)], dim=1),
             v=torch.cat([t for (_, v), z in zip(prefixes, pad, strict=True) for t in (v, z)], dim=1),
-            starts=torch.tensor(starts[:-1], dtype=torch.int32, device=first.device),
+            starts=torch.tensor(starts, dtype=torch.int32, device=first.device),
             lens=torch.tensor(lens, dtype=torch.int32, device=first.device),
             max_len=max(lens),
         )
