@@ -18,8 +18,8 @@ from torch import Tensor
 
 from prefix_attn.kernels.backward_dkv import bank_gradients, own_key_gradients
 from prefix_attn.kernels.backward_dq import query_gradient
-from prefix_attn.kernels.config import padded_head_dim
-from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands, cdiv, strided
+from prefix_attn.kernels.config import cdiv, padded_head_dim
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands, strided
 from prefix_attn.kernels.primitives import LOG2_E, runtime_jit
 
 

@@ -22,9 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from prefix_attn.kernels.chunks import Residency, choose_chunks
-from prefix_attn.kernels.config import TileConfig, padded_head_dim
+from prefix_attn.kernels.config import TileConfig, cdiv, padded_head_dim
 from prefix_attn.kernels.decode import MERGE_TILES
-from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands, backward_scales, cdiv, strided
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands, backward_scales, strided
 from prefix_attn.kernels.primitives import (
     NO_LIMIT,
     cast,

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prefix_attn.kernels.config import TileConfig, padded_head_dim
-from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands, backward_scales, cdiv, strided
+from prefix_attn.kernels.config import TileConfig, cdiv, padded_head_dim
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, Operands, backward_scales, strided
 from prefix_attn.kernels.primitives import (
     NO_LIMIT,
     again,

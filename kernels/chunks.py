@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from prefix_attn.kernels.config import TileConfig, multiprocessors, resident
-from prefix_attn.kernels.launch import cdiv
+from prefix_attn.kernels.config import TileConfig, cdiv, multiprocessors, resident
 
 #: Chunks at most: what joins them holds one number per chunk and output element of a row in registers.
 MAX_CHUNKS = 64

@@ -35,6 +35,11 @@ class TileConfig:
     num_stages: int
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up: how many tiles of b there are in a. (Triton's own takes the host microseconds.)"""
+    return -(-a // b)
+
+
 def padded_head_dim(head_dim: int) -> int:
     """The tile width for a head dimension: the next power of two, at least 16; what lies beyond is masked."""
     return max(16, 1 << (head_dim - 1).bit_length())

@@ -22,10 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from prefix_attn.kernels.chunks import Residency, choose_chunks
-from prefix_attn.kernels.config import TileConfig, decode_rows, multiprocessors, padded_head_dim, slices
+from prefix_attn.kernels.config import TileConfig, cdiv, decode_rows, multiprocessors, padded_head_dim, slices
 from prefix_attn.kernels.direct_launch import Launcher
 from prefix_attn.kernels.early_launch import early_options, let_next_begin, wait_for_previous
-from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv, contiguous
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, contiguous
 from prefix_attn.kernels.merge import Partials, merge_chunks
 from prefix_attn.kernels.primitives import (
     LN_2,

@@ -28,11 +28,11 @@ import triton.language as tl
 from torch import Tensor
 
 from prefix_attn.kernels.chunks import MAX_CHUNKS, Residency, choose_chunks
-from prefix_attn.kernels.config import TileConfig, decode_rows, edge_keys, item_rows, padded_head_dim
+from prefix_attn.kernels.config import TileConfig, cdiv, decode_rows, edge_keys, item_rows, padded_head_dim
 from prefix_attn.kernels.decode import MIN_TILES
 from prefix_attn.kernels.direct_launch import Launcher
 from prefix_attn.kernels.early_launch import early_options, let_next_begin, wait_for_previous
-from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv, contiguous
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, contiguous
 from prefix_attn.kernels.merge import Partials, merge_chunks
 from prefix_attn.kernels.primitives import (
     again,

@@ -21,11 +21,6 @@ LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 LAYOUTS = 64
 
 
-def cdiv(a: int, b: int) -> int:
-    """``a / b``, rounded up. (Triton's own, which kernels may call too, takes the host microseconds.)"""
-    return -(-a // b)
-
-
 @dataclass(frozen=True, eq=False)
 class Layout:
     """A call without its tensors: all that its launch follows from, and the same in every layer of a step.

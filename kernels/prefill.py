@@ -18,9 +18,9 @@ from functools import lru_cache
 import triton.language as tl
 from torch import Tensor
 
-from prefix_attn.kernels.config import TileConfig, edge_keys, padded_head_dim
+from prefix_attn.kernels.config import TileConfig, cdiv, edge_keys, padded_head_dim
 from prefix_attn.kernels.direct_launch import Launcher
-from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, cdiv, contiguous
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, Layout, Operands, contiguous
 from prefix_attn.kernels.primitives import (
     LN_2,
     LOG2_E,

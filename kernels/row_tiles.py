@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from prefix_attn.kernels.config import cdiv
 from prefix_attn.kernels.direct_launch import Launcher
 from prefix_attn.kernels.early_launch import early_options, let_next_begin, wait_for_previous
-from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS, cdiv
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, LAYOUTS
 from prefix_attn.kernels.primitives import runtime_jit
 
 #: Rows of a program, rows that they are compared with at once, and query rows that it writes at once.

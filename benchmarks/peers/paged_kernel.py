@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from prefix_attn.kernels.chunks import Residency, choose_chunks
-from prefix_attn.kernels.config import TileConfig, multiprocessors, padded_head_dim, slices
+from prefix_attn.kernels.config import TileConfig, cdiv, multiprocessors, padded_head_dim, slices
 from prefix_attn.kernels.decode import FEW, MERGE_TILES
-from prefix_attn.kernels.launch import LAUNCH_OPTIONS, cdiv, score_scales
+from prefix_attn.kernels.launch import LAUNCH_OPTIONS, score_scales
 from prefix_attn.kernels.merge import Partials, merge_chunks
 from prefix_attn.kernels.primitives import (
     cast,
