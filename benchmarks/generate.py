@@ -16,7 +16,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def run_generations(
             break
         if made != point.model:
             model = None  # its memory goes before the next is made
-            model = MODELS[point.model](max(p.m + p.prompt + p.new for p in points), device)
+            model = MODELS[point.model](max(p.prefix_tokens + p.prompt_tokens + p.new_tokens for p in points), device)
             made = point.model
         try:
             with warnings.catch_warnings():
@@ -76,7 +76,7 @@ def run_generations(
 
 def work(point: Generation) -> int:
     """What a point's time goes by: PEFT takes as many steps for every task."""
-    return point.tasks * point.new
+    return point.tasks * point.new_tokens
 
 
 def gpt2_sized(positions: int, device: torch.device) -> Any:
@@ -125,10 +125,10 @@ class Comparison:
     def __init__(self, model: Any, point: Generation, environment: Environment) -> None:
         self.model, self.point = model, point
         self.device = model.device
-        rng = torch.Generator(self.device).manual_seed(point.m)
+        rng = torch.Generator(self.device).manual_seed(point.prefix_tokens)
         self.bank = pa.PrefixBank.for_model(model)
-        prefixes = random_prefixes(self.bank, point.tasks, point.m, rng)
-        size = (point.rows, point.prompt)
+        prefixes = random_prefixes(self.bank, point.tasks, point.prefix_tokens, rng)
+        size = (point.rows, point.prompt_tokens)
         self.prompts = torch.randint(0, model.config.eos_token_id, size, generator=rng, device=self.device)
         self.task_of = [f"task{row % point.tasks}" for row in range(point.rows)]
         for name, x in prefixes.items():
@@ -139,9 +139,8 @@ class Comparison:
         self.run = {OURS: self.patched, PEFT: self.grouped}
         self.answers: dict[str, Answer] = {}
         self.template = GenerationRow(
-            provider="", version="", model=point.model, dtype=str(model.dtype).removeprefix("torch."), rows=point.rows,
-            tasks=point.tasks, prefix_tokens=point.m, prompt_tokens=point.prompt, new_tokens=point.new,
-            cache=point.cache, status="", failed=False, environment=environment,
+            provider="", version="", dtype=str(model.dtype).removeprefix("torch."), status="", failed=False,
+            environment=environment, **asdict(point),
         )  # fmt: skip
 
     def prepare(self, name: str) -> None:
@@ -157,7 +156,7 @@ class Comparison:
 
     def grouped(self, new: int) -> Answer:
         """One batch after another, each of one task."""
-        tokens = self.prompts.new_empty(self.point.rows, self.point.prompt + new)
+        tokens = self.prompts.new_empty(self.point.rows, self.point.prompt_tokens + new)
         logits: Tensor | None = None
         for name, rows in self.groups.items():
             self.peft.set_adapter(name)
@@ -197,8 +196,8 @@ class Comparison:
         held, at_once = self._held(name)
         try:
             self.prepare(name)
-            self.answers[name] = self.run[name](self.point.new)
-            few = self.point.new if self.device.type == "cuda" else 2  # two tokens show it; more take time
+            self.answers[name] = self.run[name](self.point.new_tokens)
+            few = self.point.new_tokens if self.device.type == "cuda" else 2  # two tokens show it; more take time
             allocated = allocated_at_once(lambda: self.run[name](few), self.device)
         except torch.OutOfMemoryError:
             return replace(row, status="skipped: out of memory", failed=name == OURS)
@@ -240,7 +239,7 @@ class Comparison:
         for _ in range(repeats):
             for name in rng.sample(list(names), len(names)):
                 self.prepare(name)
-                for new, found in zip((1, self.point.new), times[name], strict=True):
+                for new, found in zip((1, self.point.new_tokens), times[name], strict=True):
                     begin = time.perf_counter()
                     self.run[name](new)
                     if self.device.type == "cuda":
@@ -252,13 +251,14 @@ class Comparison:
         decode = [whole - one for whole, one in zip(all_of_them, first, strict=True)]
         if min(decode) <= 0:
             return replace(row, status="no time: one token took as long as all; the machine is busy")
-        tokens = self.point.rows * (self.point.new - 1)
+        tokens = self.point.rows * (self.point.new_tokens - 1)
         rates = sorted(tokens / x for x in decode)
         fifths = statistics.quantiles(rates, n=5, method="inclusive") if len(rates) > 1 else rates * 4
         one = statistics.median(first)
         return replace(
             row, repeats=len(rates), decode_tokens_per_s=statistics.median(rates), decode_p20=fifths[0],
-            decode_p80=fifths[3], first_token_s=one, prefill_tokens_per_s=self.point.rows * self.point.prompt / one,
+            decode_p80=fifths[3], first_token_s=one,
+            prefill_tokens_per_s=self.point.rows * self.point.prompt_tokens / one,
         )  # fmt: skip
 
 

@@ -23,20 +23,20 @@ class Generation:
 
     Attributes:
         model: a shape in `generate.MODELS`, with random weights.
-        m: tokens of each task's prefix; ``prompt`` and ``new`` tokens of each row follow.
+        prefix_tokens: of each task's prefix; ``prompt_tokens`` and ``new_tokens`` of each row follow.
         cache: "dynamic", or "static", which transformers compiles on a GPU.
     """
 
     model: str
     rows: int
     tasks: int
-    m: int
-    prompt: int = 16
-    new: int = 9
+    prefix_tokens: int
+    prompt_tokens: int = 16
+    new_tokens: int = 9
     cache: str = "dynamic"
 
     def __str__(self) -> str:
-        sizes = f"{self.model} B={self.rows} T={self.tasks} m={self.m}"
+        sizes = f"{self.model} B={self.rows} T={self.tasks} m={self.prefix_tokens}"
         return sizes if self.cache == "dynamic" else f"{sizes}, {self.cache} cache"
 
 
@@ -55,16 +55,16 @@ def generations(on_gpu: bool, quick: bool) -> list[Generation]:
     """The points of "generate". Memory is read as a function of the batch (rows) and of the number of tasks."""
     if on_gpu:
         if quick:
-            return [Generation("Llama-3-8B", 16, 4, 128, new=17)]
+            return [Generation("Llama-3-8B", 16, 4, 128, new_tokens=17)]
         batches = [Generation("Llama-3-8B", rows, 4, m, 64, 32) for m in (128, 1024, 4096) for rows in (16, 64)]
         static = [Generation("Llama-3-8B", rows, 4, m, 64, 32, cache="static") for rows, m in ((64, 1024), (16, 128))]
         tasks = [Generation("Llama-3-8B", 16, tasks, 1024, 64, 32) for tasks in (1, 8)]
         return [*batches[:1], *static, *batches[1:], *tasks]
     if quick:
-        return [Generation("GPT-2", 8, 4, 100, prompt=8, new=4)]
+        return [Generation("GPT-2", 8, 4, 100, prompt_tokens=8, new_tokens=4)]
     main = [Generation("GPT-2", 32, 8, m) for m in (20, 100, 1024)]
-    batches = [Generation("GPT-2", rows, 4, 100, new=5) for rows in (4, 8, 16)]
-    tasks = [Generation("GPT-2", 16, tasks, 100, new=5) for tasks in (1, 8)]
+    batches = [Generation("GPT-2", rows, 4, 100, new_tokens=5) for rows in (4, 8, 16)]
+    tasks = [Generation("GPT-2", 16, tasks, 100, new_tokens=5) for tasks in (1, 8)]
     return [*main, *batches, *tasks]
 
 

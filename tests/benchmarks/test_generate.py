@@ -17,7 +17,7 @@ from benchmarks.suites import Generation, generations
 from prefix_attn.backends import cpu
 
 CPU = torch.device("cpu")
-POINT = Generation("tiny", rows=6, tasks=2, m=5, prompt=4, new=3)
+POINT = Generation("tiny", rows=6, tasks=2, prefix_tokens=5, prompt_tokens=4, new_tokens=3)
 ENVIRONMENT = Environment.read(CPU, "abc")
 
 
@@ -127,6 +127,6 @@ def test_grids_show_memory_over_rows_and_tasks() -> None:
         points = generations(on_gpu, quick=False)
         assert len(points) == len(set(points))
         m, tasks = (1024, 4) if on_gpu else (100, 4)
-        assert len({p.rows for p in points if (p.m, p.tasks, p.cache) == (m, tasks, "dynamic")}) >= 2
-        assert len({p.tasks for p in points if (p.m, p.rows, p.cache) == (m, 16, "dynamic")}) >= 3
+        assert len({p.rows for p in points if (p.prefix_tokens, p.tasks, p.cache) == (m, tasks, "dynamic")}) >= 2
+        assert len({p.tasks for p in points if (p.prefix_tokens, p.rows, p.cache) == (m, 16, "dynamic")}) >= 3
         assert len(generations(on_gpu, quick=True)) < len(points)
