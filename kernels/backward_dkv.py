@@ -1,4 +1,4 @@
-"""Gradients of keys and values: a tile of keys stays, the queries that see it pass by in index order.
+"""Gradients of keys and values: a program keeps a tile of keys and loops over the queries that see it, in index order.
 
     dv_j = sum_i p_ij dout_i          dk_j = scale * sum_i dx_ij q_i          (p, dx and delta as in backward_dq.py)
 
@@ -38,7 +38,7 @@ from prefix_attn.kernels.primitives import (
 )
 from prefix_attn.kernels.spans import split_span
 
-#: Query tiles that are worth a part of their own of a prefix tile's sum.
+#: A prefix tile's sum is cut into parts of at least this many query tiles.
 MIN_TILES = 8
 
 
@@ -134,7 +134,7 @@ def backward_own_kernel(
     delta_ptr += (b64 * kv_heads + kv_head) * (q_len * GROUP)
 
     offs_n = start + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    # Without causal, keys past kv_len are padding behind the row: the queries stand where the slots end.
+    # Without causal, keys past kv_len are padding behind the row: positions count from the end of the slots.
     stands = kv_capacity - q_len if BIAS_OF_SLOTS else past
     for n in tl.range(left, left + full):
         rows = lo * GROUP + n * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M], as all below

@@ -1,9 +1,9 @@
 """Into how many chunks the keys of a program are cut, so that a GPU is filled and no multiprocessor is left over.
 
-The unit of time is that of a tile of keys, on a multiprocessor whose share of memory, or of the L2 cache, is used up:
-one program nearly does that, or waits as long for a tile that nobody else wants; further ones take their time each. So
-a wave of programs lasts as long as a multiprocessor has programs in the mean, times the tiles of each. More chunks cost
-what joins them.
+The unit of time is what a tile of keys takes when its multiprocessor uses all of its share of the bandwidth of memory,
+or of the L2 cache. One program alone takes about that long too, most of it waiting for its loads; each further program
+on the multiprocessor adds a unit per tile. So a wave of programs takes the mean number of programs on a multiprocessor,
+times the tiles of each. More chunks take longer to merge.
 (Fitted to sweeps on an H200: kernels/README.md.)
 """
 
@@ -15,10 +15,10 @@ import torch
 
 from prefix_attn.kernels.config import TileConfig, cdiv, multiprocessors, resident
 
-#: Chunks at most: what joins them holds one number per chunk and output element of a row in registers.
+#: The most chunks: the merge holds one number per chunk and output element of a row in registers.
 MAX_CHUNKS = 64
 
-#: What it costs to begin and end a program, in tiles of its own, and what the uneven end of several waves costs.
+#: What the beginning and end of a program cost, in tiles of its own, and what the uneven end of several waves costs.
 START, UNEVEN = 2.0, 1.0
 
 
@@ -45,8 +45,8 @@ def choose_chunks(
     """The fewest chunks with which ``programs`` programs of ``tiles`` tiles each are done soonest.
 
     Args:
-        merge_tiles: what it costs to have more than one chunk; chunk_tiles: and each of them; in the time of a tile.
-        most: chunks; by default those of two tiles.
+        merge_tiles, chunk_tiles: what the merge costs, in the time of a tile: once, and for each chunk.
+        most: the most chunks; by default as many as have two tiles each.
     """
 
     def cost(chunks: int) -> float:

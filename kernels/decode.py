@@ -3,12 +3,12 @@
     out = softmax(scale * q @ [pk; k]^T + mask) @ [pv; v]          lse in nats; a query that sees nothing: 0 and -inf
 
 Program = (row, kv head, tile of query rows, key chunk). The G query heads of a kv head times the row's queries are
-the rows of one tile, so each key is loaded once for all of them. The tiles of prefix and own keys are numbered through,
-the prefix's spread among the own; chunk c takes ``c * per_chunk`` and on, where ``per_chunk`` follows from the row
-alone. A short prefix thus costs neither a launch nor a merge, and a long one is split like any other keys.
+the rows of one tile, so each key is loaded once for all of them. One numbering covers the tiles of prefix and own keys,
+with those of the prefix spread among the own; chunk c begins at tile ``c * per_chunk``, where ``per_chunk`` follows
+from the row alone. A short prefix thus costs neither a launch nor a merge, and a long one is split like any other keys.
 
 Where a tile has 16 rows, each warp attends to a slice of its keys by itself, and the slices' states are joined once, at
-the end: warps that shared all keys would meet for the maximum, the sum and the weights of every tile.
+the end: warps that shared all keys would synchronise for the maximum, the sum and the weights of every tile.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
@@ -46,14 +46,14 @@ from prefix_attn.kernels.primitives import (
 )
 from prefix_attn.kernels.spans import visible_span
 
-#: Tiles a chunk takes at least.
+#: The fewest tiles of a chunk.
 MIN_TILES = 2
 
-#: Into how many chunks a long row is cut when batch_invariant: enough to fill a GPU with its kv heads. They take more
-#: tiles at least, since short rows are split too.
+#: With batch_invariant: the chunks of a long row, which with its kv heads are enough to fill a GPU, and the fewest
+#: tiles of a chunk, which are more than MIN_TILES since short rows are split too.
 INVARIANT_CHUNKS, INVARIANT_TILES = 16, 8
 
-#: Programs a multiprocessor up to which a batch has few. This, and what a merge costs in the time of a tile, are fitted
+#: A batch has few programs up to FEW per multiprocessor; a merge costs the time of MERGE_TILES tiles. Both are fitted
 #: to sweeps on an H200 (kernels/README.md).
 FEW, MERGE_TILES = 2, 2.5
 
@@ -113,7 +113,7 @@ def decode_kernel(
         stride_task_ids, stride_kv_start, stride_kv_len, kv_capacity, num_tasks, ALIGN)  # fmt: skip
     past = own_end - q_len
     query = past + offs_i  # [BLOCK_M]
-    # Without causal, keys past kv_len are padding behind the row: the queries stand where the slots end.
+    # Without causal, keys past kv_len are padding behind the row: positions count from the end of the slots.
     bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h[:, None],
                      (kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)[:, None])  # fmt: skip
     first = past + query_tile * BLOCK_M // GROUP
@@ -125,7 +125,7 @@ def decode_kernel(
     prefix_tiles = tl.cdiv(prefix_hi - prefix_lo, BLOCK_N)
     own_tiles = tl.cdiv(own_hi - own_lo, BLOCK_N)
     tiles = prefix_tiles + own_tiles
-    # Every period-th tile is the prefix's until none is left: the cache yields it while memory is busy with own ones.
+    # Every period-th tile is one of the prefix until none is left: it comes from the cache, own tiles from memory.
     period = own_tiles // tl.maximum(prefix_tiles, 1) + 1
     per_chunk = tl.maximum(tl.cdiv(tiles, chunks), MIN_TILES) if SPLIT else tiles
     first_tile = chunk * per_chunk
@@ -195,8 +195,8 @@ def decode_attention(
 
 class _Launch(NamedTuple):
     run: Launcher
-    chunks: int  # of a row, of which no more are launched than a row can reach
-    launched: int
+    chunks: int  # of a row, as its keys are cut
+    launched: int  # those of them that a row can reach
 
 
 @lru_cache(maxsize=LAYOUTS)
@@ -207,7 +207,7 @@ def _launch(
     (batch, _, q_len, head_dim), (_, kv_heads, kv_capacity, _) = layout.q_shape, layout.k_shape
     rows = q_len * layout.group
     if config is None:
-        # Which tiles is part of a row's bits: batch_invariant takes the same for every batch.
+        # A row's bits depend on the tile config: batch_invariant takes the same one for every batch.
         programs = batch * kv_heads * cdiv(rows, decode_rows(rows))
         few = programs <= FEW * multiprocessors(layout.device) and not batch_invariant
         config = layout.config("decode_few" if few else "decode", rows)
@@ -216,12 +216,12 @@ def _launch(
     if chunks is None and batch_invariant:
         chunks = INVARIANT_CHUNKS
     if chunks is None:
-        # Tiles of a row as far as shapes tell: the capacity of its own keys, and a mean prefix.
+        # The tiles of a row, estimated from shapes: those of all own slots, and of a mean prefix.
         prefix = layout.prefix_tokens // max(1, layout.num_tasks)
         tiles = cdiv(kv_capacity, config.block_n) + cdiv(prefix, config.block_n)
         at_once = Residency.of("decode", config, head_dim, layout.dtype, layout.device)
         chunks = choose_chunks(programs, tiles, at_once, MERGE_TILES)
-    # Chunks have so many tiles at least, so that no row has keys in the chunks after these.
+    # Every chunk has at least these tiles, so no row has keys in a chunk that is not launched.
     least_tiles = INVARIANT_TILES if batch_invariant else MIN_TILES
     most_tiles = cdiv(kv_capacity, config.block_n) + cdiv(layout.prefix_tokens, config.block_n)
     launched = max(1, min(chunks, cdiv(most_tiles, least_tiles)))

@@ -33,7 +33,7 @@ def refusal_on(device: torch.device) -> str | None:
 
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of an NVIDIA GPU, asked once: each call of each layer comes here."""
-    if torch.compiler.is_compiling():  # which makes it a constant, and would warn of a cache
+    if torch.compiler.is_compiling():  # the compiler makes it a constant, and would warn of the cache
         return torch.cuda.get_device_capability(device)
     return _capability(device)
 
@@ -42,7 +42,7 @@ _capability = cache(torch.cuda.get_device_capability)
 
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of x."""
+    """A context in which the device of x is current, since Triton launches on the current device."""
     elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
     return torch.cuda.device(x.device) if elsewhere else nullcontext()
 

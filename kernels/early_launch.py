@@ -1,9 +1,9 @@
 """Kernels that begin while the one before still runs: programmatic dependent launch, from sm_90 on.
 
-A kernel launched with `early_options` is set up while the last programs of the kernel before it, whosever that is, come
+A kernel launched with `early_options` is set up while the last programs of the kernel before it, of any library, come
 to their end; `wait_for_previous` returns when all of them have ended and what they wrote can be seen. Every program
 calls it before it reads anything. With `let_next_begin` a kernel allows more: the next one, if it is launched so, is
-set up as soon as all programs of this one have come here, and its programs wait in places that are left.
+set up as soon as all programs of this one have made that call, and its programs wait wherever there is room.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
@@ -22,7 +22,7 @@ from prefix_attn.kernels import config
 
 @triton.jit
 def let_next_begin(EARLY: tl.constexpr):
-    """The next kernel may begin when all programs of this one have come here."""
+    """The next kernel may begin when all programs of this one have made this call."""
     if EARLY:
         cuda.gdc_launch_dependents()
 
@@ -35,7 +35,7 @@ def wait_for_previous(EARLY: tl.constexpr):
 
 
 def early(device: torch.device) -> bool:
-    """Whether a device can."""
+    """Whether a device supports it."""
     target = config.target_of(device)
     return target.startswith("sm_") and int(target.removeprefix("sm_")) >= 90
 

@@ -1,4 +1,4 @@
-"""Grouped decode: few queries a row, and a prefix that rows share is read once for a tile of them.
+"""Grouped decode: few queries a row; a prefix that rows share is read once for each tile of their query rows.
 
     out = softmax(scale * q @ [pk; k]^T + mask) @ [pv; v]          lse in nats; a query that sees nothing: 0 and -inf
 
@@ -48,7 +48,7 @@ from prefix_attn.kernels.primitives import (
 )
 from prefix_attn.kernels.spans import split_span, visible_span
 
-#: What each chunk costs where they are joined, in the time of a tile, and for each of its elements.
+#: What the merge of a chunk costs, in the time of a tile: once, and for each of its elements.
 CHUNK_TILES, ELEMENT_TILES = 0.7, 0.3 / (64 * 32 * 128)
 
 

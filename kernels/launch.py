@@ -14,10 +14,10 @@ from prefix_attn.kernels.config import TileConfig, config_for
 
 LOG2_E = math.log2(math.e)
 
-#: Multiply-add fusion is Triton's default up to 3.9 and no longer from 3.10: said, so that bits do not depend on it.
+#: Triton fuses multiply-adds by default up to 3.9, and not from 3.10 on: set here, so that bits do not depend on it.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 
-#: Layouts whose launches a kernel keeps: those of a model's layers, over the last steps.
+#: For how many layouts a kernel keeps its launches: those of a model's layers, over the last steps.
 LAYOUTS = 64
 
 
@@ -25,8 +25,8 @@ LAYOUTS = 64
 class Layout:
     """A call without its tensors: all that its launch follows from, and the same in every layer of a step.
 
-    Calls alike have one layout (`Operands.layout`), so it is compared as an object, and what is worked out from it is
-    kept. Own keys that grow make a new one every step, and the first layer of the step works it all out anew.
+    Calls that are alike share one layout object (`Operands.layout`), so layouts are compared by identity, and what was
+    computed from one is kept. Growing own keys make a new layout every step, for which the first layer computes it.
     """
 
     q_shape: tuple[int, ...]

@@ -78,7 +78,7 @@ class Partials(NamedTuple):
 def merge_chunks(partials: Partials, out: Tensor, lse: Tensor | None, sinks: Tensor | None, most_chunks: int) -> None:
     """Write out ``[batch, q_heads, q_len, head_dim]`` and lse.
 
-    The order of summation follows from ``most_chunks``, not from how many of them there are.
+    The order of summation follows from ``most_chunks``, not from how many chunks were launched.
     """
     chunks, _, _, group, _ = partials.lse.shape
     _launch(out.shape, out.stride(), out.device, chunks, group, most_chunks)(merge_kernel, {
@@ -103,5 +103,5 @@ def _launch(
 
 
 def merge_warps(block_c: int, block_d: int) -> int:
-    """Warps for a tile of partials: one as long as its threads can hold all chunks, and need not meet to add them."""
+    """Warps for a tile of partials: one while its threads can hold all chunks, since several must synchronise."""
     return max(1, min(4, block_c * block_d // 2048))

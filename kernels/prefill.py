@@ -1,11 +1,11 @@
-"""Prefill: tiles of many queries; each runs its row's prefix and its own keys in one accumulator, without a merge.
+"""Prefill: tiles of many queries, each with one accumulator over its row's prefix and own keys; there is no merge.
 
     out = softmax(scale * q @ [pk; k]^T + mask) @ [pv; v]          lse in nats; a query that sees nothing: 0 and -inf
 
 Program = (tile of query rows, kv head, row). The rows of a tile are BLOCK_M / G consecutive queries times the G query
 heads of the kv head. Key tiles that every query of the tile sees in full go through a loop without any mask: those of
 the prefix, then own ones. A second loop takes the edges, in tiles of BLOCK_E: the end of the prefix, the causal
-diagonal, and what a window cuts through. Tiles that nobody sees (padding on the left, above the diagonal, outside the
+diagonal, and what a window cuts through. Tiles that no query sees (padding on the left, above the diagonal, outside the
 window) are in neither: own tiles are counted from the first visible key, wherever it lies.
 """
 
@@ -74,7 +74,7 @@ def prefill_kernel(
         stride_task_ids, stride_kv_start, stride_kv_len, kv_capacity, num_tasks, ALIGN)  # fmt: skip
     past = own_end - q_len
     query = past + offs_i  # [BLOCK_M]
-    # Without causal, keys past kv_len are padding behind the row: the queries stand where the slots end.
+    # Without causal, keys past kv_len are padding behind the row: positions count from the end of the slots.
     bias = open_bias(bias_ptr, stride_bias_head, stride_bias_entry, bias_reach, bias_scale, offs_h[:, None],
                      (kv_capacity - q_len + offs_i if BIAS_OF_SLOTS else query)[:, None])  # fmt: skip
     first = past + query_tile * BLOCK_M // GROUP

@@ -94,12 +94,12 @@ def members_kernel(
         tl.store(members_ptr + place, b[:, None] * rows + r, mask=mask)
         tl.store(tasks_ptr + place // TILE_ROWS, task[:, None].broadcast_to(place.shape),
                  mask=mask & (place % TILE_ROWS == 0))  # fmt: skip
-    # The last row of a task leaves nobody in the rest of the task's last tile.
+    # The last row of a task marks the rest of the task's last tile as empty.
     rest = tl.arange(0, TILE_ROWS)[None, :]  # [1, TILE_ROWS]
     place = (size * rows)[:, None] + rest  # [BLOCK_B, TILE_ROWS]
     last = ((task >= 0) & (rank == size - 1))[:, None] & (place < tl.cdiv(size * rows, TILE_ROWS)[:, None] * TILE_ROWS)
     tl.store(members_ptr + before[:, None] * TILE_ROWS + place, tl.full(place.shape, -1, tl.int32), mask=last)
-    # Nobody is in the tiles that are left over.
+    # The tiles that are left over are empty.
     nobody = tl.full([BLOCK_J], -1, tl.int32)
     first_left = used * TILE_ROWS + tl.program_id(0) * BLOCK_J
     for start in tl.range(first_left, tiles * TILE_ROWS, tl.num_programs(0) * BLOCK_J):
