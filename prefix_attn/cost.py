@@ -82,7 +82,7 @@ def _rows(call: AttentionCall) -> list[_Row]:
     kv_len = call.kv_len.tolist() if call.kv_len is not None else [call.kv_capacity] * call.batch
     kv_start = call.kv_start.tolist() if call.kv_start is not None else [0] * call.batch
     lens = [spans[t][1] if t >= 0 else 0 for t in call.task_ids.tolist()]
-    # Rows of one shape see alike, and there is a sum over queries for each.
+    # Rows of one shape see the same, and each shape takes a sum over queries.
     seen = {shape: _row(call, *shape) for shape in set(zip(lens, kv_start, kv_len, strict=True))}
     return [seen[shape] for shape in zip(lens, kv_start, kv_len, strict=True)]
 
@@ -90,8 +90,8 @@ def _rows(call: AttentionCall) -> list[_Row]:
 def _row(call: AttentionCall, m: int, start: int, end: int) -> _Row:
     """A row with a prefix of ``m`` slots and own keys ``start .. end``.
 
-    The first query sees the most slots. Own keys that some query sees begin where the first looks; they end with the
-    row.
+    The first query sees the most slots. The own keys that some query sees begin with the first that it sees, and end
+    with the row.
     """
     if call.q_len == 0:
         return _Row(0, 0, 0)

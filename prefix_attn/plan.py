@@ -1,4 +1,4 @@
-"""Which rows of a batch share which prefix: what grouped decode needs to know, found without asking the host.
+"""Which rows of a batch share which prefix, as grouped decode needs to know; computed on the device.
 
 A row has ``rows`` query rows per kv head: its q_len queries times the group's heads. The query rows of all batch rows
 of a task, side by side, are cut into tiles of ``tile_rows``; every tile attends to its task's prefix once. Shapes are
@@ -47,14 +47,14 @@ class RowTiles(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class BatchPlan:
-    """Who shares with whom in one batch; `PrefixBank.plan` makes one for all layers and steps.
+    """Which rows of one batch share a prefix; `PrefixBank.plan` makes one for all layers and steps.
 
-    Nothing is computed before a kernel asks, and then once. A plan that no longer fits the batch's task ids or the
-    bank shows: rows that it misses become NaN.
+    Tiles are computed once, when a kernel first needs them. Where a plan no longer fits the batch's task ids or the
+    bank, the rows that it gets wrong become NaN.
 
-    Made inside what is captured in a CUDA graph or compiled, a plan is part of that graph and follows the task ids of
-    each replay. One from outside gives the graph the tiles it has: they do not follow, and must outlive the graph. If
-    it has none yet, each layer works them out, since what a graph records holds nothing before it runs.
+    A plan made during the capture of a CUDA graph, or in compiled code, is part of that graph and follows the task ids
+    of each replay. A plan from outside gives the graph the tiles it has, which do not follow the ids and must outlive
+    the graph; if it has none yet, each layer computes them, since what a graph records holds nothing before it runs.
 
     Attributes:
         task_ids: integer ``[batch]``; -1 for a row without prefix.
@@ -72,7 +72,7 @@ class BatchPlan:
         object.__setattr__(self, "_recorded", recording(self.task_ids))
 
     def tiles(self, rows: int) -> RowTiles:
-        """The tiles for ``rows`` query rows per batch row and kv head; worked out on the device, at the first call."""
+        """The tiles for ``rows`` query rows per batch row and kv head; computed on the device, at the first call."""
         now = recording(self.task_ids)
         if rows in self._tiles and (now or not self._recorded):
             return self._tiles[rows]

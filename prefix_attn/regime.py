@@ -1,8 +1,8 @@
 """Which kernels the Triton backend gives a call to, and why; from shapes and host-known lengths, never from the device.
 
-Inline decode reads a prefix once per row, mostly from the L2 cache, while memory yields own keys; grouped decode reads
-it once per tile of rows, and pays with float32 partial results, a second launch and, where nobody made one, a plan. All
-are counted in bytes of memory traffic, the currency of decode:
+Inline decode reads a prefix once per row, mostly from the L2 cache, while own keys come from memory; grouped decode
+reads it once per tile of rows, and pays with float32 partial results, a second launch and, where the caller gave none,
+a plan. All are counted in bytes of memory traffic, which is what limits decode:
 
     own, re-read, once = batch * n, batch * m, tasks * m, each times 2 * kv_heads * D * e
     saved    = (own + re-read) / L2_SPEED - (own + once)
@@ -10,9 +10,9 @@ are counted in bytes of memory traffic, the currency of decode:
     price    = partials + LAUNCH_BYTES * (1 [+ PLAN_LAUNCHES])
 
 with n own keys a row and m the longest prefix, both cut to the window. Grouped if saved > price: a short prefix is read
-while memory is busy with own keys, and has nothing to save. Where nobody says how many tasks the rows have
-(`BatchPlan.distinct`), a bank of at least as many as the batch has rows says nothing about sharing (all rows may have
-one task, or each its own); then grouped only if price <= BET * re-read, so that a lost bet goes unnoticed.
+from the cache while memory is busy with own keys, so there is nothing to save. Where it is unknown how many tasks the
+rows have (`BatchPlan.distinct`), a bank of at least as many tasks as the batch has rows says nothing about sharing (all
+rows may have one task, or each its own); then grouped only if price <= BET * re-read: a wrong guess costs little.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ L2_SPEED = 1.65
 #: what is chosen is 0.1% slower than the faster way in the geometric mean, and 3.6% at worst (`benchmarks.fit_regime`).
 LAUNCH_BYTES = 3.5e-6 * 4.3e12
 
-#: How many times that it takes to work out a plan: an operator and two launches, 50 us on a slow host (not measured on
+#: What it costs to compute a plan, in LAUNCH_BYTES: an operator and two launches, 50 us on a slow host (not measured on
 #: a GPU yet).
 PLAN_LAUNCHES = 15
 
@@ -50,7 +50,7 @@ class Regime(NamedTuple):
 
     name: str
     why: str
-    sizes: tuple[float, ...] = ()  # what `why` speaks of: put into words only when somebody asks
+    sizes: tuple[float, ...] = ()  # what `why` is formatted with, only when `reason` is read
 
     @property
     def reason(self) -> str:
@@ -71,7 +71,7 @@ def choose(call: AttentionCall) -> Regime:
     if call.batch_invariant:
         return Regime("inline", "batch_invariant: a row is decoded as if it were alone")
     longest = call.prefix.expected_max_len
-    # What is compiled must not depend on who shares with whom.
+    # Compiled code must not depend on which rows share a prefix.
     distinct = None if call.plan is None or torch.compiler.is_compiling() else call.plan.distinct
     tasks = call.prefix.num_tasks if distinct is None else distinct
     if batch < 2 or longest == 0 or tasks == 0:
@@ -98,5 +98,5 @@ def choose(call: AttentionCall) -> Regime:
 
 
 def saved_bytes(own: float, reread: float, once: float) -> float:
-    """``saved`` of the module's docstring; negative where memory is slower with own keys than the cache with all."""
+    """``saved`` of the module's docstring; negative where memory takes longer for its bytes than the cache for all."""
     return (own + reread) / L2_SPEED - (own + once)

@@ -1,8 +1,8 @@
-"""What PyTorch's transforms of functions (`torch.func`) and its forward mode make of the operators.
+"""The operators under PyTorch's function transforms (`torch.func`) and in its forward mode.
 
 An operator has a derivative in reverse mode only. PyTorch would take its forward-mode derivative for 0, so tensors with
-a tangent are refused. `torch.func.grad` and its kin want the derivative as a `torch.autograd.Function` with a context
-of its own, which `differentiable` makes of an operator.
+a tangent are refused. `torch.func.grad` and the other transforms need the derivative as a `torch.autograd.Function`
+with a separate `setup_context`, which `differentiable` makes of an operator.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prefix_attn.errors import BackendUnavailable
 
 
 def transformed() -> bool:
-    """Whether a transform of `torch.func` is at work; never in what is compiled, where nobody can ask."""
+    """Whether a transform of `torch.func` is active; always False in compiled code, where PyTorch cannot be asked."""
     return not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack() is not None
 
 
@@ -50,7 +50,7 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
 def _has_tangent(x: Tensor) -> bool:
     """Whether ``x``, or a tensor that a transform has wrapped in it, has a tangent.
 
-    What jvp has wrapped is taken to have one: below another transform's wrapper nobody can ask.
+    What jvp has wrapped is taken to have one, since it cannot be looked up below another transform's wrapper.
     """
     stack = _functorch.get_interpreter_stack() or ()
     forward = {layer.level() for layer in stack if layer.key() == _functorch.TransformType.Jvp}
