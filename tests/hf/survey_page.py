@@ -26,18 +26,18 @@ and with a static cache, and beams. Each row is compared with the family's own e
 holds the row's prefix, fed in the same steps; and the forward pass with PEFT.
 
 - **exact**: the prefix is stored once, and attention over it is the fused operation.
-- **slow**: right, but with a copy of the prefix in every row's cache, as PEFT does it; `pa.patch` gives a `SlowModel`
+- **slow**: correct, but with a copy of the prefix in every row's cache, as PEFT does it; `pa.patch` gives a `SlowModel`
   warning.
 - **refused**: `pa.patch` or `PrefixBank.for_model` raises `UnsupportedModel` with the reason.
 
-Images go with a prefix where they leave the mask causal (`tests/hf/test_images.py`: llava, qwen2_vl, qwen3_vl). Where
+A prefix works beside images that leave the mask causal (`tests/hf/test_images.py`: llava, qwen2_vl, qwen3_vl). Where
 their tokens see each other (gemma3), or text attends to them in layers of their own (mllama), a pass with images is
-refused. Sound is not tested.
+refused. Audio is not tested.
 """
 
 TABLE = """
-Layers: those that keep keys and values a prefix can stand in front of, of all. A number in brackets is the reason,
-below the table, why a type is slow or a comparison is missing.
+Layers: how many of all layers keep keys and values, in front of which a prefix can stand. A number in brackets is the
+reason, below the table, why a type is slow or a comparison is missing.
 
 """
 STATUSES = ("exact", "slow", "refused", "untested", "failed")
@@ -133,7 +133,7 @@ def _comparison(results: Sequence[Result], older: Sequence[Result]) -> str:
     return (
         f"\nWith transformers {older[0].version}: of its {len(causal)} causal-LM types {_statuses(causal)};\nof its "
         f"{len(images)} others {_statuses(images)}.\n"
-        f"Types that fare otherwise there than above: {', '.join(changed) or 'none'}.\n"
+        f"Types whose result there differs from the one above: {', '.join(changed) or 'none'}.\n"
     )
 
 
