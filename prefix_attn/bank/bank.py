@@ -165,8 +165,8 @@ class PrefixBank:
             text: for instance a system prompt, chat template applied.
             model: the bank's base model; it runs once, without gradients and dropout, and with the adapters (LoRA)
                 that are active now: rows that use others later attend to keys that the text would not have under them.
-            add_special_tokens: leave True for a text that opens the sequence (a BOS token belongs in front of it);
-                requests should then be tokenised without.
+            add_special_tokens: leave True for a text that opens the sequence (a BOS token belongs in front of it,
+                unless it begins with one, as a chat template writes it); requests should then be tokenised without.
             replace: as in `add`.
 
         Returns:

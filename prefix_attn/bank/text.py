@@ -13,6 +13,7 @@ import torch
 from prefix_attn.bank.base import Base
 from prefix_attn.bank.forward import cached_kv, unwrap
 from prefix_attn.bank.geometry import LayerKV
+from prefix_attn.bank.tokens import tokenised
 from prefix_attn.errors import IncompatiblePrefix
 
 
@@ -28,7 +29,7 @@ def text_kv(tokenizer: Any, text: str, model: Any, base: Base, add_special_token
     """
     if not isinstance(text, str) or not text:
         raise IncompatiblePrefix(f"text: expected a non-empty string, got {text!r}")
-    tokens = [int(token) for token in tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]]
+    tokens = [int(token) for token in tokenised(tokenizer, text, special=add_special_tokens)]
     if not tokens:
         raise IncompatiblePrefix(f"text: expected at least one token, but the tokenizer makes none of {text!r}")
     base.check_context(len(tokens), "text")

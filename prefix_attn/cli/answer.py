@@ -11,6 +11,7 @@ import torch
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.format import checksum
 from prefix_attn.bank.seq2seq import encoder_positions
+from prefix_attn.bank.tokens import tokenised
 from prefix_attn.cli.requests import ANEW, Line, Row, cut
 from prefix_attn.errors import ContextOverflow, PrefixAttnError, UnknownTask
 
@@ -87,9 +88,8 @@ class Answerer:
             raise PrefixAttnError(line.error)
         if line.task is not None and line.task not in self.bank:
             raise UnknownTask(f"task: expected one of {self.bank.names}, or null for no prefix, got {line.task!r}")
-        tokens = self.tokenizer(
-            line.prompt, add_special_tokens=line.task not in self.made_from_text, verbose=False
-        )["input_ids"]  # fmt: skip
+        assert line.prompt is not None, "a line without an error has a prompt"
+        tokens = tokenised(self.tokenizer, line.prompt, opens=line.task not in self.made_from_text, verbose=False)
         if not tokens:
             raise PrefixAttnError("prompt: expected at least one token, got none")
         assert line.new_tokens is not None, "a line without an error says how many"

@@ -74,7 +74,7 @@ def add_text(
         prefix-attn bank add-text prefixes support system_prompt.txt --model MODEL
 
     The text is used as it is, its last line break included: apply a chat template before. It opens the sequence (with a
-    BOS token, where the tokenizer has one), and `prefix-attn generate` leaves that to it.
+    BOS token, where the tokenizer has one; it may begin with it), and `prefix-attn generate` leaves that to it.
     """
     from prefix_attn.cli.models import load_bank, load_model, load_tokenizer, tasks_of
 

@@ -48,8 +48,8 @@ def generate(
     """Answer a file of requests, tasks mixed in every batch; greedy.
 
     A request is a JSON object with `prompt`, and optionally `task` (absent or null: no prefix) and `max_new_tokens`.
-    Other keys are ignored, and the prompt is used as it is: apply a chat template before. A model with an encoder reads
-    the prompt there.
+    Other keys are ignored, and the prompt is used as it is: apply a chat template before. BOS is added where neither
+    the prompt nor a prefix made of a text begins with it. A model with an encoder reads the prompt there.
 
         {"task": "sum", "prompt": "Summarise: ...", "max_new_tokens": 64}
 

@@ -50,7 +50,7 @@ def train(
     """Train a prefix for every task in a file of examples, all of them together, on one frozen model.
 
     An example is a JSON object with `task`, `prompt` and `answer`. Prompts are used as they are: apply a chat template
-    before. Other keys are ignored.
+    before. (BOS is added to those that do not begin with it.) Other keys are ignored.
 
         {"task": "sum", "prompt": "Summarise: ...", "answer": "..."}
 

@@ -24,6 +24,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from pydantic import BaseModel, ConfigDict
 
 from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.tokens import tokenised
 from prefix_attn.bank.uses import CHANGING
 from prefix_attn.errors import ContextOverflow, PrefixAttnError, ShapeError, UnknownTask, UnsupportedModel
 from prefix_attn.serving import protocol
@@ -192,7 +193,7 @@ class _Server:
         for prompt in body.prompts:
             if isinstance(prompt, str):
                 self.check_length(prompt)
-                prompt = self.tokenizer(prompt, add_special_tokens=not task.opens, verbose=False)["input_ids"]
+                prompt = tokenised(self.tokenizer, prompt, opens=not task.opens, verbose=False)
             made.append(prompt)
         return made
 
@@ -206,9 +207,7 @@ class _Server:
         except Exception as error:  # a template's own refusal, of many types: of roles that do not take turns, say
             raise UnsupportedModel(f"messages: the chat template refuses them: {error}") from error
         self.check_length(text)
-        tokens: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        twice = task.opens and tokens[:1] == [self.tokenizer.bos_token_id]
-        return [tokens[1:] if twice else tokens]
+        return [tokenised(self.tokenizer, text, opens=not task.opens, special=False, verbose=False)]
 
     async def answer(
         self,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn.bank.names import check_name
+from prefix_attn.bank.tokens import tokenised
 from prefix_attn.errors import ContextOverflow, IncompatiblePrefix
 
 #: PyTorch's label of what is no answer.
@@ -38,8 +39,8 @@ class Row:
     @classmethod
     def of(cls, index: int, example: Example, tokenizer: Any, end: int | None, room: int | None) -> Row:
         """Tokens of an example, the ``index``-th, and ``end``; as many as ``room`` at most."""
-        prompt = list(tokenizer(example.prompt, verbose=False)["input_ids"])
-        joined = list(tokenizer(example.prompt + example.answer, verbose=False)["input_ids"])
+        prompt = tokenised(tokenizer, example.prompt, verbose=False)
+        joined = tokenised(tokenizer, example.prompt + example.answer, verbose=False)
         if joined[: len(prompt)] == prompt:
             answer = joined[len(prompt) :]
         else:  # prompt and answer share a token; alone, an answer may get a space in front of it

@@ -8,7 +8,8 @@ from transformers import DynamicCache
 
 from prefix_attn import ContextOverflow, IncompatiblePrefix
 from prefix_attn.bank import PrefixBank
-from tests.bank.models import FAMILIES, prefix_tuned, quiet_peft, read, state, tiny
+from prefix_attn.bank.tokens import tokenised
+from tests.bank.models import FAMILIES, prefix_tuned, quiet_peft, read, same_bits, state, tiny
 
 
 class Letters:
@@ -17,6 +18,16 @@ class Letters:
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         letters = [3 + ord(letter) % 60 for letter in text if letter.isalpha()]
         return {"input_ids": [1, *letters] if add_special_tokens else letters}
+
+
+class Opened(Letters):
+    """Reads a BOS that a chat template wrote."""
+
+    bos_token, bos_token_id = "^", 1
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        written = [1] * text.startswith("^")
+        return {"input_ids": written + super().__call__(text, add_special_tokens)["input_ids"]}
 
 
 TEXT = "You are a patient support agent"
@@ -101,6 +112,27 @@ def test_bad_texts(text: object, special: bool, error: type[Exception], words: s
     assert state(bank) == before
     bank.add_text("full", Letters(), "x" * 62, model)
     assert bank.prefix_len("full") == 63
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "opened"),
+    [
+        ("ab", {}, True), ("^ab", {}, True), ("ab", {"opens": False}, False), ("^ab", {"opens": False}, False),
+        ("ab", {"special": False}, False), ("^ab", {"special": False}, True),
+        ("^ab", {"special": False, "opens": False}, False),
+    ],
+)  # fmt: skip
+def test_one_bos_at_most(text: str, options: dict[str, bool], opened: bool) -> None:
+    letters = Letters()("ab", False)["input_ids"]
+    assert tokenised(Opened(), text, **options) == [1] * opened + letters
+
+
+def test_a_text_from_a_chat_template_is_opened_once() -> None:
+    model = tiny()
+    bank = PrefixBank.for_model(model)
+    bank.add_text("plain", Opened(), TEXT, model)
+    bank.add_text("templated", Opened(), f"^{TEXT}", model)
+    assert same_bits(read(bank, "templated"), read(bank, "plain"))
 
 
 def test_another_model_is_refused() -> None:

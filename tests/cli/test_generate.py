@@ -17,7 +17,7 @@ import prefix_attn as pa
 from prefix_attn.cli import console, generate
 from prefix_attn.cli.answer import Answerer
 from prefix_attn.cli.example import ANSWERS, INPUT, Example
-from prefix_attn.cli.requests import Row
+from prefix_attn.cli.requests import Line, Row
 from tests.cli.conftest import Folder, Run
 
 PROMPT = f"{INPUT}>"
@@ -319,6 +319,13 @@ def test_a_checkpoint_with_settings_of_its_own_is_run_greedily_and_without_a_pad
     assert "not valid" not in capfd.readouterr().err
 
 
+def test_a_bos_that_a_chat_template_wrote_is_not_doubled(example: Example) -> None:
+    model, tokenizer = (kind.from_pretrained(example.model) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    answerer = Answerer(model, tokenizer, pa.PrefixBank.for_model(model))
+    plain, templated = (answerer.row(0, Line(1, None, x, 5)).tokens for x in (PROMPT, f"<bos>{PROMPT}"))
+    assert plain == templated
+
+
 def test_a_prompt_after_a_text_prefix_gets_no_second_bos(
     folder: Folder, example: Example, tmp_path: Path, run: Run
 ) -> None:
@@ -328,9 +335,9 @@ def test_a_prompt_after_a_text_prefix_gets_no_second_bos(
     bank.add_text("instructed", tokenizer, "reverse|", model)
     bank.save_pretrained(tmp_path / "bank")
     folder.adapters = ["--bank", str(tmp_path / "bank")]
-    folder.ask([{"task": "instructed", "prompt": PROMPT}])
+    folder.ask([{"task": "instructed", "prompt": prompt} for prompt in (PROMPT, f"<bos>{PROMPT}")])
     assert folder.generate().exit_code == 0
-    assert folder.answers()[0]["text"] == ANSWERS["reverse"]
+    assert [answer["text"] for answer in folder.answers()] == [ANSWERS["reverse"]] * 2
     folder.adapters = ["--adapter", f"instructed={tmp_path / 'bank' / 'instructed.safetensors'}"]
     assert folder.generate("--overwrite").exit_code == 0
     assert folder.answers()[0]["text"] == ANSWERS["reverse"]

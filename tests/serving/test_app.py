@@ -156,9 +156,10 @@ def test_a_chat_behind_a_text_is_not_opened_again(client: TestClient, served: Se
         content = client.post(CHAT, json={"model": task} | asked).json()
         assert content["choices"][0]["message"]["content"] == ANSWERS["sort"]
         assert content["usage"]["prompt_tokens"] == tokens
-        content = complete(client, model=task)
-        assert texts(content) == [ANSWERS["sort"]]
-        assert content["usage"]["prompt_tokens"] == tokens
+        for prompt in (PROMPT, f"<bos>{PROMPT}"):  # the latter as a template writes it
+            content = complete(client, model=task, prompt=prompt)
+            assert texts(content) == [ANSWERS["sort"]]
+            assert content["usage"]["prompt_tokens"] == tokens
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,12 @@ def test_an_answer_is_tokenised_as_it_follows_its_prompt() -> None:
         assert row.labels.tolist() == [NOT_SCORED, NOT_SCORED, row.ids[2]]
 
 
+def test_a_bos_that_a_chat_template_wrote_is_not_doubled(base: tuple[Any, Any]) -> None:
+    plain, templated = (Row.of(0, Example("a", prompt, "AB"), base[1], None, None) for prompt in ("ab>", "<bos>ab>"))
+    assert templated.ids.tolist() == plain.ids.tolist()
+    assert templated.labels.tolist() == plain.labels.tolist()
+
+
 def examples(count: int, *names: str) -> list[Example]:
     """Training lines of tasks, without the instruction."""
     lines = []
