@@ -222,7 +222,8 @@ class _Server:
         ]
         for request in requests:
             self.engine.new_tokens(request)
-        choices = [_Choice(task, request, AnswerText(self.decode, request.tokens, body.stops))
+        stops = body.stops, self.decode.stop_tokens(body.stops)
+        choices = [_Choice(task, request, AnswerText(self.decode, request.tokens, *stops))
                    for request in requests for _ in range(body.n)]  # fmt: skip
         if self.engine.failure is not None:
             raise EngineFailed(self.engine.failure)

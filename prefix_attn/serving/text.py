@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
+
+from prefix_attn.errors import ShapeError
 
 #: Tokens of the prompt that are decoded with the first of the answer, since a token's text may depend on its neighbours
 #: (a space in front of it).
@@ -18,12 +20,28 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder.items()
-        self.special = {*tokenizer.all_special_ids, *(token for token, content in added if content.special)}
+        added = {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        #: Their texts, by id.
+        self.special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)) | added
 
     def __call__(self, tokens: Sequence[int]) -> str:
         text: str = self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
         return text
+
+    def stop_tokens(self, stops: Sequence[str]) -> set[int]:
+        """The special tokens among stop strings, which no text of an answer shows.
+
+        Raises:
+            ShapeError: a stop string has a special token and more, of which an answer's text shows one part only.
+        """
+        for stop in stops:
+            parts = [text for text in self.special.values() if text in stop]
+            if parts and stop not in parts:
+                raise ShapeError(
+                    f"stop: expected text without special tokens, or a special token alone, got {stop!r}, which holds "
+                    f"{parts[0]!r}; give that alone"
+                )
+        return {token for token, text in self.special.items() if text in stops}
 
 
 class AnswerText:
@@ -33,24 +51,35 @@ class AnswerText:
         decode: the tokenizer's.
         prompt: tokens of the prompt.
         stops: strings that end the answer and are no part of it; none is empty.
+        stop_tokens: special tokens that do so, too.
 
     Attributes:
         stopped: a stop string was found; more tokens change nothing.
     """
 
-    def __init__(self, decode: Detokenizer, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, decode: Detokenizer, prompt: Sequence[int], stops: Sequence[str] = (), stop_tokens: Collection[int] = ()
+    ) -> None:
         self._decode = decode
         told = [token for token in prompt if token not in decode.special]
         # Not from within a character: a decoder with a token a byte gives up on all that follow.
         ends = (told[-n:] for n in range(CONTEXT, CONTEXT + 4))
         self._tokens = next((end for end in ends if not decode(end).startswith(PARTIAL)), told[-CONTEXT:])
         self._start, self._done = 0, len(self._tokens)
-        self._stops = stops
+        self._stops, self._stop_tokens = stops, stop_tokens
         self._held = ""  # may be the beginning of a stop string
         self.stopped = False
 
     def add(self, tokens: Sequence[int]) -> str:
         """The text that these tokens complete."""
+        last = next((i for i, token in enumerate(tokens) if token in self._stop_tokens), None)
+        if last is not None:
+            text = self._added(tokens[:last]) + self.end()
+            self.stopped = True
+            return text
+        return self._added(tokens)
+
+    def _added(self, tokens: Sequence[int]) -> str:
         self._tokens += (token for token in tokens if token not in self._decode.special)
         if len(self._tokens) == self._done:
             return ""

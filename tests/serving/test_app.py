@@ -105,6 +105,16 @@ def test_lengths_and_stops(client: TestClient) -> None:
     assert texts(complete(client, stop="TEA")) == ["HOT "]
 
 
+def test_a_stop_string_that_is_a_special_token(client: TestClient, engine: Engine) -> None:
+    """Also one that the model's config does not name as an end."""
+    engine.ends = []
+    stopped = complete(client, stop=["<eos>"], max_tokens=40)
+    assert (texts(stopped), stopped["choices"][0]["finish_reason"]) == (["HOT TEA"], "stop")
+    assert stopped["usage"]["completion_tokens"] == 8
+    made = events(client, COMPLETIONS, prompt=PROMPT, stop="<eos>", max_tokens=40)
+    assert "".join(event["choices"][0]["text"] for event in made) == "HOT TEA"
+
+
 def test_a_temperature_samples(client: TestClient) -> None:
     assert len(set(texts(complete(client, temperature=2.0, n=16, max_tokens=30)))) > 1
     assert set(texts(complete(client, temperature=1.0, top_k=1, n=4))) == {"HOT TEA"}
@@ -185,6 +195,7 @@ def test_a_chat_behind_a_text_is_not_opened_again(client: TestClient, served: Se
         ({"logprobs": 0}, 400, "logprobs is not served", None),
         ({"best_of": True}, 400, "best_of is not served", None),
         ({"stop": ["x"] * 17}, 400, "stop", None),
+        ({"stop": "<eos> "}, 400, "got '<eos> ', which holds '<eos>'; give that alone", None),
         ({f"field{i}": 1 for i in range(200)}, 400, "expected at most 100 fields", None),
         ({"prompt": "a" * 20_000}, 400, "20000 characters are too many", "context_length_exceeded"),
         ({"prompt": ["a"] * 300, "n": 4}, 400, "at most 1024 answers a request", None),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from prefix_attn.errors import ShapeError
 from prefix_attn.serving.text import CONTEXT, AnswerText, Detokenizer
 
 
@@ -87,6 +88,20 @@ def test_a_stop_string_over_several_pieces() -> None:
     assert pieces[3:6] == ["", "", ""], "may be a stop string"
     assert "".join(pieces) == "go STO "
     assert text.end() == ""
+
+
+def test_a_special_token_as_a_stop_string() -> None:
+    """Its own text is in no answer; what was held back in front of it comes out."""
+    assert READ_WORDS.stop_tokens(["<x>", " two"]) == {5}
+    text = AnswerText(READ_WORDS, [0], [" two!", "<x>"], {5})
+    assert [text.add([token]) for token in (2, 1)] == [" three", ""]
+    assert text.add([5, 3]) == " two"
+    assert text.stopped
+    assert (text.add([2]), text.end()) == ("", "")
+    earlier = AnswerText(READ_WORDS, [0], [" two", "<x>"], {5})
+    assert (earlier.add([2, 1, 5]), earlier.stopped) == (" three", True)
+    with pytest.raises(ShapeError, match=r"stop: expected .* got '<x>!', which holds '<x>'; give that alone"):
+        READ_WORDS.stop_tokens(["<x>!"])
 
 
 @pytest.mark.parametrize("length", [0, 1, CONTEXT, CONTEXT + 5])
