@@ -22,6 +22,7 @@ from prefix_attn.bank.description import describe
 from prefix_attn.bank.format import Provenance
 from prefix_attn.bank.geometry import DECODER, Geometry, LayerKV
 from prefix_attn.bank.ids import checked_ids
+from prefix_attn.bank.lock import only_writer
 from prefix_attn.bank.memory import MemoryUsage
 from prefix_attn.bank.names import check_name
 from prefix_attn.bank.parts import KeyValues, Part, Reserve, prepared_parts
@@ -408,31 +409,33 @@ class PrefixBank:
 
         Files of the same names are replaced; others stay. Ids are not saved: they count anew from 0.
         """
-        self._save(Path(folder), {})
+        self._save(Path(folder), keep_others=False)
 
     def save_into(self, folder: str | os.PathLike[str]) -> None:
         """`save_pretrained` beside the tasks of a bank that is saved there already: their files are not touched.
 
         A task of the same name is replaced. Whether the others fit the same model is found out when they are loaded.
+        Processes that save into one folder at a time wait for each other, where the file system has locks.
 
         Raises:
             IncompatiblePrefix: what is there cannot be read.
         """
-        folder = Path(folder)
-        self._save(folder, files.read_index(folder) if (folder / files.INDEX).is_file() else {})
+        self._save(Path(folder), keep_others=True)
 
-    def _save(self, folder: Path, others: Mapping[str, str]) -> None:
+    def _save(self, folder: Path, keep_others: bool) -> None:
         self._base.shard.check_whole("save_pretrained")
         folder.mkdir(parents=True, exist_ok=True)
         with CHANGING:
             tasks = {i: task for i, task in enumerate(self._tasks) if task is not None}
             self.hold(tasks)
         try:
-            names = files.file_names([task.name for task in tasks.values()], others)
-            for i, task in tasks.items():
-                key_values = {name: part.read(i) for name, part in self._parts.items()}
-                files.write_prefix(folder / names[task.name], key_values, self._base, task.provenance)
-            files.write_index(folder, names)
+            with only_writer(folder):
+                others = files.read_index(folder) if keep_others and (folder / files.INDEX).is_file() else {}
+                names = files.file_names([task.name for task in tasks.values()], others)
+                for i, task in tasks.items():
+                    key_values = {name: part.read(i) for name, part in self._parts.items()}
+                    files.write_prefix(folder / names[task.name], key_values, self._base, task.provenance)
+                files.write_index(folder, names)
         finally:
             self.release(tasks)
 

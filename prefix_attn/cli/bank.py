@@ -102,15 +102,17 @@ def remove(folder: Folder, name: Annotated[str, typer.Argument(help="The task to
     The adapter it was made from is not touched.
     """
     from prefix_attn.bank.format import read_index, write_index
+    from prefix_attn.bank.lock import only_writer
     from prefix_attn.cli.models import check_bank
 
     check_bank(folder)
-    files = read_index(folder)
-    if name not in files:
-        raise UnknownTask(f"name: expected one of {list(files)}, got {name!r}")
-    file = files.pop(name)
-    write_index(folder, files)
-    (folder / file).unlink(missing_ok=True)
+    with only_writer(folder):
+        files = read_index(folder)
+        if name not in files:
+            raise UnknownTask(f"name: expected one of {list(files)}, got {name!r}")
+        file = files.pop(name)
+        write_index(folder, files)
+        (folder / file).unlink(missing_ok=True)
     print_table(folder)
 
 

@@ -93,14 +93,12 @@ def generate(
 
 def only_writer(file: BinaryIO) -> None:
     """Raise `PrefixAttnError` if another process writes to the file, where the file system can tell."""
-    try:
-        import fcntl
+    from prefix_attn.bank.lock import hold
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        hold(file, wait=False)
     except BlockingIOError as error:
         raise PrefixAttnError(f"--output: another process is writing to {file.name}; wait for it") from error
-    except (ImportError, OSError):  # Windows has no such locks, nor have some file systems
-        pass
 
 
 @dataclass

@@ -69,6 +69,7 @@ def train(
     examples = read_examples(data)
     from prefix_attn.bank import PrefixBank
     from prefix_attn.bank.format import INDEX, write_index
+    from prefix_attn.bank.lock import only_writer
     from prefix_attn.cli.models import load_bank, load_model, load_tokenizer, tasks_of
     from prefix_attn.training import train as train_prefixes
     from prefix_attn.training.examples import checked_examples
@@ -87,8 +88,9 @@ def train(
     bank.mkdir(parents=True, exist_ok=True)
     with TemporaryFile(dir=bank):  # a folder that cannot be written to is known before the work
         pass
-    if not (bank / INDEX).is_file():
-        write_index(bank, {})  # so that what an interruption of the first save leaves is a bank, too
+    with only_writer(bank):
+        if not (bank / INDEX).is_file():
+            write_index(bank, {})  # so that what an interruption of the first save leaves is a bank, too
 
     def save(trained: Trained) -> None:
         trained_bank = PrefixBank(stored.base)

@@ -178,7 +178,7 @@ class _LiveBank(PrefixBank):
     def stored_values(self, name: str) -> list[LayerKV]:
         return super().key_values(name)
 
-    def _save(self, folder: Path, others: Mapping[str, str]) -> None:
+    def _save(self, folder: Path, keep_others: bool) -> None:
         raise UnsupportedModel("bank: its prefixes are being trained; add their key_values to a bank, and save that")
 
 

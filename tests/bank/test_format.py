@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from prefix_attn import IncompatiblePrefix, __version__
 from prefix_attn.bank import PrefixBank
+from prefix_attn.bank import format as files
 from prefix_attn.bank.format import checksum, file_names, portable_name, read_safetensors
 from tests.bank.models import random_kv, read, same_bits, state, tiny
 
@@ -79,6 +83,27 @@ def test_saving_again_replaces(bank: PrefixBank, tmp_path: Path) -> None:
     bank.add("zebra", random_kv(bank.geometry, 6, seed=9))
     bank.save_pretrained(tmp_path)
     assert PrefixBank.from_pretrained(tmp_path, MODEL).names == ["ant eater é", "empty", "zebra"]
+
+
+def test_who_saves_at_the_same_time_loses_no_task(
+    bank: PrefixBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both would read the index before either has written it."""
+    pytest.importorskip("fcntl", reason="this system has no locks of files")
+    bank.save_pretrained(tmp_path)
+    others = [PrefixBank.for_model(MODEL) for _ in range(4)]
+    write = files.write_index
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(0.1)
+        write(*arguments)
+
+    monkeypatch.setattr(files, "write_index", slowly)
+    for i, other in enumerate(others):
+        other.add(f"more {i}", random_kv(bank.geometry, 3))
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda other: other.save_into(tmp_path), others))
+    assert {*files.read_index(tmp_path)} == {*bank.names, *(f"more {i}" for i in range(4))}
 
 
 def test_one_file_into_another_bank(bank: PrefixBank, tmp_path: Path) -> None:

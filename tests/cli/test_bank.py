@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from prefix_attn.bank.format import read_index
+from prefix_attn.bank.lock import only_writer
 from prefix_attn.cli.example import Example
 from tests.cli.conftest import Folder, Run
 
@@ -49,10 +52,22 @@ def test_check(bank: Path, run: Run, example: Example, tmp_path: Path) -> None:
 def test_remove_takes_the_file_too(bank: Path, run: Run, example: Example) -> None:
     result = run("bank", "remove", bank, "up")
     assert result.exit_code == 0
-    assert sorted(file.name for file in bank.iterdir()) == ["back.safetensors", "bank.json"]
+    assert sorted(file.name for file in bank.iterdir()) == [".lock", "back.safetensors", "bank.json"]
     result = run("bank", "remove", bank, "up")
     assert result.exit_code == 2
     assert result.stderr == "error: name: expected one of ['back'], got 'up'\n"
+
+
+def test_removing_waits_for_who_writes(bank: Path, run: Run) -> None:
+    pytest.importorskip("fcntl", reason="this system has no locks of files")
+    with ThreadPoolExecutor() as pool:
+        with only_writer(bank):
+            removing = pool.submit(run, "bank", "remove", bank, "up")
+            with pytest.raises(TimeoutError):
+                removing.result(timeout=0.5)
+            assert list(read_index(bank)) == ["up", "back"]
+        assert removing.result().exit_code == 0
+    assert list(read_index(bank)) == ["back"]
 
 
 def test_a_bank_serves_generate(bank: Path, folder: Folder) -> None:
