@@ -92,10 +92,7 @@ def serve(
     from prefix_attn.hf import patch
 
     base = name or (Path(model).resolve().name if Path(model).is_dir() else model.rpartition("/")[2])
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server(
-        (host, port), family=family
-    ) as listening:  # before loading, so that a taken port is known
+    with listen(host, port) as listening:  # before loading, so that a taken port is known
         tokenizer, loaded = load_tokenizer(model), load_model(model, dtype, device)
         if loaded.generation_config.eos_token_id is None:
             loaded.generation_config.eos_token_id = tokenizer.eos_token_id  # as `generate` and `train` do
@@ -106,6 +103,14 @@ def serve(
         with engine, suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended
             console.out.print(welcome(engine, base, where), soft_wrap=True)
             server.run([listening])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket whose connections send what is written at once, and do not wait for word of what was sent before."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.create_server((host, port), family=family)
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio sets it for its own sockets only
+    return listening
 
 
 def welcome(engine: Any, base: str, where: str) -> str:

@@ -14,6 +14,7 @@ import httpx2 as httpx
 import pytest
 
 from prefix_attn.cli.example import ANSWERS, INPUT, Example
+from prefix_attn.cli.serve import listen
 from tests.cli.conftest import Run
 from tests.serving.engines import OLD, needs_engine
 
@@ -48,6 +49,14 @@ def test_the_command_serves_until_it_is_interrupted(example: Example) -> None:
         assert models == ["letters", "upper", "reverse", "sort"]
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=60) == 0
+
+
+def test_what_is_written_is_sent_at_once() -> None:
+    """Of a connection that the server accepts, and asyncio takes as it is."""
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @needs_engine
