@@ -24,12 +24,13 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from pydantic import BaseModel, ConfigDict
 
 from prefix_attn.bank import PrefixBank
-from prefix_attn.bank.tokens import tokenised
 from prefix_attn.bank.uses import CHANGING
-from prefix_attn.errors import ContextOverflow, PrefixAttnError, ShapeError, UnknownTask, UnsupportedModel
+from prefix_attn.errors import PrefixAttnError, ShapeError, UnknownTask, UnsupportedModel
 from prefix_attn.serving import protocol
+from prefix_attn.serving.bodies import LimitedBodies
 from prefix_attn.serving.engine import Engine, EngineFailed, Request
 from prefix_attn.serving.metrics import Metrics
+from prefix_attn.serving.prompts import prompt_tokens
 from prefix_attn.serving.protocol import ChatCompletionRequest, CompletionRequest, ResponseBuilder
 from prefix_attn.serving.refusals import add_error_handlers, error_body
 from prefix_attn.serving.text import AnswerText, Detokenizer
@@ -37,9 +38,6 @@ from prefix_attn.serving.waiting import gather_or_cancel, unless_disconnected
 
 #: Answers that one HTTP request may ask for.
 MOST_CHOICES = 1024
-
-#: No text has more characters a token in the mean: longer prompts are refused before they are tokenised.
-LONGEST_TOKEN = 256
 
 
 class PutPrefixRequest(BaseModel):
@@ -66,6 +64,7 @@ def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None 
         raise UnknownTask(f"base: expected a name that no task has, got {base!r}; give the base model another")
     server = _Server(engine, tokenizer, base, prefixes)
     app = FastAPI(title="prefix_attn", docs_url="/docs", redoc_url=None)
+    app.add_middleware(LimitedBodies, limit=server.limit)
     add_error_handlers(app)
 
     @app.get("/v1/models")
@@ -157,6 +156,7 @@ class _Server:
         self.base = base
         self.prefixes = None if prefixes is None else prefixes.resolve()
         self.metrics = Metrics(engine, base)
+        self.limit = min(engine.cache_tokens, engine.bank.context_limit or engine.cache_tokens)
         self._tokenizing = asyncio.Lock()  # two encodings must not overlap
 
     async def in_thread(
@@ -181,19 +181,12 @@ class _Server:
             raise UnknownTask(f"model: expected one of {[self.base, *self.engine.bank.names]}, got {name!r}")
         return _Task(self.engine.bank, None if name == self.base else name)
 
-    def check_length(self, text: str) -> None:
-        """Raise `ContextOverflow` for a text that cannot fit, before it is tokenised."""
-        limit = self.engine.bank.context_limit or self.engine.cache_tokens
-        if len(text) > LONGEST_TOKEN * limit:
-            raise ContextOverflow(f"prompt: {len(text)} characters are too many for the model's {limit} positions")
-
     def tokens(self, body: CompletionRequest, task: _Task) -> list[list[int]]:
         """Of every prompt; behind a prefix that is a text, without another opening of the sequence."""
         made = []
         for prompt in body.prompts:
             if isinstance(prompt, str):
-                self.check_length(prompt)
-                prompt = tokenised(self.tokenizer, prompt, opens=not task.opens, verbose=False)
+                prompt = prompt_tokens(self.tokenizer, prompt, self.limit, opens=not task.opens)
             made.append(prompt)
         return made
 
@@ -206,8 +199,7 @@ class _Server:
             text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template's own refusal, of many types: of roles that do not take turns, say
             raise UnsupportedModel(f"messages: the chat template refuses them: {error}") from error
-        self.check_length(text)
-        return [tokenised(self.tokenizer, text, opens=not task.opens, special=False, verbose=False)]
+        return [prompt_tokens(self.tokenizer, text, self.limit, opens=not task.opens, special=False)]
 
     async def answer(
         self,

@@ -162,9 +162,6 @@ class Engine:
         tokens, new = len(request.tokens), request.new_tokens
         if not tokens:
             raise ShapeError("prompt: expected at least one token, got none")
-        unknown = [token for token in request.tokens if not (isinstance(token, int) and 0 <= token < self._inputs)]
-        if unknown:
-            raise ShapeError(f"prompt: expected tokens of 0 to {self._inputs - 1}, got {unknown[0]!r}")
         if new is not None and not (isinstance(new, int) and new >= 1):
             raise ShapeError(f"new_tokens: expected an integer of at least 1, got {new!r}")
         task_id = int(self.bank.task_ids([request.task]))
@@ -179,6 +176,10 @@ class Engine:
                 f"{self.cache_tokens} tokens of the engine's cache; "
                 + (f"ask for at most {room} new tokens" if room > 0 else "shorten the prompt")
             )
+        # Last, since a prompt that is too long may be very long.
+        unknown = [token for token in request.tokens if not (isinstance(token, int) and 0 <= token < self._inputs)]
+        if unknown:
+            raise ShapeError(f"prompt: expected tokens of 0 to {self._inputs - 1}, got {unknown[0]!r}")
         return room if new is None else new
 
     async def answer(self, request: Request) -> AsyncIterator[Piece]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import islice
 from typing import Any
 
 from prefix_attn.errors import ShapeError
@@ -61,9 +62,10 @@ class AnswerText:
         self, decode: Detokenizer, prompt: Sequence[int], stops: Sequence[str] = (), stop_tokens: Collection[int] = ()
     ) -> None:
         self._decode = decode
-        told = [token for token in prompt if token not in decode.special]
         # Not from within a character: a decoder with a token a byte gives up on all that follow.
-        ends = (told[-n:] for n in range(CONTEXT, CONTEXT + 4))
+        lengths = range(CONTEXT, CONTEXT + 4)
+        told = [*islice((token for token in reversed(prompt) if token not in decode.special), lengths[-1])][::-1]
+        ends = (told[-n:] for n in lengths)
         self._tokens = next((end for end in ends if not decode(end).startswith(PARTIAL)), told[-CONTEXT:])
         self._start, self._done = 0, len(self._tokens)
         self._stops, self._stop_tokens = stops, stop_tokens

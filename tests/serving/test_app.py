@@ -213,6 +213,17 @@ def test_what_is_not_served_is_refused(
         assert got[2] == code
 
 
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize("parts", [1, 40])
+def test_a_body_that_is_too_large(client: TestClient, path: str, parts: int) -> None:
+    """Said by its client to be, or sent in parts without a word."""
+    part = json.dumps({"model": "upper", "prompt": "a" * 2**21}).encode()
+    content = part if parts == 1 else (part[: 2**16] for _ in range(parts))
+    response = client.post(path, content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 413
+    assert "body: expected at most 1052672 bytes, got more" in response.json()["error"]["message"]
+
+
 def test_the_error_of_a_long_body_is_short(client: TestClient) -> None:
     status, message, _ = refusal(client, COMPLETIONS, prompt=[1.5] * 50_000)
     assert status == 400

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -122,6 +123,16 @@ def test_what_cannot_be_answered_is_refused(
     with pytest.raises(error, match=words):
         answers(engine, request_)
     assert answers(engine, Request([5], "upper", 2)), "the engine goes on"
+
+
+@needs_engine
+def test_a_prompt_that_is_too_long_is_not_walked_through(engine: Engine) -> None:
+    class Unread(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            raise AssertionError("its length is enough")
+
+    with pytest.raises(pa.ContextOverflow, match="shorten the prompt"):
+        engine.new_tokens(Request(Unread([5] * 1000), "upper"))
 
 
 @needs_engine
