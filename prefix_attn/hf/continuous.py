@@ -304,7 +304,8 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
             )
             for future in futures
         ]
-        processor._generation_step(_WithTasks(self.model, self.bank, requests))
+        if any(request.q_len for request in requests):  # else prompts of one token, kept for their several sequences
+            processor._generation_step(_WithTasks(self.model, self.bank, requests))
         self._check_patch()  # before anybody gets the step's tokens
 
     def _check_patch(self) -> None:

@@ -178,11 +178,13 @@ def test_a_name_that_a_running_sequence_has(llama: Any) -> None:
 
 
 @needs_engine
-def test_sequences_of_one_token_beside_others(llama: Any) -> None:
+@pytest.mark.parametrize("prompts", [[[5]], [[5], [6, 7]]], ids=["alone", "beside others"])
+def test_sequences_of_one_token(llama: Any, prompts: list[list[int]]) -> None:
     """The engine keeps the one token for the sequences themselves, so that its first step has none of it."""
     options = engine(num_return_sequences=2, do_sample=True, top_k=1)
-    out = list(llama.generate_batch([[5], [6, 7]], task_ids=["five", "nine"], **options).values())
-    for result, (prompt, task) in zip(out, [([5], "five")] * 2 + [([6, 7], "nine")] * 2, strict=True):
+    rows = list(zip(prompts, ["five", "nine"], strict=False))
+    out = list(llama.generate_batch(prompts, task_ids=[task for _, task in rows], **options).values())
+    for result, (prompt, task) in zip(out, [row for row in rows for _ in range(2)], strict=True):
         assert result.generated_tokens == alone(llama, prompt, task)
 
 
