@@ -6,6 +6,7 @@ import random
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
 import torch
@@ -125,11 +126,19 @@ def by_task(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def split(rows: Sequence[Row], held_out: float, rng: random.Random) -> tuple[list[Row], list[Row]]:
-    """Rows to train on, and rows that are held out: of each task its share, and never all."""
-    training, scored = [], []
+    """Rows to train on, and rows that are held out: of each task its share, and never all.
+
+    Equal rows are on one side: what is trained on is not held out.
+    """
+    training: list[Row] = []
+    scored: list[Row] = []
     for of_task in by_task(rows).values():
-        rng.shuffle(of_task)
-        count = min(len(of_task) - 1, max(1, round(held_out * len(of_task)))) if held_out else 0
-        scored += of_task[:count]
-        training += of_task[count:]
+        equal: dict[tuple[int, ...], list[Row]] = {}
+        for row in of_task:
+            equal.setdefault((*row.ids.tolist(), *row.labels.tolist()), []).append(row)
+        distinct = list(equal.values())
+        rng.shuffle(distinct)
+        count = min(len(distinct) - 1, max(1, round(held_out * len(distinct)))) if held_out else 0
+        scored += chain(*distinct[:count])
+        training += chain(*distinct[count:])
     return training, scored

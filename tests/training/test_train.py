@@ -14,7 +14,7 @@ import prefix_attn as pa
 from prefix_attn.hf.wiring import bank_of
 from prefix_attn.string_tasks.tasks import TASKS, draw_input, prompt_without_instruction
 from prefix_attn.training import Example, Loss, TrainablePrefixes, Trained, loop, train
-from prefix_attn.training.examples import NOT_SCORED, Row
+from prefix_attn.training.examples import NOT_SCORED, Row, split
 from tests.hf.test_text import EXAMPLE
 
 
@@ -40,6 +40,16 @@ def test_a_bos_that_a_chat_template_wrote_is_not_doubled(base: tuple[Any, Any]) 
     plain, templated = (Row.of(0, Example("a", prompt, "AB"), base[1], None, None) for prompt in ("ab>", "<bos>ab>"))
     assert templated.ids.tolist() == plain.ids.tolist()
     assert templated.labels.tolist() == plain.labels.tolist()
+
+
+def test_equal_rows_are_trained_on_or_held_out(base: tuple[Any, Any]) -> None:
+    lines = [Example("a", f"{letter}>", answer) for letter in "abcde" for answer in ("x", "y")]
+    rows = [Row.of(i, line, base[1], None, None) for i, line in enumerate(lines * 5)]
+    training, scored = split(rows, 0.3, random.Random(0))
+    assert (len(training), len(scored)) == (35, 15)
+    sides = [{(*row.ids.tolist(), *row.labels.tolist()) for row in side} for side in (training, scored)]
+    assert not sides[0] & sides[1]
+    assert split(rows[::10], 0.3, random.Random(0))[1] == [], "one example, however often, is trained on"
 
 
 def examples(count: int, *names: str) -> list[Example]:
