@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from prefix_attn.cli import console
-from prefix_attn.cli.options import ModelOption, named_path
+from prefix_attn.cli.options import Dtype, DtypeOption, ModelOption, named_path
 from prefix_attn.errors import IncompatiblePrefix, UnknownTask
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def add(
     folder: Folder,
     adapter: Annotated[str, typer.Argument(metavar="NAME=ADAPTER", help="Task, and PEFT adapter or prefix file.")],
     model: ModelOption,
+    dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
     """Add a task from a PEFT adapter or a prefix file; makes the bank if there is none.
 
@@ -48,15 +49,17 @@ def add(
 
         prefix-attn bank add prefixes sum=adapters/sum --model MODEL
 
-    The bank gets a copy of the keys and values; the adapter stays as it is.
+    The bank gets a copy of the keys and values, in the precision of the model; the adapter stays as it is.
     """
-    from prefix_attn.cli.models import load_bank, load_model, tasks_of
+    from prefix_attn.cli.models import load_bank, load_model, tasks_of, warn_if_rounded
 
     name, path = named_path(adapter)
     existing = folder if tasks_of(folder) else None
-    loaded = load_model(model)
+    loaded = load_model(model, dtype)
     check_new(name, load_bank(loaded, [], existing))
-    load_bank(loaded, [(name, path)]).save_into(folder)  # the files of the others stay as they are
+    bank = load_bank(loaded, [(name, path)])
+    warn_if_rounded(path, bank.dtype)
+    bank.save_into(folder)  # the files of the others stay as they are
     print_table(folder)
 
 
@@ -66,6 +69,7 @@ def add_text(
     name: Annotated[str, typer.Argument(help="The task to add.")],
     file: Annotated[typer.FileBinaryRead, typer.Argument(metavar="FILE", help="The text, in UTF-8; - is stdin.")],
     model: ModelOption,
+    dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
     """Add a task whose prefix is a text, such as a system prompt; makes the bank if there is none.
 
@@ -83,7 +87,7 @@ def add_text(
     except UnicodeDecodeError as error:
         raise typer.BadParameter(f"expected a text in UTF-8: {error}") from error
     existing = folder if tasks_of(folder) else None
-    tokenizer, loaded = load_tokenizer(model), load_model(model)
+    tokenizer, loaded = load_tokenizer(model), load_model(model, dtype)
     check_new(name, load_bank(loaded, [], existing))
     bank = load_bank(loaded, [])
     bank.add_text(name, tokenizer, text, loaded)

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging
 
 from prefix_attn.bank import PrefixBank
-from prefix_attn.bank.format import INDEX, prefixed, read_index
+from prefix_attn.bank.format import INDEX, prefixed, read_index, read_safetensors
 from prefix_attn.bank.geometry import CROSS, DECODER, ENCODER
+from prefix_attn.bank.peft import WEIGHTS
 from prefix_attn.cli import console
 from prefix_attn.cli.options import Dtype
 from prefix_attn.errors import IncompatiblePrefix, PrefixAttnError
@@ -93,6 +94,16 @@ def load_bank(model: Any, adapters: Iterable[tuple[str, Path]], folder: Path | N
         for name, path in adapters:
             bank.load(name, path)
     return bank
+
+
+def warn_if_rounded(path: Path, dtype: torch.dtype) -> None:
+    """Say so if a bank of a dtype cannot hold the values of an adapter or a prefix file as they are."""
+    tensors, _ = read_safetensors(path / WEIGHTS if path.is_dir() else path)
+    rounded = [x.dtype for x in tensors.values() if not torch.equal(x.to(dtype).to(x.dtype), x)]
+    if rounded:
+        theirs, ours = (str(kind).removeprefix("torch.") for kind in (rounded[0], dtype))
+        advice = f"; --dtype {theirs} keeps them as they are" if theirs in [*Dtype] else ""
+        console.warn(f"{path}: its values were rounded from {theirs} to {ours}{advice}")
 
 
 def tasks_of(folder: Path) -> set[str]:

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefix_attn.bank.format import read_index
@@ -130,12 +132,27 @@ def test_adding_rewrites_no_other_task(bank: Path, run: Run, example: Example, t
     text.write_text("reverse|", encoding="utf-8")
     added = run("bank", "add", bank, f"more={example.folder / 'adapters' / 'rot13'}", "--model", tmp_path / "half")
     assert added.exit_code == 0, added.stderr
+    assert "its values were rounded from float32 to bfloat16; --dtype float32 keeps them as they are\n" in added.stderr
     assert run("bank", "add-text", bank, "told", text, "--model", tmp_path / "half").exit_code == 0
     assert (bank / "up.safetensors").read_bytes() == before
     assert run("bank", "check", bank, "--model", example.model).exit_code == 0
     again = run("bank", "add", bank, f"more={example.folder / 'adapters' / 'rot13'}", "--model", example.model)
     assert again.exit_code == 2
     assert "'more' is already in the bank" in again.stderr
+
+
+def test_a_bank_in_another_dtype_than_its_checkpoint(run: Run, example: Example, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(example.model).bfloat16()
+    for x in (model, AutoTokenizer.from_pretrained(example.model)):
+        x.save_pretrained(tmp_path / "model")
+    text, bank = tmp_path / "text", tmp_path / "bank"
+    text.write_text("reverse|", encoding="utf-8")
+    common = ("--model", tmp_path / "model", "--dtype", "float32")
+    for command in (("add", bank, f"up={example.folder / 'adapters' / 'upper'}"), ("add-text", bank, "told", text)):
+        result = run("bank", *command, *common)
+        assert (result.exit_code, result.stderr) == (0, "")
+    for name in ("up", "told"):
+        assert load_file(bank / f"{name}.safetensors")["k.0"].dtype == torch.float32
 
 
 def test_a_text_that_is_none(run: Run, example: Example, tmp_path: Path) -> None:
