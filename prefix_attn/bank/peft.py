@@ -1,12 +1,13 @@
-"""Prefix-tuning adapters of PEFT: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Prefix tuning and cartridges of PEFT: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 PEFT stores one tensor ``prompt_embeddings [m, layers * 2 * kv_heads * head_dim]`` (also with ``prefix_projection``: its
-MLP is run at save time) and reads it as ``view(m, layers, 2, kv_heads, head_dim)``. PEFT itself is not needed here.
+MLP is run at save time) and reads it as ``view(m, layers, 2, kv_heads, head_dim)``. A cartridge is stored and read in
+the same way; which of its tokens were frozen matters to training only. PEFT itself is not needed here.
 
 In an encoder-decoder model only the decoder's self-attention gets a prefix, and layer i reads slot ``2 i mod layers``:
 get_prompt repeats the slots, ``cat([p, p])``, and hands every layer four tensors, of which the cache keeps two.
 
-Source: get_prompt in peft/peft_model.py; prefix tuning, arXiv:2101.00190.
+Source: get_prompt in peft/peft_model.py; prefix tuning, arXiv:2101.00190; cartridges, arXiv:2506.06266.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from prefix_attn.errors import IncompatiblePrefix
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 KEY = "prompt_embeddings"
+#: The kinds of adapters that are keys and values for every layer.
+KINDS = ("PREFIX_TUNING", "CARTRIDGE")
 #: Models whose layers differ in shape; PEFT makes the widest and cuts it down to each layer for these only.
 SLICED = "gemma4"
 
@@ -64,10 +67,9 @@ def read_adapter(folder: Path, base: Base) -> tuple[list[LayerKV], Provenance]:
 def _check_config(config: dict[str, Any], base: Base, path: Path) -> tuple[int, int, int, int]:
     """m, layers, kv_heads, head_dim of the adapter."""
     kind = config.get("peft_type")
-    if kind != "PREFIX_TUNING":
+    if kind not in KINDS:
         raise IncompatiblePrefix(
-            f"{path}: expected peft_type PREFIX_TUNING, got {kind}; only prefix tuning makes "
-            "keys and values for every layer"
+            f"{path}: expected peft_type {' or '.join(KINDS)}, got {kind}; they alone are keys and values of all layers"
         )
     submodules = config.get("num_transformer_submodules") or (2 if config.get("task_type") == "SEQ_2_SEQ_LM" else 1)
     expected = len(base.geometries) > 1

@@ -57,6 +57,24 @@ def test_same_as_get_prompt(family: str, projection: bool, tmp_path: Path) -> No
         assert torch.equal(v, layer.values[0])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cartridge_is_read_as_peft_does(family: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    if not hasattr(peft, "CartridgeConfig"):
+        pytest.skip("this PEFT has no cartridges")
+    torch.manual_seed(0)
+    config = peft.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, num_frozen_tokens=2)
+    model = tiny(family)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(tiny(family), tmp_path)
+    bank = PrefixBank.for_model(again)
+    bank.load("task", tmp_path)
+    assert bank.lengths == [5]
+    for (k, v), layer in zip(read(bank, "task"), again.get_prompt(batch_size=1).layers, strict=True):
+        assert torch.equal(k, layer.keys[0])
+        assert torch.equal(v, layer.values[0])
+
+
 def test_half_precision_model(tmp_path: Path) -> None:
     model = tiny().to(torch.bfloat16)
     tuned = prefix_tuned(model)
@@ -152,7 +170,7 @@ def _truncate(folder: Path) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "lora": (_config(peft_type="LORA"), "expected peft_type PREFIX_TUNING, got LORA"),
+    "lora": (_config(peft_type="LORA"), "expected peft_type PREFIX_TUNING or CARTRIDGE, got LORA"),
     "prompt tuning": (_config(peft_type="PROMPT_TUNING"), "got PROMPT_TUNING"),
     "no type": (_config(peft_type=None), "got None"),
     "two submodules": (_config(num_transformer_submodules=2), "encoder-decoder"),
