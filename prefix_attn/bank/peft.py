@@ -60,7 +60,8 @@ def read_adapter(folder: Path, base: Base) -> tuple[list[LayerKV], Provenance]:
             "cannot keep weights that an adapter changes besides its prefix (modules_to_save)"
         )
     key_values = _split(tensors[KEY], sizes, base, folder)
-    _warn_other_base(config.get("base_model_name_or_path"), base.name, folder)
+    if doubt := other_base(folder, base):
+        warnings.warn(doubt, stacklevel=3)
     return key_values, Provenance(f"peft:{folder.resolve().name}", str(config.get("peft_version") or ""))
 
 
@@ -120,13 +121,15 @@ def _split(prompt: Tensor, sizes: tuple[int, int, int, int], base: Base, folder:
     return key_values
 
 
-def _warn_other_base(recorded: object, model: str, folder: Path) -> None:
-    if not isinstance(recorded, str) or not recorded or not model:
-        return
-    names = [portable_name(name).rstrip("/").rpartition("/")[2] for name in (recorded, model)]
-    if names[0] != names[1]:
-        warnings.warn(
-            f"{folder}: this adapter was trained on {portable_name(recorded)!r}, the bank's base model "
-            f"is {portable_name(model)!r}; with other weights its results will be poor",
-            stacklevel=4,
-        )
+def other_base(path: Path, base: Base) -> str | None:
+    """What is to be said of an adapter that names another base model; None for others, and for what is no adapter."""
+    recorded = read_json(path / CONFIG).get("base_model_name_or_path") if (path / CONFIG).is_file() else None
+    if not isinstance(recorded, str) or not recorded or not base.name:
+        return None
+    theirs, ours = (portable_name(name) for name in (recorded, base.name))
+    if theirs.rstrip("/").rpartition("/")[2] == ours.rstrip("/").rpartition("/")[2]:
+        return None
+    return (
+        f"{path}: this adapter was trained on {theirs!r}, the bank's base model is {ours!r}; with other weights its "
+        "results will be poor"
+    )

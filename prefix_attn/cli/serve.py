@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,7 +101,8 @@ def serve(
         engine = Engine(patch(loaded, tasks), cache_tokens, plain)
         server = uvicorn.Server(uvicorn.Config(create_app(engine, tokenizer, base, prefixes)))
         where = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-        with engine, suppress(KeyboardInterrupt):  # which uvicorn raises again when it has ended
+        with engine, console.warnings_as_lines(), suppress(KeyboardInterrupt):  # which uvicorn raises when it has ended
+            warnings.filterwarnings("always", category=UserWarning, module=r"prefix_attn\.")
             console.out.print(welcome(engine, base, where), soft_wrap=True)
             server.run([listening])
 

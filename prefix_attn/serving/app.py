@@ -4,7 +4,8 @@ GET     /v1/models, /v1/models/NAME   the base model and every task
 POST    /v1/completions               a prompt as it is
 POST    /v1/chat/completions          messages, through the tokenizer's chat template
 GET     /v1/prefixes                  tokens, bytes and source of every prefix
-PUT     /v1/prefixes/NAME             add or replace one, from a file or folder of the server's: {"path": "..."}
+PUT     /v1/prefixes/NAME             add or replace one, from a file or folder of the server's: {"path": "..."};
+                                      the answer has what makes it doubtful: {"warnings": [...], ...}
 DELETE  /v1/prefixes/NAME             remove one
 GET     /health, /metrics             whether the engine runs; numbers for Prometheus
 """
@@ -24,6 +25,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from pydantic import BaseModel, ConfigDict
 
 from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.peft import other_base
 from prefix_attn.bank.uses import CHANGING
 from prefix_attn.errors import PrefixAttnError, ShapeError, UnknownTask, UnsupportedModel
 from prefix_attn.serving import protocol
@@ -100,7 +102,9 @@ def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None 
             engine.bank.load(name, path, replace=True)
         except OSError as error:
             raise UnsupportedModel(f"path: cannot read {body.path!r}: {error.strerror or error}") from error
-        return server.described(name)
+        # Found anew: Python tells warnings to a process, not to who asked.
+        doubt = other_base(path, engine.bank.base)
+        return server.described(name) | {"warnings": [] if doubt is None else [doubt]}
 
     @app.delete("/v1/prefixes/{name}", status_code=204)
     def delete(name: str) -> None:

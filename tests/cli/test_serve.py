@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,17 +33,23 @@ def killed_at_last(process: subprocess.Popen[str]) -> Iterator[None]:
 
 
 @needs_engine
-def test_the_command_serves_until_it_is_interrupted(example: Example) -> None:
+def test_the_command_serves_until_it_is_interrupted(example: Example, tmp_path: Path) -> None:
     adapters = [f"--adapter={task}={folder}" for task, folder in example.adapters[:2]]
     command = [sys.executable, "-m", "prefix_attn", "serve", "--model", example.model, *adapters, "--port", "0"]
-    command += ["--cache-tokens", "512", "--name", "letters", "--prefixes", str(example.folder / "adapters")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, killed_at_last(server):
+    command += ["--cache-tokens", "512", "--name", "letters", "--prefixes", str(tmp_path)]
+    for task in ("sort", "other"):
+        shutil.copytree(example.folder / "adapters" / task.replace("other", "sort"), tmp_path / task)
+    config = tmp_path / "other" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "someone/other"}))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True) as server, killed_at_last(server):
         assert server.stdout is not None
         welcome = [server.stdout.readline() for _ in range(3)]
         assert welcome[0] == "letters, and 2 tasks: upper, reverse\n"
         assert "running requests may hold 512 tokens" in welcome[1]
         with httpx.Client(base_url=welcome[2].strip(), timeout=60) as client:
-            client.put("prefixes/sort", json={"path": "sort"}).raise_for_status()
+            for path in ("other", "other", "sort"):
+                client.put("prefixes/sort", json={"path": path}).raise_for_status()
             for task in ("upper", "reverse", "sort"):
                 answer = client.post("completions", json={"model": task, "prompt": PROMPT}).json()
                 assert answer["choices"][0]["text"] == ANSWERS[task]
@@ -49,6 +57,12 @@ def test_the_command_serves_until_it_is_interrupted(example: Example) -> None:
         assert models == ["letters", "upper", "reverse", "sort"]
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=60) == 0
+        assert server.stderr is not None
+        log = server.stderr.read().splitlines()
+    doubts = [line for line in log if "this adapter was trained on 'someone/other'" in line]
+    assert len(doubts) == 2
+    assert all(line.startswith("warning: ") for line in doubts)
+    assert not any("warnings.warn" in line or "UserWarning" in line for line in log)
 
 
 def test_what_is_written_is_sent_at_once() -> None:

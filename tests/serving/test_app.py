@@ -279,12 +279,23 @@ def test_prefixes_change(client: TestClient, served: Served) -> None:
         "tokens": 6,
         "bytes": served.bank.memory_usage.tasks["upper"],
         "source": "peft:new",
+        "warnings": [],
     }
     assert texts(complete(client, model="reverse")) == ["HOT TEA"]
     assert client.put("/v1/prefixes/more", json={"path": "new"}).status_code == 200
     assert client.delete("/v1/prefixes/reverse").status_code == 204
     assert refusal(client, COMPLETIONS, model="reverse", prompt=PROMPT)[0] == 404
     assert served.bank.names == [*(task for task in ANSWERS if task != "reverse"), "more"]
+
+
+@pytest.mark.filterwarnings("ignore:.*this adapter was trained on:UserWarning")
+def test_a_prefix_of_another_base_model_is_doubted(client: TestClient, tmp_path: Path) -> None:
+    config = tmp_path / "new" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "someone/other"}))
+    for _ in range(2):  # every time
+        made = client.put("/v1/prefixes/more", json={"path": "new"}).json()
+        assert len(made["warnings"]) == 1
+        assert "this adapter was trained on 'someone/other'" in made["warnings"][0]
 
 
 def test_changes_that_are_refused(client: TestClient, served: Served) -> None:
