@@ -31,7 +31,7 @@ def show(folder: Folder) -> None:
 
         prefix-attn bank list prefixes
 
-    Only the heads of the files are read; `prefix-attn bank check` compares them with a model.
+    Only the heads of the files are read, and damaged ones shown; `prefix-attn bank check` compares them with a model.
     """
     print_table(folder)
 
@@ -146,14 +146,18 @@ def check_new(name: str, bank: PrefixBank) -> None:
 def print_table(folder: Path) -> None:
     from prefix_attn.cli.models import read_headers
 
-    headers = read_headers(folder)
+    whole = []
     table = console.table("Prefixes", "task", "tokens", "bytes", "source", "base model", numbers=(1, 2))
-    for name, header in headers.items():
+    for name, header in read_headers(folder).items():
+        if isinstance(header, IncompatiblePrefix):
+            table.add_row(Text(name), "", "", Text(str(header), style="red"))
+            continue
+        whole.append(header)
         cells = (name, in_parts(header.tokens), f"{header.bytes:,}", header.source, header.base)
         table.add_row(*map(Text, cells))
     table.add_section()
-    tokens = sum(sum(header.tokens.values()) for header in headers.values())
-    table.add_row("total", f"{tokens:,}", f"{sum(header.bytes for header in headers.values()):,}")
+    tokens = sum(sum(header.tokens.values()) for header in whole)
+    table.add_row("total", f"{tokens:,}", f"{sum(header.bytes for header in whole):,}")
     console.out.print(table)
 
 

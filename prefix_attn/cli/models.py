@@ -159,7 +159,13 @@ class Header:
                                      f"read ({console.error_line(error)})") from error  # fmt: skip
 
 
-def read_headers(folder: Path) -> dict[str, Header]:
-    """Header of each prefix of a saved bank, by task, in the order of the tasks."""
+def read_headers(folder: Path) -> dict[str, Header | IncompatiblePrefix]:
+    """Header of each prefix of a saved bank, or what is wrong with its file, by task, in the order of the tasks."""
     check_bank(folder)
-    return {name: Header.of(folder / file) for name, file in read_index(folder).items()}
+    headers: dict[str, Header | IncompatiblePrefix] = {}
+    for name, file in read_index(folder).items():
+        try:
+            headers[name] = Header.of(folder / file)
+        except IncompatiblePrefix as error:
+            headers[name] = error
+    return headers

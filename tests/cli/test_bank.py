@@ -99,14 +99,27 @@ def test_an_adapter_of_another_model_is_warned_of_in_one_line(run: Run, example:
 
 
 @pytest.mark.parametrize("content", [None, b"not a prefix"])
-def test_a_damaged_bank_is_refused(bank: Path, run: Run, content: bytes | None) -> None:
+def test_a_damaged_file_is_shown_and_stops_no_other(
+    bank: Path, run: Run, example: Example, content: bytes | None
+) -> None:
     if content is None:
         (bank / "up.safetensors").unlink()
     else:
         (bank / "up.safetensors").write_bytes(content)
     result = run("bank", "list", bank)
-    assert result.exit_code == 2
-    assert result.stderr.startswith(f"error: {bank / 'up.safetensors'}: expected a prefix file of this package")
+    assert (result.exit_code, result.stderr) == (0, "")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines()]
+    rows = [row for row in rows if len(row) == 5]
+    assert ["back", "8", "16,384", "peft:reverse", "model"] in rows
+    assert ["total", "8", "16,384", "", ""] in rows
+    start = next(i for i, row in enumerate(rows) if row[0] == "up")
+    problem = "".join(row[3] for row in rows[start:]).replace(" ", "")
+    assert "up.safetensors:expectedaprefixfileofthispackage" in problem
+    assert run("bank", "check", bank, "--model", example.model).exit_code == 2
+    assert run("bank", "remove", bank, "back").exit_code == 0
+    assert list(read_index(bank)) == ["up"]
+    assert run("bank", "remove", bank, "up").exit_code == 0
+    assert list(read_index(bank)) == []
 
 
 def test_a_text_becomes_a_task(bank: Path, run: Run, example: Example, folder: Folder, tmp_path: Path) -> None:
