@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -66,7 +69,8 @@ def train(
 
     Exit code: 0, 2 if the command could not run, 130 if it was interrupted.
     """
-    examples = read_examples(data)
+    lines = read_examples(data)
+    examples = list(lines.values())
     from prefix_attn.bank import PrefixBank
     from prefix_attn.bank.format import INDEX, write_index
     from prefix_attn.bank.lock import only_writer
@@ -75,7 +79,8 @@ def train(
     from prefix_attn.training.examples import checked_examples
     from prefix_attn.training.loop import check_numbers
 
-    checked_examples(examples)
+    with naming_lines(data, list(lines)):
+        checked_examples(examples)
     known = tasks_of(bank)
     taken = sorted(known & {example.task for example in examples})
     if taken and not overwrite:
@@ -99,10 +104,11 @@ def train(
         (bank / LOSSES).write_text("".join(json.dumps(vars(loss)) + "\n" for loss in trained.losses))
 
     try:
-        trained = train_prefixes(
-            loaded, tokenizer, examples, tokens=tokens, projection=projection or None, epochs=epochs,
-            batch_size=batch_size, learning_rate=learning_rate, held_out=held_out, seed=seed, after_epoch=save,
-        )  # fmt: skip
+        with naming_lines(data, list(lines)):
+            trained = train_prefixes(
+                loaded, tokenizer, examples, tokens=tokens, projection=projection or None, epochs=epochs,
+                batch_size=batch_size, learning_rate=learning_rate, held_out=held_out, seed=seed, after_epoch=save,
+            )  # fmt: skip
     except KeyboardInterrupt:
         console.warn(f"interrupted: {bank} holds the prefixes of the epochs that were finished, if any")
         raise typer.Exit(console.INTERRUPTED) from None
@@ -114,15 +120,15 @@ def train(
                            f"{bank} --input requests.jsonl --output answers.jsonl"), soft_wrap=True)  # fmt: skip
 
 
-def read_examples(path: Path) -> list[Example]:
-    """The examples of a file; empty lines are none.
+def read_examples(path: Path) -> dict[int, Example]:
+    """The examples of a file, by the number of their line; empty lines are none.
 
     Raises:
         PrefixAttnError: a line is no example; names it. Nothing is left out.
     """
     from prefix_attn.training import Example
 
-    examples = []
+    examples = {}
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -134,10 +140,22 @@ def read_examples(path: Path) -> list[Example]:
         if not all(is_text(field) and field for field in fields):
             raise PrefixAttnError(f"{path}, line {number}: expected a JSON object with {', '.join(FIELDS)}, each a "
                                   f"string that is not empty, got {line.decode(errors='replace')[:80]}")  # fmt: skip
-        examples.append(Example(*fields))
+        examples[number] = Example(*fields)
     if not examples:
         raise PrefixAttnError(f"{path}: expected at least one example, got none")
     return examples
+
+
+@contextmanager
+def naming_lines(path: Path, numbers: Sequence[int]) -> Iterator[None]:
+    """Within, an error of the i-th example is one of its line."""
+    try:
+        yield
+    except PrefixAttnError as error:
+        if found := re.match(r"examples\[(\d+)\]", str(error)):
+            rest = str(error)[found.end() :]
+            raise PrefixAttnError(f"{path}, line {numbers[int(found[1])]}{rest}") from error
+        raise
 
 
 def draw_losses(trained: Trained, folder: Path) -> None:

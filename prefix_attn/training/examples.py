@@ -70,8 +70,11 @@ def checked_examples(given: Sequence[Example | Mapping[str, str]]) -> list[Examp
     if not given:
         raise IncompatiblePrefix("examples: expected at least one, got none")
     examples = [_example(i, example) for i, example in enumerate(given)]
-    for name in {example.task for example in examples}:
-        check_name(name)
+    for i, example in enumerate(examples):
+        try:
+            check_name(example.task)
+        except IncompatiblePrefix as error:
+            raise IncompatiblePrefix(f"examples[{i}]: {error}") from error
     return examples
 
 

@@ -109,6 +109,24 @@ def test_a_bad_line_is_named(line: str, reason: str, run: Run, example: Example,
     assert not (tmp_path / "bank").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"prompt": "a" * 90}, "a prompt of 91 tokens and an answer of"),
+        ({"task": "a/b"}, "name: expected no '/'"),
+    ],
+)
+def test_the_line_of_an_example_that_cannot_be_trained_on(
+    changes: dict[str, str], reason: str, run: Run, example: Example, tmp_path: Path
+) -> None:
+    good, bad = examples(2, "sort")
+    data = tmp_path / "examples.jsonl"
+    data.write_text(f"{json.dumps(good)}\n\n{json.dumps(bad | changes)}\n", encoding="utf-8")
+    result = run("train", "--model", example.model, "--data", data, "--bank", tmp_path / "bank", *QUICK)
+    assert result.exit_code == 2
+    assert f"{data}, line 3: {reason}" in result.stderr
+
+
 def test_no_examples(run: Run, example: Example, tmp_path: Path) -> None:
     data = write(tmp_path / "examples.jsonl", [])
     result = run("train", "--model", example.model, "--data", data, "--bank", tmp_path / "bank")
@@ -143,7 +161,7 @@ def test_files_of_others_are_safe(run: Run, example: Example, tmp_path: Path) ->
 
 def test_what_cannot_be_trained_is_said_before_the_work(run: Run, example: Example, tmp_path: Path) -> None:
     for changes, options, reason in (
-        ({"task": "a/b"}, (), "error: name: "),
+        ({"task": "a/b"}, (), "line 1: name: expected no '/'"),
         ({"prompt": "\ud800"}, (), "line 1: expected a JSON object"),
         ({}, ("--learning-rate", "0"), "learning_rate: expected None or a positive finite number"),
         ({}, ("--bank", "/proc"), "/proc: expected a bank"),
