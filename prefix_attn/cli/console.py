@@ -1,8 +1,10 @@
 """Where the command line writes: results on stdout; progress, warnings and errors on stderr."""
 
+import sys
 import warnings
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -13,6 +15,13 @@ err = Console(stderr=True, highlight=False)
 
 #: The exit code of a command that Ctrl-C ended, as shells have it.
 INTERRUPTED = 130
+
+
+def show_any_text() -> None:
+    """From now on, characters that the encoding of stdout or stderr lacks are written as escapes, and stop nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(label: str, style: str, message: str) -> None:

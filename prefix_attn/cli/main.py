@@ -20,6 +20,7 @@ class Commands(TyperGroup):
     """Shows what the package or the system refuses as one line, with exit code 2; a traceback means a bug."""
 
     def invoke(self, ctx: Any) -> Any:
+        console.show_any_text()
         try:
             return super().invoke(ctx)
         except BrokenPipeError:

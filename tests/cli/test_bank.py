@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prefix_attn.bank.format import read_index
+from prefix_attn.bank.format import read_index, write_index
 from prefix_attn.bank.lock import only_writer
 from prefix_attn.cli.example import Example
 from tests.cli.conftest import Folder, Run
@@ -36,6 +39,15 @@ def test_list_says_tokens_bytes_and_source(bank: Path, run: Run, example: Exampl
         assert ["up", "6", "12,288", "peft:upper", "model"] in rows
         assert ["back", "8", "16,384", "peft:reverse", "model"] in rows
         assert ["total", "14", "28,672"] in rows
+
+
+def test_a_name_that_the_terminal_cannot_show(bank: Path) -> None:
+    files = read_index(bank)
+    write_index(bank, {"größer": files["up"]})
+    command = [sys.executable, "-m", "prefix_attn", "bank", "list", str(bank)]
+    shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "gr\\xf6\\xdfer" in shown.stdout
 
 
 def test_check(bank: Path, run: Run, example: Example, tmp_path: Path) -> None:
