@@ -26,7 +26,7 @@ from torch import Tensor
 from prefix_attn.bank.base import Base
 from prefix_attn.bank.fingerprint import Fingerprint
 from prefix_attn.bank.geometry import DECODER, Geometry, LayerKV
-from prefix_attn.bank.names import check_file, check_name
+from prefix_attn.bank.names import SUFFIX, check_file, check_name
 from prefix_attn.errors import IncompatiblePrefix
 
 FORMAT = "prefix_attn.prefix"
@@ -223,10 +223,10 @@ def file_names(names: Sequence[str], others: Mapping[str, str]) -> dict[str, str
     all_files = dict(others)
     used = {file.casefold() for file in others.values()}
     for name in names:
-        file, n = f"{name}.safetensors", 1
+        file, n = f"{name}{SUFFIX}", 1
         while file.casefold() in used:
             n += 1
-            file = f"{name}~{n}.safetensors"
+            file = f"{name}~{n}{SUFFIX}"
         if all_files.setdefault(name, file) == file:
             used.add(file.casefold())
     return all_files

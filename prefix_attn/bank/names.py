@@ -6,6 +6,9 @@ from prefix_attn.errors import IncompatiblePrefix
 
 MAX_BYTES = 200
 
+#: What the name of a prefix's file ends with.
+SUFFIX = ".safetensors"
+
 
 def check_name(name: object) -> str:
     """Return the name, or raise `IncompatiblePrefix` saying what is wrong with it."""
@@ -21,7 +24,9 @@ def check_name(name: object) -> str:
 
 
 def check_file(file: object) -> str:
-    """Return the name of a file in a bank's folder, or raise `IncompatiblePrefix` for one that may lie elsewhere."""
+    """Return the name of a prefix's file in a bank's folder; `IncompatiblePrefix` for one of another kind, or place."""
     if not isinstance(file, str) or not file.isprintable() or "/" in file or "\\" in file or file.startswith("."):
         raise IncompatiblePrefix(f"file: expected the name of a file in the bank's folder, got {file!r}")
+    if not file.endswith(SUFFIX):
+        raise IncompatiblePrefix(f"file: expected a prefix file, *{SUFFIX}, got {file!r}; the index is damaged")
     return file

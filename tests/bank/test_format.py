@@ -317,6 +317,7 @@ def test_paths_that_are_no_prefix(bank: PrefixBank, tmp_path: Path) -> None:
         ({"tasks": ["zebra"]}, "expected tasks with name and file"),
         ({"tasks": [{"name": "zebra", "file": "../zebra.safetensors"}]}, "file: expected the name of a file in"),
         ({"tasks": [{"name": "zebra", "file": ".."}]}, "file: expected the name of a file in"),
+        ({"tasks": [{"name": "zebra", "file": "bank.json"}]}, r"file: expected a prefix file, \*.safetensors, got"),
         ({"tasks": [{"name": x, "file": "zebra.safetensors"} for x in "ab"]}, "or its file twice"),
         ({"tasks": [{"name": "../x", "file": "zebra.safetensors"}]}, "name: expected no '/'"),
         ({"tasks": [{"name": "zebra", "file": "zebra.safetensors"}] * 2}, "twice"),
