@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import socket
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -99,7 +102,17 @@ def serve(
             loaded.generation_config.eos_token_id = tokenizer.eos_token_id  # as `generate` and `train` do
         tasks = load_bank(loaded, adapters, bank)
         engine = Engine(patch(loaded, tasks), cache_tokens, plain)
-        server = uvicorn.Server(uvicorn.Config(create_app(engine, tokenizer, base, prefixes)))
+
+        class Server(uvicorn.Server):
+            """At a second Ctrl-C the running requests fail, and so end; at a third uvicorn waits for nothing."""
+
+            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                if self.should_exit and sig == signal.SIGINT and engine.failure is None:
+                    asyncio.get_running_loop().call_soon_threadsafe(engine.stop)  # not within what is interrupted
+                else:
+                    super().handle_exit(sig, frame)
+
+        server = Server(uvicorn.Config(create_app(engine, tokenizer, base, prefixes), lifespan="off"))
         where = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         with engine, console.warnings_as_lines(), suppress(KeyboardInterrupt):  # which uvicorn raises when it has ended
             warnings.filterwarnings("always", category=UserWarning, module=r"prefix_attn\.")

@@ -117,8 +117,9 @@ class Engine:
         self._manager.start()
 
     def stop(self) -> None:
-        """Stop it; requests that run fail."""
-        self._manager.stop(hard_stop=True)
+        """Stop it, if it was started; requests that run fail."""
+        if self._manager._generation_thread is not None:
+            self._manager.stop(hard_stop=True)
 
     def __enter__(self) -> Engine:
         self.start()

@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,6 +65,32 @@ def test_the_command_serves_until_it_is_interrupted(example: Example, tmp_path: 
     assert len(doubts) == 2
     assert all(line.startswith("warning: ") for line in doubts)
     assert not any("warnings.warn" in line or "UserWarning" in line for line in log)
+
+
+@needs_engine
+def test_a_second_interruption_breaks_requests_off(example: Example) -> None:
+    """They are told so, as of every other failure, and there is no traceback."""
+    task, folder = example.adapters[0]
+    command = [sys.executable, "-m", "prefix_attn", "serve", "--model", example.model, f"--adapter={task}={folder}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with (
+        subprocess.Popen([*command, "--port", "0", "--cache-tokens", "64"], **pipes, text=True) as server,
+        killed_at_last(server), ThreadPoolExecutor() as pool,
+    ):  # fmt: skip
+        assert server.stdout is not None
+        url = [server.stdout.readline() for _ in range(3)][2].strip()
+        asked = {"model": task, "prompt": [PROMPT] * 1000}  # one at a time
+        answer = pool.submit(httpx.post, f"{url}/completions", json=asked, timeout=60)
+        while "prefix_attn_running 1.0" not in httpx.get(url.replace("/v1", "/metrics"), timeout=60).text.splitlines():
+            time.sleep(0.05)
+        for _ in range(2):
+            server.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+        assert answer.result().status_code == 503
+        assert set(answer.result().json()["error"]) == {"message", "type", "param", "code"}
+        assert server.wait(timeout=60) == 0
+        assert server.stderr is not None
+        assert "Traceback" not in server.stderr.read()
 
 
 def test_what_is_written_is_sent_at_once() -> None:
