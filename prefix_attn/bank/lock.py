@@ -1,4 +1,4 @@
-"""One process at a time writes: locks of files, where the system and the file system have them."""
+"""Locks of files, so that one process writes at a time, where the system and the file system have them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-#: The file in a bank's folder that who writes there holds. It stays: who waits for it has it open.
+#: The lock file in a bank's folder. It is never deleted, since a process that waits for the lock has it open.
 LOCK = ".lock"
 
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Within, nobody else is within for the same folder: what is read of its index there, is still so when written."""
+    """Hold a folder's lock, so that no other process changes its index between our reading and writing it."""
     path = folder / LOCK
     try:
         file: IO[bytes] = path.open("ab")

@@ -6,11 +6,11 @@ from typing import Any
 
 from fastapi import HTTPException
 
-#: Of a body, for each position of the model: a token as a number takes less than 10.
-BYTES_A_POSITION = 64
+#: Bytes that a body may have for each position of the model; a token id takes less than 10.
+BYTES_PER_POSITION = 64
 
-#: Of any body, whatever the model.
-LEAST = 2**20
+#: Bytes that a body may have besides, whatever the model.
+MIN_BYTES = 2**20
 
 
 class LimitedBodies:
@@ -18,7 +18,7 @@ class LimitedBodies:
 
     def __init__(self, app: Any, limit: int) -> None:
         self.app = app
-        self.most = LEAST + BYTES_A_POSITION * limit
+        self.max_bytes = MIN_BYTES + BYTES_PER_POSITION * limit
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         taken = 0
@@ -27,13 +27,13 @@ class LimitedBodies:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
-            if taken > self.most:
+            if taken > self.max_bytes:
                 while message.get("more_body"):  # to its end, since clients listen only then
                     message = await receive()
                 raise HTTPException(
                     413,
-                    f"body: expected at most {self.most} bytes, got more; send several requests, or a long prompt as "
-                    "tokens",
+                    f"body: expected at most {self.max_bytes} bytes, got more; send several requests, or a long prompt "
+                    "as tokens",
                 )
             return message
 

@@ -1,4 +1,4 @@
-"""A prompt as tokens; of a text that is too long, no more are made than show it, since others wait meanwhile."""
+"""A prompt as tokens; a text that is too long is tokenised only as far as shows it, since others wait meanwhile."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ LONGEST_TOKEN = 256
 def prompt_tokens(tokenizer: Any, text: str, limit: int, **options: bool) -> list[int]:
     """`tokenised`, for a model of ``limit`` positions.
 
-    A text and its beginning have the same tokens there, but for the last few: a beginning with more than twice as many
-    as the model has positions (and some, for a tokenizer that makes one token of the last word, or one a byte) shows
-    that the whole is too long. Of others the double is looked at, until it is the whole.
+    The beginning of a text has the tokens of the whole text but for its last few. So a beginning with more than twice
+    as many tokens as the model has positions shows that the text is too long (the 4 * LONGEST_TOKEN allow for a last
+    word that is one token in the whole text, and one per byte here). If it has fewer, a beginning twice as long is
+    tried, until it is the whole text.
 
     Raises:
         ContextOverflow: the text is too long, whatever prefix and new tokens are wanted; one that fits never is.
