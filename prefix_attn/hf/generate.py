@@ -65,7 +65,7 @@ class Generate(Method):
         if task_ids is None:
             if truncation:
                 raise ShapeError("truncation: expected task_ids with it (None for a row without prefix), got none")
-            _refuse_layers_of_the_config(self._configs(kwargs), kwargs)
+            _refuse_mtp(kwargs, self._configs(kwargs))
             check_tasks_of(kwargs.get("past_key_values"), self.bank, None)
             return self.original(*args, **kwargs)
         if not isinstance(vars(self.model).get(PrepareInputs.name), PrepareInputs):
@@ -120,7 +120,8 @@ class Generate(Method):
 INPUTS = ("inputs", "inputs_embeds", "input_ids", "input_features")
 
 
-def _refuse_layers_of_the_config(configs: Sequence[Any], options: dict[str, Any]) -> None:
+def _refuse_mtp(options: dict[str, Any], configs: Sequence[Any]) -> None:
+    """With or without tasks."""
     if option("use_mtp", options, configs):
         raise UnsupportedModel(
             "use_mtp: its drafting layers are made from the config of the patched model, whose attention they cannot "
@@ -129,7 +130,7 @@ def _refuse_layers_of_the_config(configs: Sequence[Any], options: dict[str, Any]
 
 
 def _refuse_what_would_be_wrong(options: dict[str, Any], configs: Sequence[Any]) -> None:
-    _refuse_layers_of_the_config(configs, options)
+    _refuse_mtp(options, configs)
     if option("output_attentions", options, configs):
         raise UnsupportedModel("output_attentions: attention weights are never built; drop it, or unpatch the model")
     if option("token_healing", options, configs):
