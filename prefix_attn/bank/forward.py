@@ -47,6 +47,8 @@ def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:
     Raises:
         UnsupportedModel: no layer keeps keys and values, or one keeps more than them for each token.
     """
+    from prefix_attn.bank.cache_argument import CACHE
+
     config = text_config(model)
     if config.is_encoder_decoder:
         raise UnsupportedModel(
@@ -60,7 +62,7 @@ def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:
     try:
         cache = unforgetting_cache(model)
         with torch.no_grad(), evaluating(model):
-            body(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), past_key_values=cache, use_cache=True)
+            body(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=True, **{CACHE: cache})
     except PrefixAttnError:
         raise
     except FAILURES as error:

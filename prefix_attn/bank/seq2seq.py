@@ -27,6 +27,8 @@ def decoder_kv(model: Any) -> tuple[list[LayerKV], list[LayerKV]]:
     from transformers import DynamicCache, EncoderDecoderCache
     from transformers.cache_utils import DynamicLayer
 
+    from prefix_attn.bank.cache_argument import CACHE
+
     decoder, family = model.get_decoder(), model.config.model_type
     caches = DynamicCache(), DynamicCache()
     try:
@@ -35,7 +37,7 @@ def decoder_kv(model: Any) -> tuple[list[LayerKV], list[LayerKV]]:
         with torch.no_grad(), evaluating(model):
             decoder(
                 input_ids=torch.zeros(1, 1, dtype=torch.int64, device=weight.device), encoder_hidden_states=states,
-                past_key_values=EncoderDecoderCache(*caches), use_cache=True,
+                use_cache=True, **{CACHE: EncoderDecoderCache(*caches)},
             )  # fmt: skip
     except FAILURES as error:
         raise UnsupportedModel(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.cache_argument import CACHE
 from prefix_attn.errors import IncompatiblePrefix
 from prefix_attn.hf.attention import KEYWORD
 from prefix_attn.hf.scope import scope
@@ -77,7 +78,7 @@ def check_tasks_of(cache: Any, bank: PrefixBank, task_ids: Tensor | None) -> Non
             return
         if bool((task_ids >= 0).any()):
             raise IncompatiblePrefix(
-                "past_key_values: its tokens were computed outside the patched model, and without a prefix as far as "
+                f"{CACHE}: its tokens were computed outside the patched model, and without a prefix as far as "
                 f"can be told, but these come with tasks {task_ids.tolist()} (by id); start a new cache"
             )
         return
@@ -87,7 +88,7 @@ def check_tasks_of(cache: Any, bank: PrefixBank, task_ids: Tensor | None) -> Non
         of_another = mark.bank is not None and mark.bank is not bank and task_ids is not None
         got = "none" if task_ids is None else f"{task_ids.tolist()}{' of another bank' if of_another else ''}"
         raise IncompatiblePrefix(
-            f"task_ids: the tokens in past_key_values were computed with tasks {seen}, got {got}; give the same tasks "
+            f"task_ids: the tokens of the cache were computed with tasks {seen}, got {got}; give the same tasks "
             "again, or start a new cache"
         )
 
@@ -115,7 +116,7 @@ def _follows(given: list[int], seen: list[int]) -> bool:
 
 def remember_tasks(decoder: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of the decoder: mark the cache it returns with the tasks of the call."""
-    cache, batch = getattr(output, "past_key_values", None), kwargs.get(KEYWORD) or scope().batch
+    cache, batch = getattr(output, CACHE, None), kwargs.get(KEYWORD) or scope().batch
     if cache is None or batch is None or torch.compiler.is_exporting():
         return
     if torch.compiler.is_compiling():  # a look at the mark would be a guard, and a copy of the ids part of the graph

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.cache_argument import CACHE, cache_among
 from prefix_attn.errors import PaddingInWindow, RepeatedBOS, ShapeError
 from prefix_attn.hf.positions import overflow
 
@@ -109,9 +110,9 @@ def truncated(bank: PrefixBank, task_ids: Tensor, inputs: Tensor, options: dict[
     mask, limit = options.get("attention_mask"), bank.context_limit
     if not _is_padding_mask(mask):
         raise ShapeError("attention_mask: truncation expects the tokenizer's mask [batch, tokens], got none; pass it")
-    if options.get("past_key_values") is not None:
+    if cache_among(options) is not None:
         raise ShapeError(
-            "truncation: expected a conversation that starts here, got past_key_values; tokens in a cache cannot be "
+            f"truncation: expected a conversation that starts here, got {CACHE}; tokens in a cache cannot be "
             "dropped: start a new cache with a shorter conversation"
         )
     assert isinstance(mask, Tensor)

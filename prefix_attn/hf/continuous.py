@@ -278,9 +278,9 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
                     self.input_queue.put(state)
         super().start()
 
-    def _run_generation_loop(self) -> None:
+    def _run_generation_loop(self, **mode: bool) -> None:
         try:
-            super()._run_generation_loop()
+            super()._run_generation_loop(**mode)
         finally:
             # Some may be between the queue and the batch, or come to the queue when nobody reads it any more.
             reason = self.background_thread_status.fatal_error or "the engine was stopped"
@@ -379,6 +379,6 @@ class _WithTasks:
         ids = torch.tensor([r.task for r in self._requests], dtype=torch.int32, device=device)
         q_lens = torch.tensor([r.q_len for r in self._requests], device=device)
         positions = inputs["position_ids"] + prefix_lengths(bank.lens, ids).repeat_interleave(q_lens)
-        batch = Batch("", bank, ids, packed=PackedRows(self._requests, bank.lens))
+        batch = Batch("", bank, ids, packed=PackedRows(self._requests, bank.lens, inputs["cache"]))
         no_mask = torch.empty((1, 1, 1, 1), device=device)  # four axes: transformers hands it on, and nobody reads it
         return self._model(**inputs | {"position_ids": positions, "attention_mask": no_mask, KEYWORD: batch})

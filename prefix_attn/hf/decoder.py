@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.cache_argument import CACHE, cache_among
 from prefix_attn.bank.forward import FAILURES
 from prefix_attn.errors import UnsupportedModel
 from prefix_attn.hf.adapters import pop_task_ids
@@ -134,11 +135,11 @@ class ModelHook:
             scope().implementation, scope().positions = self.implementation, None
             if len(args) > 1:
                 args, kwargs, _ = _by_name(body, args, kwargs)
-            check_tasks_of(kwargs.get("past_key_values"), self.bank, None)
+            check_tasks_of(cache_among(kwargs), self.bank, None)
             return args, kwargs | self._passed_down(Batch(self.implementation, recorded=scope().recorded))
         args, kwargs, inputs = _by_name(body, args, kwargs)
         ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
-        check_tasks_of(kwargs.get("past_key_values"), self.bank, ids)
+        check_tasks_of(cache_among(kwargs), self.bank, ids)
         made = self.sources.made_of(self.bank) if self.sources is not None else []
         scope().implementation, scope().positions = None, None
         batch = Batch(self.implementation, self.bank, ids, self.bank.plans(ids), made=tuple(made), strict=self.strict)
@@ -159,7 +160,7 @@ class ModelHook:
         calls: list[Call] = []
         scope().recorded = calls
         try:
-            self.model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **positions)
+            self.model(input_ids=tokens, attention_mask=mask, use_cache=True, **{CACHE: cache}, **positions)
             return calls
         finally:
             scope().recorded = None
@@ -181,7 +182,7 @@ class PositionsHook:
         args, kwargs, inputs = _by_name(decoder, args, kwargs)
         positions = shifted_positions(
             self.hook.bank, batch.task_ids, inputs, kwargs.get("position_ids"), kwargs.get("attention_mask"),
-            kwargs.get("past_key_values"), decoder,
+            cache_among(kwargs), decoder,
         )  # fmt: skip
         if takes_positions(decoder):
             return args, kwargs | {"position_ids": positions}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.cache_argument import cache_among
 from prefix_attn.bank.geometry import ENCODER
 from prefix_attn.errors import IncompatiblePrefix
 from prefix_attn.hf.adapters import RELAYED
@@ -37,7 +38,7 @@ class StatesHook:
     def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if args:
             kwargs = named_arguments(model, args, kwargs)
-        states, cache = kwargs.get("encoder_outputs"), kwargs.get("past_key_values")
+        states, cache = kwargs.get("encoder_outputs"), cache_among(kwargs)
         tasks = kwargs.get("task_ids", kwargs.get(RELAYED))
         if states is not None and tasks is not PROBE and not (cache is not None and has_tokens(cache)):
             check_tasks_of_states(self.bank, states, tasks)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.cache_argument import cache_among
 from prefix_attn.errors import ShapeError, UnsupportedModel
 from prefix_attn.hf.assistant import Assistant
 from prefix_attn.hf.caches import check_tasks_of
@@ -66,7 +67,7 @@ class Generate(Method):
             if truncation:
                 raise ShapeError("truncation: expected task_ids with it (None for a row without prefix), got none")
             _refuse_mtp(kwargs, self._configs(kwargs))
-            check_tasks_of(kwargs.get("past_key_values"), self.bank, None)
+            check_tasks_of(cache_among(kwargs), self.bank, None)
             return self.original(*args, **kwargs)
         if not isinstance(vars(self.model).get(PrepareInputs.name), PrepareInputs):
             raise UnsupportedModel(
@@ -81,7 +82,7 @@ class Generate(Method):
         configs = self._configs(options)
         _refuse_what_would_be_wrong(options, configs)
         # Where the model is compiled, its passes do not compare tasks.
-        check_tasks_of(options.get("past_key_values"), self.bank, ids)
+        check_tasks_of(cache_among(options), self.bank, ids)
         inputs = next((x for name in INPUTS if (x := options.get(name)) is not None), None)
         if inputs is not None:
             if len(ids) != len(inputs):

@@ -50,10 +50,12 @@ class PackedRows:
     Attributes:
         requests: in the order of their tokens.
         lens: prefix lengths of the bank, int32 ``[tasks]``.
+        cache: the engine's paged cache.
     """
 
     requests: Sequence[Request]
     lens: Tensor
+    cache: Any
     _groups: dict[int | None, list[_Group]] = field(default_factory=dict, init=False, repr=False)
 
     def attend(
@@ -66,17 +68,20 @@ class PackedRows:
         kwargs: dict[str, Any],
         **options: Any,
     ) -> Tensor:
-        """One layer's attention ``[1, q_heads, tokens, D]``; puts the new keys into the paged cache of ``kwargs``."""
+        """One layer's attention ``[1, q_heads, tokens, D]``.
+
+        The keys are those of the paged cache, or, until transformers 5.23, new ones, and the cache is in ``kwargs``.
+        """
         layer: Any = module
-        cache = kwargs["cache"]
-        sliding = cache.layer_to_allocator[layer.layer_idx].layer_type == "sliding_attention"
+        sliding = self.cache.layer_to_allocator[layer.layer_idx].layer_type == "sliding_attention"
         window = layer.config.sliding_window if sliding else None
         if kwargs.get("sliding_window") != window and kwargs.get("sliding_window") is not None:
             raise UnsupportedModel(
                 f"{type(module).__name__}: the layer slides over {kwargs['sliding_window']} tokens, but its cache over "
                 f"{window}"
             )
-        key, value = cache.update(key_states=key, value_states=value, layer_idx=layer.layer_idx, kwargs=kwargs)
+        if "cache" in kwargs:
+            key, value = self.cache.update(key, value, layer.layer_idx, kwargs)
         out = torch.empty_like(query[0].transpose(0, 1))  # [tokens, q_heads, D]
         for group in self._grouped(window, query.device):
             part = prefix_attention(

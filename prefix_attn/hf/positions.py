@@ -6,8 +6,8 @@ positions up in a table, ``embed_positions``; there hooks put each row's own.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -83,8 +83,7 @@ def _default_positions(q_len: int, past: Any, inputs: Tensor, attention_mask: An
         theirs: Any = from_ids
         if inputs.is_floating_point():
             count = theirs.create_position_ids_from_inputs_embeds
-            behind = {"past_key_values_length": past} if len(inspect.signature(count).parameters) == 3 else {}
-            counted = count(inputs, padding_idx=padding, **behind)
+            counted = count(inputs, past, padding) if len(signature(count).parameters) == 3 else count(inputs, padding)
         else:
             counted = theirs.create_position_ids_from_input_ids(inputs, padding, past)
         assert isinstance(counted, Tensor)

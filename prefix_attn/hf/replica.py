@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.cache_argument import CACHE, OLD, cache_among
 from prefix_attn.bank.forward import FAILURES, cached_kv, evaluating
 from prefix_attn.bank.geometry import DECODER
 from prefix_attn.errors import IncompatiblePrefix, PrefixAttnError, ShapeError, UnsupportedModel
@@ -50,7 +51,7 @@ class ReplicaCache(DynamicCache):  # type: ignore[misc]
         """As usual, inside a pass of the patched model; any other pass would take the prefixes for tokens."""
         if not self.inside and self.prefix_mask.shape[1]:
             raise IncompatiblePrefix(
-                "past_key_values: begins with copies of prefixes, which only the patched model knows to count, called "
+                f"{CACHE}: begins with copies of prefixes, which only the patched model knows to count, called "
                 "with the same task_ids; start a new cache"
             )
         keys_and_values: tuple[Tensor, Tensor] = super().update(*args, **kwargs)
@@ -60,7 +61,7 @@ class ReplicaCache(DynamicCache):  # type: ignore[misc]
         """Raise `IncompatiblePrefix` where somebody has removed tokens of the prefixes."""
         if super().get_seq_length() < self.prefix_mask.shape[1]:
             raise IncompatiblePrefix(
-                "past_key_values: its prefixes, which this family has in its cache, were cropped with its tokens; "
+                f"{CACHE}: its prefixes, which this family has in its cache, were cropped with its tokens; "
                 "start a new cache"
             )
 
@@ -169,8 +170,8 @@ class ReplicaPatch:
                 counted = (mask.cumsum(1) - 1).clamp(min=0)[:, behind:]
                 positions["position_ids"] = counted[:, begin:end]
             out = model(
-                input_ids=tokens[:, begin:end], attention_mask=mask[:, : behind + end], past_key_values=cache,
-                use_cache=True, **positions, **tasks,
+                input_ids=tokens[:, begin:end], attention_mask=mask[:, : behind + end], use_cache=True,
+                **{CACHE: cache}, **positions, **tasks,
             )  # fmt: skip
             logits.append(out.logits)
         return torch.cat(logits, dim=1)
@@ -209,7 +210,8 @@ class ReplicaHook:
         task_ids = pop_task_ids(kwargs)
         _end_pass()
         given = named_arguments(model, args, kwargs)
-        cache = given.get("past_key_values")
+        cache = cache_among(given)
+        given.pop(OLD, None)
         if task_ids is None:
             self.check(cache, None)
             return args, kwargs
@@ -239,14 +241,14 @@ class ReplicaHook:
         given["attention_mask"] = mask = torch.cat([cache.prefix_mask.to(own.dtype), own], dim=1)
         _refuse_padding_among_chosen_keys(model, cache.prefix_mask, mask.shape[1])
         cache.inside, scope().replica, scope().without_cache = True, cache, without_cache
-        return (), given | {"past_key_values": cache, "use_cache": True}
+        return (), given | {CACHE: cache, "use_cache": True}
 
     def end(self, model: Any, args: Any, out: Any) -> Any:
         """Forward hook: the pass is over, and its cache counts the request's tokens again."""
         filled = scope().replica is not None
         _end_pass()
         if filled and scope().without_cache and out is not None:
-            return type(out)(**{name: x for name, x in out.items() if name != "past_key_values"})
+            return type(out)(**{name: x for name, x in out.items() if name != CACHE})
         return None
 
     def check(self, cache: Any, ids: Tensor | None) -> None:
@@ -267,12 +269,12 @@ class ReplicaHook:
             self.check(cache, ids)
             if len(cache.prefix_mask) != len(ids):
                 raise ShapeError(
-                    f"task_ids: expected {len(cache.prefix_mask)}, one for each row of past_key_values, got {len(ids)}"
+                    f"task_ids: expected {len(cache.prefix_mask)}, one for each row of {CACHE}, got {len(ids)}"
                 )
             return
         if type(cache) is not DynamicCache or cache.get_seq_length():
             raise UnsupportedModel(
-                f"past_key_values: expected an empty DynamicCache, got {type(cache).__name__} of "
+                f"{CACHE}: expected an empty DynamicCache, got {type(cache).__name__} of "
                 f"{cache.get_seq_length()} tokens; this family's prefixes are copied into a cache that grows"
             )
         lengths = [self.bank.lengths[task] if task >= 0 else 0 for task in ids.tolist()]

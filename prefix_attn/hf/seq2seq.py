@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.cache_argument import cache_among
 from prefix_attn.bank.geometry import CROSS, DECODER, ENCODER
 from prefix_attn.errors import ShapeError, UnsupportedModel
 from prefix_attn.hf.adapters import pop_task_ids
@@ -161,7 +162,7 @@ class StackHook:
         if self.part == DECODER:
             scope().positions = None
         if task_ids is None:
-            check_tasks_of(kwargs.get("past_key_values"), self.bank, None)
+            check_tasks_of(cache_among(kwargs), self.bank, None)
             scope().implementation = self.implementation
             return args, kwargs | {KEYWORD: PartBatch(self.implementation)}
         scope().implementation = None
@@ -170,11 +171,11 @@ class StackHook:
             args, kwargs = (), named_arguments(stack, args, kwargs)
         inputs = next(x for name in INPUTS if (x := kwargs.get(name)) is not None)
         ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
-        check_tasks_of(kwargs.get("past_key_values"), self.bank, ids)
+        check_tasks_of(cache_among(kwargs), self.bank, ids)
         if self.part == DECODER and hasattr(stack, "embed_positions"):
             scope().positions = shifted_positions(
                 self.bank, ids, inputs, kwargs.get("position_ids"), kwargs.get("attention_mask"),
-                kwargs.get("past_key_values"), stack,
+                cache_among(kwargs), stack,
             )  # fmt: skip
         plans = {part: self.bank.plans(ids, part) for part in set(ATTENTIONS[self.part].values())}
         tables = {holder: bias_table(holder, inputs.device) for holder in self.bias_holders}

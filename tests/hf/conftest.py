@@ -11,6 +11,9 @@ from transformers import DynamicCache
 
 import prefix_attn as pa
 from tests.hf.families import random_prefix, tiny_model
+from tests.hf.peft_names import teach_peft_the_new_name
+
+teach_peft_the_new_name()
 
 LENGTHS = {"five": 5, "nine": 9, "twelve": 12}
 TASKS = ["five", "twelve", None, "nine"]

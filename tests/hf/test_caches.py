@@ -38,7 +38,7 @@ class TestCaches:
         with torch.no_grad():
             model(ids, past_key_values=cache, task_ids=tasks)
 
-    def refuses(self, model: Any, cache: Any, tasks: Any, match: str = "past_key_values") -> None:
+    def refuses(self, model: Any, cache: Any, tasks: Any, match: str = "were computed") -> None:
         with pytest.raises(pa.IncompatiblePrefix, match=match):
             self.follow(model, cache, tasks)
 

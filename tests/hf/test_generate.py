@@ -104,9 +104,9 @@ def test_a_cache_is_continued_with_its_own_tasks(patched: Any) -> None:
     mask = torch.cat([inputs["attention_mask"], torch.ones(4, 10, dtype=torch.long)], dim=1)
     after = {"input_ids": turn.sequences, "attention_mask": mask, "past_key_values": turn.past_key_values}
     for wrong in ({}, {"task_ids": ["five", "five", None, "nine"]}, {"task_ids": [None] * 4}):
-        with pytest.raises(pa.IncompatiblePrefix, match="past_key_values"):
+        with pytest.raises(pa.IncompatiblePrefix, match="were computed"):
             patched.generate(**after, **GREEDY, **wrong)
-        with pytest.raises(pa.IncompatiblePrefix, match="past_key_values"):
+        with pytest.raises(pa.IncompatiblePrefix, match="were computed"):
             patched(turn.sequences[:, 8:9], attention_mask=mask[:, :9], past_key_values=step.past_key_values, **wrong)
     patched.generate(**after, **GREEDY, task_ids=TASKS)
     for tasks in (TASKS, ["nine"] * 4):  # transformers keeps a static cache for the next call, and clears it
