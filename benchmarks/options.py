@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import torch
 import typer
 
 from . import record
+from .peers.peft import peft_cannot_generate
 
 #: Where the results of a command go unless it is told.
 RESULTS = record.ROOT / "benchmarks" / "results"
@@ -23,3 +25,10 @@ def here(threads: int, commit: str | None) -> tuple[torch.device, record.Environ
     torch.set_num_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return device, record.Environment.read(device, commit)
+
+
+def refuse_without_peft() -> None:
+    """End with the reason where PEFT could not be timed."""
+    reason = peft_cannot_generate()
+    if reason is not None:
+        sys.exit(reason)

@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from . import record, summary
 from .compare import Bench
 from .peers import AGAIN, OURS, Peer, Point, all_peers, cpu_peers
+from .peers.peft import peft_cannot_generate
 from .roofs import Roofs, measure_roofs
 from .suites import SUITES, attention_points, generations
 
@@ -140,8 +140,9 @@ def run_generate(
     outcome: Outcome, device: torch.device, environment: record.Environment, quick: bool, seconds: float
 ) -> None:
     """The end-to-end suite, into the outcome and its file."""
-    if find_spec("peft") is None:
-        outcome.left_out.append("generate left out: PEFT is not installed (pip install 'prefix-attn[bench]')")
+    reason = peft_cannot_generate()
+    if reason is not None:
+        outcome.left_out.append(f"generate left out: {reason}")
         return
     from .generate import run_generations
 

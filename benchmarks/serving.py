@@ -30,7 +30,7 @@ from prefix_attn.serving import Engine, Request
 
 from . import record
 from .generate import gpt2_sized, random_prefixes, with_peft
-from .options import RESULTS, Commit, Out, Threads, here
+from .options import RESULTS, Commit, Out, Threads, here, refuse_without_peft
 from .timing import first_line
 
 OURS, PEFT, WITHOUT = "prefix_attn, engine", "peft, task by task", "transformers, no prefix"
@@ -219,6 +219,7 @@ def main(
     commit: Commit = None,
 ) -> None:
     """Answer the same requests in every way, print a table, and append JSON lines to <out>/<device>/serving.jsonl."""
+    refuse_without_peft()
     refuse_old_engines()  # else PEFT would be timed for minutes, and compared with nothing
     device, environment = here(threads, commit)
     model = gpt2_sized(prefix_tokens + PROMPT + LONGEST, device)

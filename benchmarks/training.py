@@ -33,7 +33,7 @@ from prefix_attn.training.loop import LEARNING_RATE, PROJECTED_LEARNING_RATE, ro
 from prefix_attn.training.prefixes import PROJECTION
 
 from . import record
-from .options import RESULTS, Commit, Out, Threads, here
+from .options import RESULTS, Commit, Out, Threads, here, refuse_without_peft
 
 MODEL = record.ROOT / "examples" / "string_tasks" / "model"
 TOKENS, ROWS = 8, 16  # of a prefix; of a task in a batch
@@ -183,6 +183,7 @@ def main(
     commit: Commit = None,
 ) -> None:
     """Train all ways, print a table, and append a JSON line for each to <out>/<device>/training.jsonl."""
+    refuse_without_peft()
     device, environment = here(threads, commit)
     rows = measure(device, examples, epochs, environment)
     print(table(rows))

@@ -11,10 +11,22 @@ from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
+from packaging.version import Version
 from torch import Tensor
+
+from prefix_attn.bank.cache_argument import CACHE, OLD
 
 from .hugging_face import HuggingFace, layer_step
 from .problem import Problem
+
+
+def peft_cannot_generate() -> str | None:
+    """Why PEFT is no peer where whole models run; None where it is one."""
+    if find_spec("peft") is None:
+        return "PEFT is not installed (pip install 'prefix-attn[bench]')"
+    if CACHE != OLD and Version(version("peft")) < Version("0.22"):
+        return f"PEFT {version('peft')} loses its prefixes in transformers 5.24 (pip install 'transformers<5.24')"
+    return None
 
 
 class Peft(HuggingFace):

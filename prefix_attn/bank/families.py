@@ -34,6 +34,10 @@ NO_PLACE = {
         "soon as a cache holds anything"
     ),
     "diffusion_gemma": "it fills in a block of tokens at a time, in any order, instead of one after the other",
+    "dory": (
+        "it runs some layers several times in a pass, each time with keys of their own, which it keeps in layers that "
+        "it adds to its cache"
+    ),
     "git": "it takes what its cache holds in front of the text for an image, of a fixed number of tokens",
     "idefics": "its layers attend to an image in every pass",
     "kosmos-2": _NEEDS_AN_IMAGE.format("text_model") + " for texts without images",
@@ -49,6 +53,7 @@ NO_PLACE = {
         "its window slides over generated tokens only and hides nothing of the prompt, while the operation's window "
         "slides over a prefix and all tokens"
     ),
+    "xlm": "its padding masks are of the tokens of one pass and know none in a cache, where a prefix would be",
 }
 
 

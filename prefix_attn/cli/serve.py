@@ -90,7 +90,7 @@ def serve(
         from prefix_attn.serving.app import create_app
     except ModuleNotFoundError as error:
         raise PrefixAttnError(
-            f"serve: needs transformers 5.23 and the extra [serve] ({error}); pip install 'prefix-attn[serve]'"
+            f"serve: needs transformers 5.23 or newer and the extra [serve] ({error}); pip install 'prefix-attn[serve]'"
         ) from error
     from prefix_attn.cli.models import load_bank, load_model, load_tokenizer
     from prefix_attn.hf import patch

@@ -36,11 +36,11 @@ def verify_a_text(model: Any, hook: Any) -> None:
     """
     tokens = some_tokens(model, PREFIX_TOKENS + TOKENS)
     key_values = cached_kv(model, tokens[:, :PREFIX_TOKENS])
-    hook.sources = Sources(model, key_values, hook.record)
-    hook.sources.attach()
     bank, hook.bank = hook.bank, PrefixBank(hook.bank.base)
     hook.strict = True
     try:
+        hook.sources = Sources(model, key_values, hook.record)
+        hook.sources.attach()
         hook.bank.add("text", of_all_heads(hook.bank, key_values))
         verify_against_replica(model, hook.bank, hook)
     except PrefixAttnError:

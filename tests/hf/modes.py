@@ -123,7 +123,7 @@ MODES: dict[str, Mode] = {
     "chunked prefill": Mode(always(prefill_chunk_size=3), GREEDY),
     "chunked prefill, static cache": Mode(always(prefill_chunk_size=3, cache_implementation="static"), GREEDY),
     "prompt lookup": Mode(always(prompt_lookup_num_tokens=3), GREEDY, one_row=True),
-    # the other families' own early exit fails in transformers 5.17 or 5.23
+    # the other families' own early exit fails in transformers
     "early exit": Mode(always(assistant_early_exit=1), GREEDY, one_row=True, families=("llama",)),
     "plain assistant": Mode(lambda model, prompts: assistant(model, patched=False), GREEDY, one_row=True),
     "patched assistant": Mode(lambda model, prompts: assistant(model, patched=True), GREEDY, one_row=True),

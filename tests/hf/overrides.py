@@ -136,9 +136,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "granite4_vision_text"},
         "vision_config": {"hidden_size": 64},  # a head of the projector has 64 dims
     },
+    "wavtokenizer_encoder": {"codebook_dim": 32, "codebook_size": 8},
+    "apertus1p5": {
+        "image_token_id": 60,
+        "audio_token_id": 61,
+        "image_token_offset": 64,
+        "audio_token_offset": 72,
+        "vision_config": {"codebook_size": 8},
+    },
+    "hy_v4_vl_text": sections(2, 1, 1),
     "granite_docling": {"vision_config": {"out_hidden_size": 32}},
     "inkling_vision": {"patch_size": 4, "num_hidden_layers": 6},  # with fewer layers than scales it needs scipy
     "inkling2": {"vision_config": {"text_hidden_size": 32}},
+    "inkling2_loop": {"vision_config": {"text_hidden_size": 32}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0], "text_hidden_size": 32}},
     "muse_spark": {"audio_config": {"out_hidden_size": 32}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},

@@ -356,7 +356,7 @@ def main(
     fresh: Annotated[bool, typer.Option(help="Forget kept results.")] = False,
     write: Annotated[Path | None, typer.Option(help="Write the table of all kept results here.")] = None,
     older: Annotated[
-        Path | None, typer.Option(help="Results of an older transformers, to be told on the page.")
+        list[Path] | None, typer.Option(help="Results of an older transformers, to be told on the page.")
     ] = None,
     seconds: Annotated[int, typer.Option(help="Time limit of one type.")] = SECONDS,
 ) -> None:
@@ -376,7 +376,7 @@ def main(
     known = {key: result for key, result in load(results).items() if key in every}
     if write is not None:
         write.parent.mkdir(exist_ok=True)
-        write.write_text(page(known.values(), ["forward", *MODES, "PEFT"], load(older).values() if older else ()))
+        write.write_text(page(known.values(), ["forward", *MODES, "PEFT"], [load(x).values() for x in older or ()]))
     failed = [result for result in known.values() if result.status == "failed"]
     for result in failed:
         print(f"{result.model_type}: {result.reason}")

@@ -77,16 +77,17 @@ class Result:
         return max(self.errors.values(), default=0.0)
 
 
-def page(results: Iterable[Result], comparisons: Sequence[str], older: Iterable[Result] = ()) -> str:
-    """The page about all results, in Markdown; ``older``: those of an older transformers."""
+def page(results: Iterable[Result], comparisons: Sequence[str], older: Iterable[Iterable[Result]] = ()) -> str:
+    """The page about all results, in Markdown; ``older``: those of each older transformers."""
     results = sorted(results, key=lambda result: result.model_type)
     causal, images = ([r for r in results if r.images == images] for images in (False, True))
     head = HEAD.format(
         version=results[0].version, causal=len(causal), causal_statuses=_statuses(causal), images=len(images),
         images_statuses=_statuses(images), worst=max(r.worst for r in results),
     )  # fmt: skip
+    others = "".join(_comparison(results, list(x)) for x in older)
     return (
-        f"{head}{_comparison(results, list(older))}\n## Causal language models\n{_section(causal, comparisons)}"
+        f"{head}{others}\n## Causal language models\n{_section(causal, comparisons)}"
         f"\n## Vision-language models, text only\n{_section(images, comparisons)}"
     )
 
@@ -122,9 +123,7 @@ def _statuses(results: Sequence[Result]) -> str:
 
 
 def _comparison(results: Sequence[Result], older: Sequence[Result]) -> str:
-    """What an older transformers gave, where that was asked for."""
-    if not older:
-        return ""
+    """What an older transformers gave."""
     status = {(r.model_type, r.images): r.status for r in results}
     changed = [
         f"{r.model_type} ({r.status})" for r in older if status.get((r.model_type, r.images), r.status) != r.status

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -12,10 +13,13 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import prefix_attn as pa
+from prefix_attn.bank.cache_argument import CACHE, OLD
 from prefix_attn.hf.caches import MARK
 from prefix_attn.hf.sources import fill
 from tests.hf.conftest import TASKS, make_bank
 from tests.hf.families import random_prefix
+from tests.hf.shrink import tiny_random_model
+from tests.hf.survey import random_bank
 from tests.hf.test_hazards import GREEDY, X, logits, patched
 from tests.hf.test_seq2seq import make_bank as make_seq2seq_bank
 from tests.seq2seq import tiny_seq2seq
@@ -118,6 +122,30 @@ def test_compiled_passes_leave_their_mark() -> None:
         for options in ({}, {"task_ids": TASKS[::-1]}):
             with pytest.raises(pa.IncompatiblePrefix, match="were computed with tasks"):
                 model.generate(both, attention_mask=mask, past_key_values=cache, **options, **GREEDY)
+
+
+@pytest.mark.skipif(CACHE == OLD, reason="transformers calls a cache past_key_values before 5.24")
+@pytest.mark.parametrize("family", ["llama", "gpt_neo", "t5"])
+def test_a_cache_has_two_names(family: str) -> None:
+    """For decoders, where its prefixes are copied into it, and for encoder-decoders; both are checked alike."""
+    encoder_decoder = family == "t5"
+    model = tiny_seq2seq(family) if encoder_decoder else tiny_random_model(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pa.SlowModel)
+        pa.patch(model, (make_seq2seq_bank if encoder_decoder else random_bank)(model))
+    ids, bank = X["input_ids"], model._prefix_attn.bank
+    start = {"decoder_input_ids": torch.zeros(4, 1, dtype=torch.long)} if encoder_decoder else {}
+    tasks = [*bank.names, None, None][:4]
+    logits = []
+    for name in (CACHE, OLD):
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if encoder_decoder else DynamicCache()
+        with torch.no_grad():
+            model(input_ids=ids, **start, **{name: cache}, task_ids=tasks)
+            logits.append(model(input_ids=ids, **start, **{name: cache}, task_ids=tasks).logits)
+        for wrong in (tasks[::-1], None):
+            with pytest.raises(pa.IncompatiblePrefix, match="computed with tasks"):
+                model(input_ids=ids, **start, **{name: cache}, task_ids=wrong)
+    assert torch.equal(*logits)
 
 
 def test_a_cache_given_by_position_is_checked_too() -> None:

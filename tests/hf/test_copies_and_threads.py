@@ -18,7 +18,7 @@ from tests.hf.survey import random_bank
 from tests.hf.threads import ChangesTheBank, wrong_in_threads
 
 #: As a keyword; with positions in a table; by the thread's scope; as prefixes made of the bank's; as copies in a cache.
-FAMILIES = ("llama", "opt", "nemotron", "deepseek_v3", "gptj")
+FAMILIES = ("llama", "opt", "nemotron", "deepseek_v3", "gpt_neox_japanese")
 
 
 @pytest.fixture(params=FAMILIES)

@@ -124,7 +124,10 @@ def test_prefixes_that_the_model_makes_of_the_banks() -> None:
 def test_the_slow_way_on_two_devices() -> None:
     """Copies of the prefix in the cache of each layer."""
     made = []
-    for model in (tiny_random_model("gptj").to(FIRST), spread(tiny_random_model("gptj"), FIRST, SECOND)):
+    for model in (
+        tiny_random_model("gpt_neox_japanese").to(FIRST),
+        spread(tiny_random_model("gpt_neox_japanese"), FIRST, SECOND),
+    ):
         with pytest.warns(pa.SlowModel):
             pa.patch(model, random_bank(model))
         made.append(model.generate(**there(padded_inputs()), **GREEDY, task_ids=TASKS).to("cpu"))

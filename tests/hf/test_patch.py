@@ -160,7 +160,7 @@ def test_families_it_cannot_serve_are_refused_by_name(family: str, reason: str) 
 
 
 @pytest.mark.filterwarnings("ignore:served in the slow way")
-@pytest.mark.parametrize("family", ["llama", "gptj"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox_japanese"])
 def test_a_patch_leaves_modes_of_parts_alone_and_verifies(family: str) -> None:
     model = tiny_random_model(family)
     model.train()

@@ -17,7 +17,7 @@ from tests.hf.test_hazards import GREEDY, X, logits
 
 def test_the_slow_way() -> None:
     """Each row's cache begins with a copy of its prefix, which generate must not count."""
-    model = tiny_random_model("gptj")
+    model = tiny_random_model("gpt_neox_japanese")
     with pytest.warns(pa.SlowModel, match="copy of the prefix"):
         pa.patch(model, random_bank(model))
     inputs = padded_inputs()
@@ -41,7 +41,7 @@ def test_the_slow_way() -> None:
 
 
 def test_the_slow_way_reads_a_cache_that_it_does_not_fill() -> None:
-    model = tiny_random_model("gptj")
+    model = tiny_random_model("gpt_neox_japanese")
     with pytest.warns(pa.SlowModel):
         pa.patch(model, random_bank(model))
     ids = padded_inputs(paddings=(0, 0, 0, 0))["input_ids"]
@@ -56,7 +56,7 @@ def test_the_slow_way_reads_a_cache_that_it_does_not_fill() -> None:
 
 def test_the_slow_way_leaves_no_prefix_for_other_tasks() -> None:
     """A pass that is refused, or breaks off, has put its prefixes into the cache by then."""
-    model = tiny_random_model("gptj")
+    model = tiny_random_model("gpt_neox_japanese")
     with pytest.warns(pa.SlowModel):
         pa.patch(model, random_bank(model))
     ids, cache = padded_inputs()["input_ids"], DynamicCache(config=model.config)
@@ -72,7 +72,7 @@ class TestPrefixesInTheCache:
 
     @pytest.fixture
     def model(self) -> Any:
-        model = tiny_random_model("gptj")
+        model = tiny_random_model("gpt_neox_japanese")
         return pa.patch(model, random_bank(model))
 
     def prefill(self, model: Any, tokens: int = 5) -> Any:
@@ -101,7 +101,7 @@ class TestPrefixesInTheCache:
         def interrupt(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        hook = model.transformer.wte.register_forward_pre_hook(interrupt)
+        hook = model.get_input_embeddings().register_forward_pre_hook(interrupt)
         new = inputs["input_ids"][:, cache.get_seq_length() :]
         with pytest.raises(KeyboardInterrupt):
             model(new, attention_mask=inputs["attention_mask"], past_key_values=cache, task_ids=TASKS)
@@ -115,7 +115,7 @@ class TestPrefixesInTheCache:
         with pytest.raises(pa.IncompatiblePrefix, match="computed with tasks"):
             model(rest, past_key_values=cropped)
         with pytest.raises(pa.IncompatiblePrefix, match="only the patched model knows"):
-            model.transformer(rest, past_key_values=self.prefill(model))
+            model.base_model(rest, past_key_values=self.prefill(model))
         cropped = self.prefill(model)
         cropped.crop(-8)
         with pytest.raises(pa.IncompatiblePrefix, match="cropped with its tokens"):
@@ -143,8 +143,8 @@ class TestPrefixesInTheCache:
 
     def test_what_would_be_lost_is_refused(self, model: Any) -> None:
         ids = X["input_ids"]
-        with pytest.raises(pa.UnsupportedModel, match="the whole model takes them, not its GPTJModel"):
-            model.transformer(ids, task_ids=TASKS)
+        with pytest.raises(pa.UnsupportedModel, match="the whole model takes them, not its GPTNeoXJapaneseModel"):
+            model.base_model(ids, task_ids=TASKS)
         with pytest.raises(pa.ShapeError, match="expected 8 columns"):
             model(ids[:, 5:], attention_mask=torch.ones(4, 3), past_key_values=self.prefill(model), task_ids=TASKS)
         config = tiny_config("trocr")

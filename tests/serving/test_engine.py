@@ -146,7 +146,7 @@ def test_as_many_tokens_as_there_is_room(served: Served, engine: Engine) -> None
 
 @needs_engine
 def test_a_cache_smaller_than_the_context(served: Served) -> None:
-    model = tiny_model("gpt_neox", max_position_embeddings=4096)
+    model = tiny_model("llama", max_position_embeddings=4096)
     pa.patch(model, make_bank(model))
     with Engine(model, cache_tokens=192) as engine:
         assert engine.cache_tokens == 192
@@ -392,7 +392,9 @@ def test_every_setting_of_transformers_is_known() -> None:
 
 
 @needs_engine
-@pytest.mark.parametrize(("family", "words"), [("deepseek_v3", "keys that this family makes"), ("gptj", "slow way")])
+@pytest.mark.parametrize(
+    ("family", "words"), [("deepseek_v3", "keys that this family makes"), ("gpt_neox_japanese", "slow way")]
+)
 def test_families_that_cannot_be_batched(family: str, words: str) -> None:
     model = tiny_random_model(family)
     with warnings.catch_warnings():
