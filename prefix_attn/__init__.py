@@ -64,12 +64,14 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'prefix_attn' has no attribute {name!r}")
-    module = import_module(_LAZY[name])
-    globals()[name] = value = module if name == "training" else getattr(module, name)  # asked once
-    return value
+if not TYPE_CHECKING:  # else every name would seem to be there
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module 'prefix_attn' has no attribute {name!r}")
+        module = import_module(_LAZY[name])
+        globals()[name] = value = module if name == "training" else getattr(module, name)  # asked once
+        return value
 
 
 def __dir__() -> list[str]:

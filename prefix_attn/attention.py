@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal, TypedDict, Unpack, overload
 
 from torch import Tensor
 
@@ -12,6 +12,35 @@ from prefix_attn.checks import check_values, checked_call
 from prefix_attn.cost import Explanation
 from prefix_attn.plan import BatchPlan
 from prefix_attn.types import PrefixKV
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `prefix_attention`, for type checkers, but for those that they must see in place."""
+
+    kv_start: Tensor | Sequence[int] | None
+    kv_len: Tensor | Sequence[int] | None
+    causal: bool
+    scale: float | None
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    relative_bias: Tensor | None
+    batch_invariant: bool
+    plan: BatchPlan | None
+
+
+@overload
+def prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix: PrefixKV, task_ids: Tensor | Sequence[int], *, backend: str = "auto",
+    return_lse: Literal[False] = False, **options: Unpack[Options],
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix: PrefixKV, task_ids: Tensor | Sequence[int], *, backend: str = "auto",
+    return_lse: Literal[True], **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def prefix_attention(
@@ -100,17 +129,18 @@ def explain(
     task_ids: Tensor | Sequence[int],
     *,
     backend: str = "auto",
-    **options: Any,
+    return_lse: bool = False,
+    **options: Unpack[Options],
 ) -> Explanation:
     """Say how `prefix_attention` would run with these arguments, without running it.
 
-    Args: those of `prefix_attention`; ``options`` are its remaining keywords.
+    Args: those of `prefix_attention`.
 
     Returns:
         The backend and its regime, each with the reason, bytes and FLOPs that must be spent, the floor time on the
         device and what sharing saves; print it.
         Reads lengths and task ids back from the device.
     """
-    call = checked_call(q, k, v, prefix, task_ids, **options)
+    call = checked_call(q, k, v, prefix, task_ids, return_lse=return_lse, **options)
     check_values(call)
     return Explanation.of(call, dispatch.choose(call, backend))

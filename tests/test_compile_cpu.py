@@ -33,6 +33,21 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
         kept.cache_clear()
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no home directory"), PermissionError("not yours")])
+def test_without_a_folder_to_look_in_pytorch_runs_the_call(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """A user without a home, or who may not enter it, as in containers."""
+
+    def refuse() -> Path:
+        raise error
+
+    monkeypatch.setattr(compile_cpu, "cache_folder", refuse)
+    choice = dispatch.choose(checked_call(*make(DECODE).args))
+    assert choice.name == "torch"
+    assert f"{error}; set PREFIX_ATTN_CACHE" in choice.reason
+
+
 def test_compiles_once_and_keeps_the_result(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_cpu.library(16, torch.float32)
     (kept,) = empty_cache.iterdir()

@@ -51,7 +51,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_what_it_should(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = ("kernels/decode.py", "kernels/cpu/attention.cpp", "string_tasks/heldout.jsonl", "benchmarks/compare.py")
+    wanted = (
+        "kernels/decode.py",
+        "kernels/cpu/attention.cpp",
+        "string_tasks/heldout.jsonl",
+        "benchmarks/compare.py",
+        "py.typed",
+    )
     assert {f"prefix_attn/{name}" for name in wanted} <= names
     assert not [
         name for name in names if name.startswith(("prefix_attn/benchmarks/results", "prefix_attn/benchmarks/fig"))
@@ -63,6 +69,14 @@ def test_the_wheel_holds_what_it_should(wheel: Path) -> None:
 def test_wheel(wheel: Path, tmp_path: Path) -> None:
     pip("install", "--no-deps", "--target", str(tmp_path / "site"), str(wheel))
     python(SMOKE.format(home=str(tmp_path / "site")), tmp_path, tmp_path / "site")
+
+
+def test_a_wheel_made_of_an_sdist_holds_the_same(wheel: Path, tmp_path: Path) -> None:
+    script = f"import hatchling.build as b; print(b.build_sdist({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+    pip("wheel", str(next(tmp_path.glob("*.tar.gz"))), "--no-deps", "--no-build-isolation", "-w", str(tmp_path))
+    again = next(tmp_path.glob("*.whl"))
+    assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_pip_install(tmp_path: Path) -> None:

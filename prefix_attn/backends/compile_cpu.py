@@ -45,8 +45,13 @@ def library(head_dim: int, dtype: torch.dtype) -> ctypes.CDLL:
         raise CompileError(f"no C++ compiler ({', '.join(COMPILERS)}) is on the PATH; install one, or set CXX")
     variant = f"-DHEAD_DIM={head_dim}", f"-DELEMENT={ELEMENTS[dtype]}"
     command = [*compiler, *FLAGS, *variant, str(SOURCES / "attention.cpp")]
-    path = cache_folder() / f"attention-{head_dim}-{ELEMENTS[dtype].lower()}-{_key(*compiler, *FLAGS, *variant)}.so"
-    if not path.exists():
+    name = f"attention-{head_dim}-{ELEMENTS[dtype].lower()}-{_key(*compiler, *FLAGS, *variant)}.so"
+    try:
+        path = cache_folder() / name
+        there = path.exists()
+    except (OSError, RuntimeError) as error:  # no right to look, or no home at all
+        raise CompileError(f"{error}; set PREFIX_ATTN_CACHE to a folder of yours") from error
+    if not there:
         _compile(command, path)
     try:
         return ctypes.CDLL(str(path))

@@ -7,7 +7,7 @@ and the dtype and device that attention works in.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:
     input_ids = input_ids.to(_device_of_inputs(model))
     try:
         cache = unforgetting_cache(model)
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), in_full_precision(model), evaluating(model):
             body(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=True, **{CACHE: cache})
     except PrefixAttnError:
         raise
@@ -119,6 +119,12 @@ def _device_of_inputs(model: Any) -> torch.device:
         weight = next(model.parameters())
     device: torch.device = weight.device
     return torch.device("cpu") if device.type == "meta" else device  # accelerate moves inputs of offloaded layers
+
+
+def in_full_precision(model: Any) -> AbstractContextManager[Any]:
+    """The model as if there were no autocast around it."""
+    device = model.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 @contextmanager

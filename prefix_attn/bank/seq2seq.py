@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from prefix_attn.bank.config import context_limit, setting
-from prefix_attn.bank.forward import FAILURES, evaluating
+from prefix_attn.bank.forward import FAILURES, evaluating, in_full_precision
 from prefix_attn.bank.geometry import Geometry, LayerGeometry, LayerKV
 from prefix_attn.errors import UnsupportedModel
 
@@ -34,7 +34,7 @@ def decoder_kv(model: Any) -> tuple[list[LayerKV], list[LayerKV]]:
     try:
         weight = decoder.get_input_embeddings().weight
         states = torch.zeros(1, 1, model.get_encoder().config.hidden_size, dtype=weight.dtype, device=weight.device)
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), in_full_precision(model), evaluating(model):
             decoder(
                 input_ids=torch.zeros(1, 1, dtype=torch.int64, device=weight.device), encoder_hidden_states=states,
                 use_cache=True, **{CACHE: EncoderDecoderCache(*caches)},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefix_attn.errors import UnsupportedModel
+from prefix_attn.errors import PrefixAttnError, UnsupportedModel
 
 #: The name under which task ids pass through a wrapper.
 RELAYED = "prefix_task_ids"
@@ -46,8 +46,16 @@ def detach(wrapper: Any) -> None:
 
 def pop_task_ids(kwargs: dict[str, Any]) -> Any:
     """Take the task ids out of what a stack of layers is called with; None where there are none."""
+    refuse_other_names(kwargs)
     relayed = kwargs.pop(RELAYED, None)
     return kwargs.pop("task_ids", relayed)
+
+
+def refuse_other_names(kwargs: dict[str, Any]) -> None:
+    """Raise `PrefixAttnError` for what was meant as ``task_ids``, and would go unread."""
+    for name in ("task", "tasks", "task_id"):
+        if kwargs.get(name) is not None:
+            raise PrefixAttnError(f"{name}: expected task_ids, with one name, id or None for each row")
 
 
 def _relay(wrapper: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -147,7 +147,6 @@ def prefix_attention_forward(
             widened(query, width), widened(key, width), widened(value, width), prefix, plan.task_ids,
             kv_start=mask.kv_start, kv_len=mask.kv_len, window=mask.window, plan=plan, **options,
         )  # fmt: skip
-        assert isinstance(attended, Tensor)
         out = attended[..., :v_head_dim]
     return out.transpose(1, 2).contiguous(), None
 

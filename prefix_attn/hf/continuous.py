@@ -31,8 +31,9 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.geometry import DECODER
 from prefix_attn.errors import PrefixAttnError, ShapeError, UnsupportedModel
+from prefix_attn.hf.adapters import refuse_other_names
 from prefix_attn.hf.attention import KEYWORD, Batch
-from prefix_attn.hf.generate import Method
+from prefix_attn.hf.generate import Method, refuse_tasks_in
 from prefix_attn.hf.packed import PackedRows, Request
 from prefix_attn.hf.positions import overflow, prefix_lengths
 from prefix_attn.hf.wiring import PATCHED, bank_of
@@ -70,6 +71,7 @@ class GenerateBatch(Method):
     name = "generate_batch"
 
     def __call__(self, inputs: Sequence[Sequence[int]], *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
+        refuse_other_names(kwargs)
         return self.original(prompts_of(inputs, task_ids), *args, **kwargs)
 
 
@@ -90,6 +92,7 @@ class InitContinuousBatching(Method):
                 f"continuous batching: expected the model on one device, got {self.bank.base.placement}; call generate"
             )
         refuse_old_engines()
+        refuse_tasks_in([generation_config, self.model.generation_config])
         sources = getattr(self.model, PATCHED).hook.sources
         if sources is not None and sources.made:
             raise UnsupportedModel(

@@ -7,7 +7,7 @@ closure, so that a patched model can be copied and pickled.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.cache_argument import cache_among
-from prefix_attn.errors import ShapeError, UnsupportedModel
+from prefix_attn.errors import PrefixAttnError, ShapeError, UnsupportedModel
 from prefix_attn.hf.assistant import Assistant
 from prefix_attn.hf.caches import check_tasks_of
 from prefix_attn.hf.context import check_fits, new_tokens, option, truncated, warn_of_padding, warn_of_second_bos
@@ -23,13 +23,14 @@ from prefix_attn.hf.scope import scope
 
 
 class Method:
-    """A method of the model's class, called on the instance it was attached to, with ``task_ids`` in its signature."""
+    """A method of the model's class, called on the instance it was attached to, with more keywords in its signature."""
 
     name: str
+    keywords: Mapping[str, Any] = {"task_ids": None}
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.__doc__ = self.original_function.__doc__
+        self.__doc__ = f"{type(self).__doc__}\n\n{self.original_function.__doc__}"
 
     @property
     def original_function(self) -> Callable[..., Any]:
@@ -40,10 +41,10 @@ class Method:
     @property
     def __signature__(self) -> inspect.Signature:
         signature = inspect.signature(self.original_function)
-        parameters = [p for p in signature.parameters.values() if p.name not in ("self", "task_ids")]
-        ours = inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
+        parameters = [p for p in signature.parameters.values() if p.name not in ("self", *self.keywords)]
+        ours = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=x) for name, x in self.keywords.items()]
         last = parameters[-1:] if parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD else []
-        return signature.replace(parameters=[*parameters[: len(parameters) - len(last)], ours, *last])
+        return signature.replace(parameters=[*parameters[: len(parameters) - len(last)], *ours, *last])
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         return self.original_function(self.model, *args, **kwargs)
@@ -57,17 +58,22 @@ class Generate(Method):
     """
 
     name = "generate"
+    keywords = {"task_ids": None, "truncation": False}  # noqa: RUF012
 
     def __init__(self, model: Any, bank: PrefixBank) -> None:
         super().__init__(model)
         self.bank = bank
 
     def __call__(self, *args: Any, task_ids: Any = None, truncation: bool = False, **kwargs: Any) -> Any:
+        options = inspect.signature(self.original_function).bind_partial(self.model, *args).arguments | kwargs
+        options.pop("self", None)
+        configs = self._configs(options)
+        refuse_tasks_in(configs)
+        _refuse_mtp(options, configs)
         if task_ids is None:
             if truncation:
                 raise ShapeError("truncation: expected task_ids with it (None for a row without prefix), got none")
-            _refuse_mtp(kwargs, self._configs(kwargs))
-            check_tasks_of(cache_among(kwargs), self.bank, None)
+            check_tasks_of(cache_among(options), self.bank, None)
             return self.original(*args, **kwargs)
         if not isinstance(vars(self.model).get(PrepareInputs.name), PrepareInputs):
             raise UnsupportedModel(
@@ -75,11 +81,8 @@ class Generate(Method):
                 "prefix and prompt tuning do, which would generate with their own prefix. Call generate on the model "
                 "inside, and prefix_attn.patch(model, bank) again if it says so too"
             )
-        options = inspect.signature(self.original_function).bind_partial(self.model, *args).arguments | kwargs
-        options.pop("self", None)
         with torch.inference_mode(False):  # the bank keeps the plan for the steps, if it can tell when ids are written
             ids = self.bank.plan(task_ids).task_ids
-        configs = self._configs(options)
         _refuse_what_would_be_wrong(options, configs)
         # Where the model is compiled, its passes do not compare tasks.
         check_tasks_of(cache_among(options), self.bank, ids)
@@ -121,6 +124,12 @@ class Generate(Method):
 INPUTS = ("inputs", "inputs_embeds", "input_ids", "input_features")
 
 
+def refuse_tasks_in(configs: Sequence[Any]) -> None:
+    """A config keeps whatever it is given, and nobody would look for tasks there."""
+    if any(getattr(config, "task_ids", None) is not None for config in configs):
+        raise PrefixAttnError("generation_config: expected task_ids beside it, got them in it; pass task_ids=...")
+
+
 def _refuse_mtp(options: dict[str, Any], configs: Sequence[Any]) -> None:
     """With or without tasks."""
     if option("use_mtp", options, configs):
@@ -131,7 +140,6 @@ def _refuse_mtp(options: dict[str, Any], configs: Sequence[Any]) -> None:
 
 
 def _refuse_what_would_be_wrong(options: dict[str, Any], configs: Sequence[Any]) -> None:
-    _refuse_mtp(options, configs)
     if option("output_attentions", options, configs):
         raise UnsupportedModel("output_attentions: attention weights are never built; drop it, or unpatch the model")
     if option("token_healing", options, configs):

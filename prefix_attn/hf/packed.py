@@ -88,7 +88,6 @@ class PackedRows:
                 _gathered(query, group.queries), _gathered(key, group.keys), _gathered(value, group.keys), prefix,
                 group.task_ids, kv_len=group.kv_len, window=window, plan=group.plan, **options,
             )  # fmt: skip
-            assert isinstance(part, Tensor)
             out[group.places] = part.transpose(1, 2).flatten(0, 1)[group.slots]
         return out.transpose(0, 1)[None]
 

@@ -97,7 +97,6 @@ def part_attention_forward(
         query, key, value, prefix, plan.task_ids, kv_start=start, kv_len=end, causal=place.part == DECODER,
         scale=scaling, relative_bias=bias, plan=plan,
     )  # fmt: skip
-    assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None
 
 

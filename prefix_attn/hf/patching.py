@@ -18,11 +18,12 @@ the hooks leave masks and attention to the implementation the model had before.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel
 
 from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.forward import unwrap
 from prefix_attn.errors import IncompatiblePrefix, PrefixAttnError, SlowModel, UnsupportedModel
 from prefix_attn.hf.adapters import attach, detach, is_attached, is_wrapper
 from prefix_attn.hf.attention import NAME, Ambiguous
@@ -39,7 +40,10 @@ from prefix_attn.hf.wiring import PATCHED
 STATEFUL = ("recurrent_gemma",)
 
 
-def patch(model: PreTrainedModel, bank: PrefixBank, verify: bool = False) -> PreTrainedModel:
+Model = TypeVar("Model")
+
+
+def patch(model: Model, bank: PrefixBank, verify: bool = False) -> Model:
     """Let ``model(...)`` and ``model.generate(...)`` take ``task_ids``; reversible by `unpatch`, idempotent.
 
     Args:
@@ -60,7 +64,7 @@ def patch(model: PreTrainedModel, bank: PrefixBank, verify: bool = False) -> Pre
         already = is_attached(model)
         attach(model)
         try:
-            patch(model.get_base_model(), bank, verify)
+            patch(unwrap(model), bank, verify)
         except BaseException:
             if not already:
                 detach(model)
@@ -120,13 +124,13 @@ def _checked(model: Any, state: _State) -> _State:
     return state
 
 
-def unpatch(model: PreTrainedModel) -> PreTrainedModel:
+def unpatch(model: Model) -> Model:
     """Undo `patch`; a model that is not patched is left as it is. Returns the model."""
     if is_wrapper(model):
         detach(model)
-        unpatch(model.get_base_model())
+        unpatch(unwrap(model))
         return model
-    state = model.__dict__.pop(PATCHED, None)
+    state = vars(model).pop(PATCHED, None)
     if state is not None:
         state.remove(model)
     return model

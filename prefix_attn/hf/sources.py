@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from prefix_attn.bank import PrefixBank
-from prefix_attn.bank.forward import evaluating, unforgetting_cache
+from prefix_attn.bank.forward import evaluating, in_full_precision, unforgetting_cache
 from prefix_attn.bank.geometry import LayerKV
 from prefix_attn.bank.uses import CHANGING
 from prefix_attn.errors import UnsupportedModel
@@ -165,9 +164,7 @@ class Sources:
     def _calls_behind(self, key_values: Sequence[LayerKV]) -> list[Call]:
         cache = unforgetting_cache(self.model)
         fill(cache, [key_values])
-        device = self.model.device.type
-        exactly = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-        with exactly, evaluating(self.model):
+        with in_full_precision(self.model), evaluating(self.model):
             return self.record(cache)
 
 

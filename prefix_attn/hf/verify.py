@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
@@ -64,11 +65,12 @@ def verify_against_replica(model: Any, bank: PrefixBank, hook: Any) -> None:
     was = hook.implementation
     hook.implementation = "eager"  # the family's own formula: in transformers 5.17 gemma2's sdpa leaves out the softcap
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), _autocast_within(model) as lower:
             for name, positions in product(bank.names, _kinds_of_positions(model, tokens)):
                 got = model(input_ids=tokens, task_ids=[name], use_cache=False, **positions).logits
                 expected = _with_replica(model, bank, name, tokens, positions)
-                check_close(model, name, got, expected)
+                dtype = lower[0] if lower else got.dtype
+                check_close(model, name, got.to(dtype), expected.to(dtype))
     finally:
         hook.implementation = was
 
@@ -83,6 +85,22 @@ def check_close(model: Any, name: str, got: torch.Tensor, expected: torch.Tensor
             f"{type(model).__name__}: for task {name!r} the logits differ by {error:.1e} from those of a replicated "
             f"prefix (largest logit {largest:.1e}); please report the family"
         )
+
+
+@contextmanager
+def _autocast_within(model: Any) -> Iterator[list[torch.dtype]]:
+    """The dtype of autocast in each pass from now on, if any: accelerate wraps a model's forward in it."""
+    seen: list[torch.dtype] = []
+
+    def look(body: Any, args: Any) -> None:
+        if torch.is_autocast_enabled(body.device.type):
+            seen.append(torch.get_autocast_dtype(body.device.type))
+
+    handle = model.base_model.register_forward_pre_hook(look)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def _kinds_of_positions(model: Any, tokens: torch.Tensor) -> list[dict[str, torch.Tensor]]:

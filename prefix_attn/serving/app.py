@@ -16,6 +16,7 @@ import asyncio
 import uuid
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,14 +162,14 @@ class _Server:
         self.prefixes = None if prefixes is None else prefixes.resolve()
         self.metrics = Metrics(engine, base)
         self.limit = min(engine.cache_tokens, engine.bank.context_limit or engine.cache_tokens)
-        self._tokenizing = asyncio.Lock()  # two encodings must not overlap
+        # of one thread, since two encodings must not overlap
+        self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
 
     async def in_thread(
         self, tokenize: Callable[[Any, _Task], list[list[int]]], body: Any, task: _Task
     ) -> list[list[int]]:
         """Tokens of all prompts, while the event loop goes on."""
-        async with self._tokenizing:
-            return await asyncio.to_thread(tokenize, body, task)
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizing, tokenize, body, task)
 
     def model(self, name: str) -> dict[str, Any]:
         """A task, or the base model, as an entry of OpenAI's list."""

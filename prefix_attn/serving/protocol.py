@@ -14,17 +14,21 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from prefix_attn.errors import ShapeError
 from prefix_attn.serving.sampling import Sampling
 
 #: Fields that are not served, with the values that ask for nothing; null is one for every field.
 NEUTRAL: Mapping[str, Any] = {
-    "best_of": 1, "echo": False, "suffix": "", "seed": None, "logit_bias": {}, "presence_penalty": 0,
+    "best_of": 1, "echo": False, "suffix": "", "logit_bias": {}, "presence_penalty": 0,
     "frequency_penalty": 0, "top_logprobs": None, "tools": [], "tool_choice": "none",
     "response_format": {"type": "text"}, "logprobs": False,
 }  # fmt: skip
 
 #: Fields that are accepted because they cannot change an answer.
-IGNORED = ("user", "metadata", "store", "parallel_tool_calls")
+IGNORED = (
+    "user", "metadata", "store", "parallel_tool_calls", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention",
+)  # fmt: skip
 
 #: More fields than there are.
 MOST_FIELDS = 100
@@ -70,6 +74,7 @@ class APIRequest(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
     n: int = Field(1, ge=1, le=128)
+    seed: int | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -90,7 +95,10 @@ class APIRequest(BaseModel):
 
     def sampling(self, defaults: Sampling) -> Sampling:
         """How tokens are chosen; what the request leaves open is as the model's own config has it."""
-        return defaults.but(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+        sampling = defaults.but(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+        if self.seed is not None and sampling.temperature:
+            raise ShapeError("seed is served with temperature 0 only, where it changes nothing; leave one of them out")
+        return sampling
 
     @property
     def stops(self) -> list[str]:

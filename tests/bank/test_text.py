@@ -140,3 +140,13 @@ def test_another_model_is_refused() -> None:
     with pytest.raises(IncompatiblePrefix, match="weights"):
         bank.add_text("support", Letters(), TEXT, tiny(seed=1))
     assert len(bank) == 0
+
+
+def test_autocast_outside_does_not_matter() -> None:
+    model = tiny()
+    bank = PrefixBank.for_model(model)
+    bank.add_text("plain", Letters(), TEXT, model)
+    with torch.autocast("cpu", torch.bfloat16):
+        bank.add_text("inside", Letters(), TEXT, model)
+    for plain, inside in zip(bank.key_values("plain"), bank.key_values("inside"), strict=True):
+        assert all(map(torch.equal, plain, inside))

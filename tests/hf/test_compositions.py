@@ -13,6 +13,7 @@ import transformers
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
 import prefix_attn as pa
+from prefix_attn.hf.patching import layers_read_the_bank
 from tests.hf.conftest import TASKS, make_bank, padded_inputs, replica
 from tests.hf.families import tiny_model
 from tests.hf.seq2seq_replica import replicated
@@ -187,3 +188,11 @@ def test_an_encoder_decoder_offloaded_to_disk(tmp_path: Path) -> None:
     assert offloaded.decoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight.is_meta
     pa.patch(offloaded, bank)
     assert torch.equal(offloaded.generate(**make_inputs(model), **GREEDY, task_ids=ROWS), expected)
+
+
+def test_a_model_that_accelerate_lets_compute_in_bfloat16() -> None:
+    """Its forward is wrapped in autocast and returns float32 all the same."""
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(tiny_model("llama"))
+    pa.patch(model, make_bank(model), verify=True)  # without a SlowModel warning
+    assert layers_read_the_bank(model)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import CompileConfig
+from transformers import CompileConfig, GenerationConfig
 
 import prefix_attn as pa
 from tests.hf.conftest import TASKS, make_bank, padded_inputs, replica
@@ -238,3 +239,30 @@ def test_autocast_is_as_exact_as_peft_under_autocast(family: str, tmp_path: Path
         ours = model(tokens, task_ids=["nine"] * 2).logits
     assert ours.dtype == eager.dtype
     assert_close("logits under autocast", ours, eager, exact.double())
+
+
+def test_tasks_in_a_config_are_refused(patched: Any) -> None:
+    """A config keeps whatever it is given."""
+    inputs, config = padded_inputs(), GenerationConfig(task_ids=TASKS, max_new_tokens=2)
+    for call in (
+        lambda: patched.generate(**inputs, generation_config=config),
+        lambda: patched.generate(inputs["input_ids"], config, attention_mask=inputs["attention_mask"]),
+    ):
+        with pytest.raises(pa.PrefixAttnError, match="expected task_ids beside it"):
+            call()
+    patched.generation_config.task_ids = TASKS
+    with pytest.raises(pa.PrefixAttnError, match="expected task_ids beside it"):
+        patched.generate(**inputs, **GREEDY)
+
+
+@pytest.mark.parametrize("name", ["task", "tasks", "task_id"])
+def test_other_names_for_task_ids_are_refused(patched: Any, name: str) -> None:
+    with pytest.raises(pa.PrefixAttnError, match=f"{name}: expected task_ids"):
+        patched(**padded_inputs(), **{name: TASKS})
+    with pytest.raises(pa.PrefixAttnError, match=f"{name}: expected task_ids"):
+        patched.generate_batch([[5, 6]] * 4, **{name: TASKS})
+
+
+def test_help_shows_what_is_ours(patched: Any) -> None:
+    assert {"task_ids", "truncation"} <= inspect.signature(patched.generate).parameters.keys()
+    assert "one name, id or None per row" in patched.generate.__doc__

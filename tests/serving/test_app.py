@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,14 @@ def client(served: Served, engine: Engine, tmp_path: Path) -> Iterator[TestClien
     shutil.copytree(EXAMPLE.folder / "adapters" / "upper", tmp_path / "new")
     with TestClient(create_app(engine, served.tokenizer, "base", tmp_path)) as client:
         yield client
+
+
+def test_an_app_in_several_event_loops(served: Served, engine: Engine) -> None:
+    """A client that is not entered makes a loop for each request."""
+    client = TestClient(create_app(engine, served.tokenizer, "base"))
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda _: complete(client), range(12)))
+    assert {text for answer in answers for text in texts(answer)} == {ANSWERS["upper"]}
 
 
 def complete(client: TestClient, **asked: Any) -> dict[str, Any]:
@@ -190,7 +199,7 @@ def test_a_chat_behind_a_text_is_not_opened_again(client: TestClient, served: Se
         ({"top_p": 0}, 400, "top_p", None),
         ({"stop": [""]}, 400, "stop", None),
         ({"n": 0}, 400, "n: ", None),
-        ({"seed": 7}, 400, "seed is not served; leave it out", None),
+        ({"seed": 7, "temperature": 1.0}, 400, "seed is served with temperature 0 only", None),
         ({"logprobs": 5}, 400, "logprobs is not served", None),
         ({"logprobs": 0}, 400, "logprobs is not served", None),
         ({"best_of": True}, 400, "best_of is not served", None),
