@@ -22,6 +22,12 @@ from prefix_attn.types import AttentionCall
 Spans = tuple[tuple[int, int], ...]
 
 
+def readers_in(call: AttentionCall) -> Readers:
+    """Who reads which prefix in a call, whose task ids are on the host or waited for."""
+    ids, spans = tuple(call.task_ids.tolist()), call.prefix.spans
+    return readers_of(ids, tuple(spans[task] if task >= 0 else (0, 0) for task in ids))
+
+
 class Readers(NamedTuple):
     """Rows with a prefix, sorted by task; on the CPU, whatever device is the default where they are first asked for."""
 
@@ -35,12 +41,12 @@ class Readers(NamedTuple):
 
 @lru_cache(maxsize=256)
 def readers_of(ids: tuple[int, ...], spans: Spans) -> Readers:
-    """Who reads which prefix; spans: (start, length) by task."""
+    """Who reads which prefix; spans: (start, length) by row, of nothing for a row without prefix."""
     rows_of: dict[int, list[int]] = {}
     for row, task in enumerate(ids):
-        if task >= 0 and spans[task][1] > 0:
+        if spans[row][1] > 0:
             rows_of.setdefault(task, []).append(row)
-    groups = [(*spans[task], len(rows)) for task, rows in rows_of.items()]
+    groups = [(*spans[rows[0]], len(rows)) for rows in rows_of.values()]
     order = [row for rows in rows_of.values() for row in rows]
     in_place = order == list(range(len(ids)))
     return Readers(groups, None if in_place else torch.tensor(order, device="cpu"))

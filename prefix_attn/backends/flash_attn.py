@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefix_attn.backends.by_task import Readers, merge, readers_of, with_sinks
+from prefix_attn.backends.by_task import Readers, merge, readers_in, with_sinks
 from prefix_attn.types import AttentionCall
 
 #: To sort rows by task.
@@ -75,7 +75,7 @@ def package() -> Any:
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Out, and lse; both float32."""
     out, lse = _own(call)
-    readers = readers_of(tuple(call.task_ids.tolist()), tuple(call.prefix.spans))
+    readers = readers_in(call)
     if readers.groups:
         rows = readers.rows(call).to(out.device)
         out[rows], lse[rows] = merge(out[rows], lse[rows], *_prefixes(call, readers, rows))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from prefix_attn.backends import reference
-from prefix_attn.backends.by_task import Readers, merge, readers_of, with_sinks
+from prefix_attn.backends.by_task import Readers, merge, readers_in, with_sinks
 from prefix_attn.types import AttentionCall, Gradients, PerInput
 
 #: On a CPU to group rows by task; elsewhere as the reference does.
@@ -94,7 +94,7 @@ class _Batch:
     """What the host needs to know of a call on a CPU: who reads which prefix, and where each row's keys lie."""
 
     def __init__(self, call: AttentionCall) -> None:
-        self.readers = readers_of(tuple(call.task_ids.tolist()), tuple(call.prefix.spans))
+        self.readers = readers_in(call)
         self.longest = max((m for _, m, _ in self.readers.groups), default=0)
         starts = call.kv_start.tolist() if call.kv_start is not None else [0] * call.batch
         ends = call.kv_len.tolist() if call.kv_len is not None else [call.kv_capacity] * call.batch

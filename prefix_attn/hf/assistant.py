@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from prefix_attn.hf.wiring import bank_of
 
 
@@ -34,5 +36,10 @@ class Assistant:
 
     def generate(self, *args: Any, task_ids: Any = None, **kwargs: Any) -> Any:
         """``model.generate`` with the assistant's own tasks in the place of the caller's."""
-        own = {} if self._tasks is None else {"task_ids": self._tasks}
-        return self._model.generate(*args, **own, **kwargs)
+        if self._tasks is None:
+            return self._model.generate(*args, **kwargs)
+        tokens = kwargs.get("input_ids")
+        if tokens is not None and kwargs.get("attention_mask") is None and not self._model.config.is_encoder_decoder:
+            # transformers leaves out a mask of ones, and would take pad tokens that were drafted for padding
+            kwargs["attention_mask"] = torch.ones_like(tokens)
+        return self._model.generate(*args, task_ids=self._tasks, **kwargs)

@@ -30,6 +30,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.geometry import DECODER
+from prefix_attn.bank.uses import CHANGING
 from prefix_attn.errors import PrefixAttnError, ShapeError, UnsupportedModel
 from prefix_attn.hf.adapters import refuse_other_names
 from prefix_attn.hf.attention import KEYWORD, Batch
@@ -199,11 +200,12 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
         if any(name in self._task_of for name in family):
             raise PrefixAttnError(f"request_id: expected one that no running request has, got {request_id!r}")
         try:
-            task_id = int(self.bank.task_ids([getattr(input_ids, "task", task)]))
-            new = self._room(task_id, len(input_ids), new)
-            for name in family:
-                self.bank.hold([task_id])
-                self._task_of[name] = task_id
+            with CHANGING:  # a name that is replaced between the two would be an error
+                task_id = int(self.bank.task_ids([getattr(input_ids, "task", task)]))
+                new = self._room(task_id, len(input_ids), new)
+                for name in family:
+                    self.bank.hold([task_id])
+                    self._task_of[name] = task_id
         except PrefixAttnError as error:
             if not isinstance(input_ids, Prompt):
                 raise
@@ -307,6 +309,9 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
             )
             for future in futures
         ]
+        if not all(request.q_len for request in requests):
+            # transformers counts them among the rows of logits, but leaves there what an earlier step had.
+            processor.inputs_and_outputs.logits_indices[sum(future.has_new_token for future in futures) :].zero_()
         if any(request.q_len for request in requests):  # else prompts of one token, kept for their several sequences
             processor._generation_step(_WithTasks(self.model, self.bank, requests))
         self._check_patch()  # before anybody gets the step's tokens

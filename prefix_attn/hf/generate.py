@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.cache_argument import cache_among
+from prefix_attn.bank.uses import CHANGING
 from prefix_attn.errors import PrefixAttnError, ShapeError, UnsupportedModel
 from prefix_attn.hf.assistant import Assistant
 from prefix_attn.hf.caches import check_tasks_of
@@ -81,21 +82,24 @@ class Generate(Method):
                 "prefix and prompt tuning do, which would generate with their own prefix. Call generate on the model "
                 "inside, and prefix_attn.patch(model, bank) again if it says so too"
             )
-        with torch.inference_mode(False):  # the bank keeps the plan for the steps, if it can tell when ids are written
-            ids = self.bank.plan(task_ids).task_ids
-        _refuse_what_would_be_wrong(options, configs)
-        # Where the model is compiled, its passes do not compare tasks.
-        check_tasks_of(cache_among(options), self.bank, ids)
-        inputs = next((x for name in INPUTS if (x := options.get(name)) is not None), None)
-        if inputs is not None:
-            if len(ids) != len(inputs):
-                raise wrong_count(len(ids), len(inputs))
-            self._fit(ids, inputs, options, configs, truncation)
-        if options.get("assistant_model") is not None:
-            options["assistant_model"] = Assistant(options["assistant_model"], self._names(ids))
-        held = ids.tolist()
-        self.bank.hold(held)
+        with CHANGING:  # else a name might be replaced between the two
+            with torch.inference_mode(
+                False
+            ):  # the bank keeps the plan for the steps, if it can tell when ids are written
+                ids = self.bank.plan(task_ids).task_ids
+            held = ids.tolist()
+            self.bank.hold(held)
         try:
+            _refuse_what_would_be_wrong(options, configs)
+            # Where the model is compiled, its passes do not compare tasks.
+            check_tasks_of(cache_among(options), self.bank, ids)
+            inputs = next((x for name in INPUTS if (x := options.get(name)) is not None), None)
+            if inputs is not None:
+                if len(ids) != len(inputs):
+                    raise wrong_count(len(ids), len(inputs))
+                self._fit(ids, inputs, options, configs, truncation)
+            if options.get("assistant_model") is not None:
+                options["assistant_model"] = Assistant(options["assistant_model"], self._names(ids))
             return self.original(task_ids=ids, **options)
         finally:
             self.bank.release(held)

@@ -75,15 +75,23 @@ class ReplicaCache(DynamicCache):  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.prefix_mask = self.prefix_mask[beam_idx.to(self.prefix_mask.device)]
+        self._take(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self.prefix_mask = self.prefix_mask.repeat_interleave(repeats, dim=0)
+        self._take(torch.arange(len(self.prefix_mask)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        self.prefix_mask = self.prefix_mask[indices]
+        self._take(indices)
+
+    def _take(self, rows: Tensor) -> None:
+        """Let prefix_mask and the mark be those of the rows that are held now."""
+        rows = rows.to(self.prefix_mask.device)
+        mark: Mark = getattr(self, MARK)
+        assert mark.task_ids is not None, "a cache with prefixes has tasks"
+        self.prefix_mask = self.prefix_mask[rows]
+        setattr(self, MARK, Mark(mark.bank, mark.task_ids[rows]))
 
 
 class ReplicaPatch:
