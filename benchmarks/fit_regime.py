@@ -1,6 +1,6 @@
 """Fit the constants of `prefix_attn.regime` to what inline and grouped decode took at the same points.
 
-    python -m benchmarks.fit_regime benchmarks/results/nvidia-h200/*.jsonl
+    python -m benchmarks.fit_regime benchmarks/results/nvidia-h200/2026-11-27-????????????.jsonl
 
 L2_SPEED and LAUNCH_BYTES are those of a grid with which the way that regime.py chooses is slower than the faster one by
 the least, in the geometric mean over all points where rows share; among equals, the middle. PLAN_LAUNCHES is the median

@@ -1,7 +1,7 @@
 """Launches that repeat, without asking Triton each time which compiled kernel they want.
 
-Triton inspects every argument of a launch to find the kernel that was compiled for such arguments: 48 us for the 60 of
-decode, on the host of an H200. Where all but the tensors is fixed, its choice can change only with their dtypes,
+Triton inspects every argument of a launch to find the kernel that was compiled for such arguments: 48 us for decode's
+more than 60, on the host of an H200. Where all but the tensors is fixed, its choice can change only with their dtypes,
 with which of them are None, and with addresses that are no multiples of 16. For each combination Triton is asked once;
 after that its own launcher gets the arguments, tensors as addresses.
 

@@ -132,6 +132,7 @@ class Explanation:
     def __str__(self) -> str:
         c = self.cost
         floor = f"unknown: no roof measured for {self.device}" if self.floor_us is None else f"{self.floor_us:.1f} us"
+        of = "in bytes" if self.floor_us is None else "at the floor of both"
         regime = f"regime    {self.regime.name} ({self.regime.reason})\n" if self.regime else ""
         return (
             f"backend   {self.backend} ({self.reason})\n"
@@ -140,5 +141,5 @@ class Explanation:
             f"bytes     {c.bytes:,} (a replicated prefix: {c.bytes_replicated:,})\n"
             f"FLOPs     {c.flops:,}\n"
             f"floor     {floor}\n"
-            f"saving    {self.saving:.2f}x against a replicated prefix, at the floor of both"
+            f"saving    {self.saving:.2f}x against a replicated prefix, {of}"
         )

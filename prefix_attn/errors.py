@@ -7,7 +7,8 @@
     ├── UnknownTask         a task name or id is not in the bank               (also a LookupError)
     ├── IncompatiblePrefix  a prefix does not fit the model, or its file is bad (also a ValueError)
     ├── ContextOverflow     prefix + tokens exceed the model's context         (also a ValueError)
-    └── UnsupportedModel    the patch would not be exact for this model        (also a NotImplementedError)
+    ├── UnsupportedModel    the patch would not be exact for this model        (also a NotImplementedError)
+    └── EngineFailed        of `prefix_attn.serving`: continuous batching ended
 
     UserWarning
     ├── SlowModel           served with a copy of the prefix in every row's cache

@@ -43,7 +43,7 @@ LINKS = {"kernels", "benchmarks", "string_tasks"}
 
 
 def room(module: str) -> str:
-    """``prefix_attn.bank.store`` -> ``bank``."""
+    """``prefix_attn.bank.storage`` -> ``bank``."""
     return [*module.split("."), ""][1]
 
 

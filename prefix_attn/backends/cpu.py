@@ -42,7 +42,9 @@ def refusal(call: AttentionCall) -> str | None:
     if call.needs_grad:
         return "it has no backward, and a tensor requires grad"
     if not (call.k.stride(3) == call.v.stride(3) == prefix.k.stride(2) == prefix.v.stride(2) == 1):
-        return "the head dim of keys and values must be contiguous; call .contiguous() on k and v"
+        return (
+            "the head dim of k, v, prefix.k and prefix.v must be contiguous; call .contiguous() on the one that is not"
+        )
     why_not: str | None = _missing(_HEAD_DIMS[call.head_dim], q.dtype)
     return why_not
 

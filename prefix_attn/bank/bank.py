@@ -32,7 +32,7 @@ from prefix_attn.bank.plans import LatestPlans, Plans
 from prefix_attn.bank.text import text_kv
 from prefix_attn.bank.uses import CHANGING, Uses
 from prefix_attn.bank.window import SlidingWindow
-from prefix_attn.errors import DTypeError, IncompatiblePrefix, ShapeError, UnknownTask
+from prefix_attn.errors import DTypeError, IncompatiblePrefix, PrefixAttnError, ShapeError, UnknownTask
 from prefix_attn.plan import BatchPlan
 from prefix_attn.types import PrefixKV, align
 
@@ -148,8 +148,8 @@ class PrefixBank:
             key_values, provenance = read_adapter(path, self._base)
         elif path.is_dir():
             raise IncompatiblePrefix(
-                f"path: expected a folder with {PEFT_CONFIG}, got {str(path)!r} without one; "
-                "open a saved bank with PrefixBank.from_pretrained"
+                f"path: expected a folder with {PEFT_CONFIG}, got {str(path)!r} without one; of a saved bank give one "
+                ".safetensors file in it, or open all of it (PrefixBank.from_pretrained, --bank)"
             )
         else:
             key_values, provenance = files.read_prefix(path, self._base, check_base)
@@ -231,7 +231,9 @@ class PrefixBank:
 
     def _check_new(self, name: str, replace: bool) -> None:
         if check_name(name) in self._ids and not replace:
-            raise IncompatiblePrefix(f"name: {name!r} is already in the bank; remove it first, or pass replace=True")
+            raise IncompatiblePrefix(
+                f"name: {name!r} is already in the bank; give another, remove it first, or pass replace=True"
+            )
 
     def _insert(
         self, name: str, key_values: KeyValues, provenance: Provenance, what: str, replace: bool = False
@@ -268,7 +270,12 @@ class PrefixBank:
 
         part: "decoder"; in an encoder-decoder model also "encoder" and "cross".
         """
-        return self._parts[part].layer(i)
+        return self._part(part).layer(i)
+
+    def _part(self, part: str) -> Part:
+        if part not in self._parts:
+            raise PrefixAttnError(f"part: expected one of {[*self._parts]}, got {part!r}")
+        return self._parts[part]
 
     def task_ids(self, tasks: Sequence[str | int | None] | Tensor) -> Tensor:
         """One id per row: int32 ``[batch]`` on the bank's device; -1 for a row without prefix.
@@ -302,7 +309,7 @@ class PrefixBank:
 
         The latest are kept: asked for the same tensor again, and the bank unchanged, these are returned.
         """
-        return self._plans[part].of(task_ids, self._parts[part].lens, distinct)
+        return self._plans[part].of(task_ids, self._part(part).lens, distinct)
 
     def source(self, name: str) -> str:
         """Where a task's prefix came from: "text", "trained", "peft:<folder>", or what `add` was told.
@@ -317,7 +324,7 @@ class PrefixBank:
     def prefix_len(self, name: str, part: str = DECODER) -> int:
         """Tokens of a task's prefix in a part; UnknownTask where there is no such task."""
         with CHANGING:
-            return self._parts[part].lengths[self._id(name)]
+            return self._part(part).lengths[self._id(name)]
 
     @property
     def names(self) -> list[str]:
@@ -472,7 +479,7 @@ class PrefixBank:
             task_id = self._id(task) if isinstance(task, str) else task
             if task_id < 0:
                 raise UnknownTask(f"task: expected one of {self.names}, or an id, got {task!r}")
-            return self._parts[part].read(int(self.task_ids([task_id])))
+            return self._part(part).read(int(self.task_ids([task_id])))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrefixBank:
         """The tasks that have a name: nobody holds those of a copy."""

@@ -150,8 +150,8 @@ def _check_metadata(file: str, metadata: Mapping[str, str], base: Base, check_ba
             )
     if check_base:
         fingerprint = Fingerprint(metadata.get("base_config", ""), metadata.get("base_weights", ""))
-        base.check_fingerprint(fingerprint, file, "a prefix works only with the weights it was made for (pass "
-                               "check_base=False if you know that they are the same)")  # fmt: skip
+        base.check_fingerprint(fingerprint, file, "load the model that it was made for, or make it anew (in "
+                               "Python, pass check_base=False if you know that the weights are the same)")  # fmt: skip
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

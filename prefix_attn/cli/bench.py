@@ -41,7 +41,8 @@ SUITES = {
 
 DETAILS = """
 
-Every result is compared with the formula in float64 before it is timed; a wrong one is shown and carries no time.
+Attention is compared with the formula in float64, generation with PEFT, before it is timed; a wrong result is shown
+and carries no time.
 Providers take turns, so their **ratios** can be trusted more than their times: above 1, prefix_attn is faster. "of
 floor" is the time that moving the bytes, or doing the products, must take at the rates measured at the start, over the
 time taken.

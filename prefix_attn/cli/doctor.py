@@ -153,7 +153,7 @@ def decode_steps() -> Table:
     rows = console.table(title, "rows", "tasks", "prefix", "runs", "why", "MB", "GFLOP", "floor", "gain")
     rows.caption = (
         "floor: bytes at the rate of a copy, FLOPs at that of a large product; gain: over a prefix copied into every "
-        "row, both at their floor"
+        "row, both at their floor, or by their bytes where no floor is known"
     )
     zero = torch.zeros(128, device=device, dtype=torch.bfloat16)  # only shapes and lengths matter
     said = ""

@@ -22,14 +22,14 @@ from prefix_attn.cli.options import (
     ModelOption,
     named_path,
 )
-from prefix_attn.cli.requests import Done, Line, OrderedWriter, finished, plan_batches, read_lines
+from prefix_attn.cli.requests import Done, Line, OrderedWriter, cut_into_batches, finished, read_lines
 from prefix_attn.errors import PrefixAttnError
 
 if TYPE_CHECKING:
     from prefix_attn.cli.answer import Answerer
 
 #: Lines are sorted within this many batches: enough to make even batches, little to repeat after an interruption.
-WINDOW = 16
+SORTED_BATCHES = 16
 
 
 def generate(
@@ -76,7 +76,7 @@ def generate(
             console.err.print(f"Continuing {output} after {done.lines} of {len(lines)} lines.", soft_wrap=True)
     tally = Tally(earlier=done.lines, answered=done.lines - done.failed, failed=done.failed)
     with output.open("ab") as file:  # before loading, so that an output that cannot be written is known at once
-        only_writer(file)
+        refuse_second_writer(file)
         answerer = load(model, adapters, bank, dtype, device, verify) if done.lines < len(lines) else None
         if answerer is None and lines:
             console.warn(f"{output} is complete, and was not compared with model and prefixes; --overwrite starts anew")
@@ -91,7 +91,7 @@ def generate(
         raise typer.Exit(1)
 
 
-def only_writer(file: BinaryIO) -> None:
+def refuse_second_writer(file: BinaryIO) -> None:
     """Raise `PrefixAttnError` if another process writes to the file, where the file system can tell."""
     from prefix_attn.bank.lock import hold
 
@@ -159,27 +159,27 @@ class Job:
         bar = progress.add_task("", total=total, completed=self.writer.next, rate="")
         try:
             with progress:
-                for start in range(self.writer.next, total, WINDOW * self.batch_size):
-                    window = range(start, min(start + WINDOW * self.batch_size, total))
-                    for count in self._answer(window):
+                for start in range(self.writer.next, total, SORTED_BATCHES * self.batch_size):
+                    lines = range(start, min(start + SORTED_BATCHES * self.batch_size, total))
+                    for count in self._answer(lines):
                         progress.update(bar, advance=count, rate=self.tally.rate)
         except KeyboardInterrupt:
             console.warn(f"interrupted: {self.writer.next} of {total} lines are written; run the same command again to "
                          "continue")  # fmt: skip
             raise typer.Exit(console.INTERRUPTED) from None
 
-    def _answer(self, window: range) -> Iterator[int]:
+    def _answer(self, lines: range) -> Iterator[int]:
         """Write the outputs of a range of lines; gives how many more are done, again and again."""
         rows = []
-        for index in window:
+        for index in lines:
             try:
                 rows.append(self.answerer.row(index, self.lines[index]))
             except PrefixAttnError as error:
                 self._fail(index, console.error_line(error))
-        yield len(window) - len(rows)
+        yield len(lines) - len(rows)
         bank = self.answerer.bank
-        slides = None if bank.sliding_window is None else bank.sliding_window.tokens
-        for batch in plan_batches(rows, self.batch_size, bank.context_limit, slides):
+        window = None if bank.sliding_window is None else bank.sliding_window.tokens
+        for batch in cut_into_batches(rows, self.batch_size, bank.context_limit, window):
             started = perf_counter()
             answers = self.answerer.answer(batch)
             self.tally.seconds += perf_counter() - started

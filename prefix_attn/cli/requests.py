@@ -169,7 +169,7 @@ def json_line(output: dict[str, Any]) -> bytes:
     return json.dumps(output, ensure_ascii=False).encode()
 
 
-def plan_batches(
+def cut_into_batches(
     rows: Iterable[Row], batch_size: int, limit: int | None = None, window: int | None = None
 ) -> list[list[Row]]:
     """Cut rows, sorted so that those of a batch are of similar work, into batches of at most ``batch_size``.

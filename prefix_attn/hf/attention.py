@@ -182,7 +182,8 @@ def refuse_what_would_be_wrong(layer: str, dropout: float, kwargs: dict[str, Any
     if dropout:
         raise UnsupportedModel(
             f"{layer}: attention dropout {dropout} cannot be applied inside the fused operation; "
-            "call model.eval(), or set the config's attention dropout to 0 before training"
+            "call model.eval(), or load the model without it (from_pretrained(..., attention_dropout=0.0), or what its "
+            "config calls it)"
         )
     if kwargs.get("output_attentions"):
         raise UnsupportedModel(f"{layer}: attention weights are never built; drop output_attentions=True, or unpatch")

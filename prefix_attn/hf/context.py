@@ -100,7 +100,7 @@ def warn_of_second_bos(bank: PrefixBank, task_ids: Tensor, inputs: Tensor, mask:
             return
 
 
-def truncated(bank: PrefixBank, task_ids: Tensor, inputs: Tensor, options: dict[str, Any], new: int) -> Tensor:
+def truncated(bank: PrefixBank, task_ids: Tensor, options: dict[str, Any], new: int) -> Tensor:
     """The padding mask ``[batch, tokens]`` without each row's oldest tokens, as many as must go.
 
     Raises:

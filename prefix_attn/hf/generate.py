@@ -113,7 +113,7 @@ class Generate(Method):
         """Refuse rows that are too long for their prefix, or mask their oldest tokens in ``options``."""
         new = new_tokens(inputs, options, configs)
         if truncation:
-            options["attention_mask"] = truncated(self.bank, ids, inputs, options, new)
+            options["attention_mask"] = truncated(self.bank, ids, options, new)
         check_fits(self.bank, ids, inputs, options.get("attention_mask"), new)
         warn_of_padding(self.bank, ids, inputs, options.get("attention_mask"), new)
         bos = option("bos_token_id", options, configs)
@@ -176,8 +176,8 @@ class PrepareInputs(Method):
 def wrong_count(got: int, rows: int) -> ShapeError:
     """The error for a list of tasks that does not match the batch."""
     return ShapeError(
-        f"task_ids: expected one task per row, {rows} in all (None for a row without prefix), got {got}; for a task "
-        "per prompt of a pipeline, make it with pipeline_class=prefix_attn.TextGenerationPipeline"
+        f"task_ids: expected one task per row, {rows} in all (None for a row without prefix), got {got}; in a "
+        "transformers pipeline, make it with pipeline_class=prefix_attn.TextGenerationPipeline"
     )
 
 

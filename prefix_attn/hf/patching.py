@@ -81,9 +81,7 @@ def patch(model: Model, bank: PrefixBank, verify: bool = False) -> Model:
         state = _apply(model, bank)
         if verify:
             if not len(bank):
-                raise PrefixAttnError(
-                    "verify: expected a bank with at least one task; add one, or patch with verify=False"
-                )
+                raise PrefixAttnError("verify: expected a bank with at least one task; add one, or leave verify out")
             state.verify(model)
     except BaseException:
         unpatch(model)

@@ -10,7 +10,7 @@ from fastapi import HTTPException
 BYTES_PER_POSITION = 64
 
 #: Bytes that a body may have besides, whatever the model.
-MIN_BYTES = 2**20
+BYTES_BESIDES = 2**20
 
 
 class LimitedBodies:
@@ -18,7 +18,7 @@ class LimitedBodies:
 
     def __init__(self, app: Any, limit: int) -> None:
         self.app = app
-        self.max_bytes = MIN_BYTES + BYTES_PER_POSITION * limit
+        self.max_bytes = BYTES_BESIDES + BYTES_PER_POSITION * limit
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         taken = 0
@@ -32,8 +32,7 @@ class LimitedBodies:
                     message = await receive()
                 raise HTTPException(
                     413,
-                    f"body: expected at most {self.max_bytes} bytes, got more; send several requests, or a long prompt "
-                    "as tokens",
+                    f"body: expected at most {self.max_bytes} bytes, got more; send several requests, or shorter ones",
                 )
             return message
 

@@ -78,6 +78,7 @@ class Engine:
     Raises:
         UnsupportedModel: the model is not patched, has an encoder, or is one for which continuous batching is refused;
             or see ``plain``.
+        ShapeError: a cache of ``cache_tokens`` does not fit into memory, or holds nothing.
     """
 
     def __init__(self, model: Any, cache_tokens: int | None = None, plain: bool = False) -> None:

@@ -23,14 +23,14 @@ def prompt_tokens(tokenizer: Any, text: str, limit: int, **options: bool) -> lis
         ContextOverflow: the text is too long, whatever prefix and new tokens are wanted; one that fits never is.
     """
     if len(text) > LONGEST_TOKEN * limit:
-        raise ContextOverflow(f"prompt: {len(text)} characters are too many for the model's {limit} positions")
+        raise ContextOverflow(f"prompt: {len(text)} characters are too many for the {limit} tokens that can be held")
     most = 2 * limit + 4 * LONGEST_TOKEN
     beginning = 4 * most
     while beginning < len(text):
         if len(tokenised(tokenizer, text[:beginning], verbose=False, **options)) > most:
             raise ContextOverflow(
                 f"prompt: of {len(text)} characters, the first {beginning} are more than {most} tokens, too many for "
-                f"the model's {limit} positions"
+                f"the {limit} that can be held"
             )
         beginning *= 2
     return tokenised(tokenizer, text, verbose=False, **options)

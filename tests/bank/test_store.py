@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefix_attn import ContextOverflow, DTypeError, IncompatiblePrefix, ShapeError, UnknownTask
+from prefix_attn import ContextOverflow, DTypeError, IncompatiblePrefix, PrefixAttnError, ShapeError, UnknownTask
 from prefix_attn.bank import MemoryUsage, PrefixBank, plans
 from prefix_attn.types import ALIGNMENT, PrefixKV
 from tests.bank.models import bits, random_kv, read, same_bits, state, tiny
@@ -356,3 +356,15 @@ def test_check_model(bank: PrefixBank) -> None:
         bank.check_model(tiny(seed=1))
     with pytest.raises(IncompatiblePrefix, match="config"):
         bank.check_model(tiny("mistral"))
+
+
+def test_a_part_that_the_model_does_not_have(bank: PrefixBank) -> None:
+    bank.add("a", random_kv(bank.geometry, 4))
+    for call in (
+        lambda: bank.layer(0, "encoder"),
+        lambda: bank.prefix_len("a", "cross"),
+        lambda: bank.key_values("a", "encoder"),
+        lambda: bank.plan(["a"], "encoder"),
+    ):
+        with pytest.raises(PrefixAttnError, match=r"part: expected one of \['decoder'\]"):
+            call()

@@ -104,7 +104,7 @@ def test_replace(bank: PrefixBank) -> None:
 
 def test_what_cannot_replace_changes_nothing(bank: PrefixBank) -> None:
     before = bits(read(bank, "a"))
-    with pytest.raises(pa.IncompatiblePrefix, match=r"remove it first, or pass replace=True"):
+    with pytest.raises(pa.IncompatiblePrefix, match=r"give another, remove it first, or pass replace=True"):
         bank.add("a", random_kv(bank.geometry, 4))
     with pytest.raises(pa.IncompatiblePrefix):
         bank.add("a", random_kv(bank.geometry, 4)[:1], replace=True)

@@ -114,7 +114,7 @@ def interrupt_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_interrupted_run_is_continued(folder: Folder, example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "WINDOW", 2)
+    monkeypatch.setattr(generate, "SORTED_BATCHES", 2)
     lines = [question._asdict() for question in example.questions[:20]]
     lines[3]["task"] = "unknown"
     folder.ask(lines)
@@ -150,7 +150,7 @@ def test_an_output_of_another_prefix_or_model_is_refused_and_kept(
     folder: Folder, example: Example, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder.ask([{"task": "upper", "prompt": PROMPT}, {"prompt": PROMPT}] * 40)
-    monkeypatch.setattr(generate, "WINDOW", 2)
+    monkeypatch.setattr(generate, "SORTED_BATCHES", 2)
     with monkeypatch.context() as patch:
         interrupt_after(3, patch)
         assert folder.generate("--batch-size", "2").exit_code == console.INTERRUPTED

@@ -16,10 +16,10 @@ from prefix_attn.cli.requests import (
     OrderedWriter,
     Row,
     cut,
+    cut_into_batches,
     finished,
     json_line,
     parse_line,
-    plan_batches,
     read_lines,
 )
 from prefix_attn.errors import PrefixAttnError
@@ -118,7 +118,7 @@ def test_batches_hold_every_row_once_and_none_past_the_context(
 ) -> None:
     limit = 47  # one row alone needs at most 20 + 8 + 20 - 1
     made = [Row(i, None, [0] * n, m, new) for i, (n, m, new) in enumerate(sizes)]
-    batches = plan_batches(made, batch_size, limit)
+    batches = cut_into_batches(made, batch_size, limit)
     assert sorted(row.index for batch in batches for row in batch) == list(range(len(made)))
     for batch in batches:
         width, new = max(len(row.tokens) for row in batch), max(row.new_tokens for row in batch)
@@ -129,22 +129,22 @@ def test_batches_hold_every_row_once_and_none_past_the_context(
 def test_padding_takes_no_room_in_a_sliding_window() -> None:
     """A prefix of 4, prompts of 2 and 6, 3 new tokens: the short row needs 4 + 6 + 2 slots of the window beside it."""
     made = [Row(0, "a", [0] * 2, 4, 3), Row(1, None, [0] * 6, 0, 3)]
-    assert plan_batches(made, 2, window=12) == [made]
-    assert plan_batches(made, 2, window=11) == [made[:1], made[1:]]
+    assert cut_into_batches(made, 2, window=12) == [made]
+    assert cut_into_batches(made, 2, window=11) == [made[:1], made[1:]]
     alike = [Row(0, "a", [0] * 6, 4, 3), Row(1, "a", [0] * 6, 4, 3)]
-    assert plan_batches(alike, 2, window=8) == [alike], "none is padded"
+    assert cut_into_batches(alike, 2, window=8) == [alike], "none is padded"
 
 
 def test_an_encoders_prompts_take_no_positions_of_the_decoder() -> None:
     """20 positions: a start token, a prefix of 8 and 12 new tokens, the last of which needs none."""
     made = [Row(i, None, [0] * 50, 8, 12, encoded=True) for i in range(4)]
-    assert plan_batches(made, 4, limit=20) == [made]
-    assert len(plan_batches(made, 4, limit=19)) == 4
+    assert cut_into_batches(made, 4, limit=20) == [made]
+    assert len(cut_into_batches(made, 4, limit=19)) == 4
 
 
 def test_rows_of_like_work_share_a_batch() -> None:
     made = [Row(i, None, [0] * n, 0, new) for i, (n, new) in enumerate([(9, 4), (1, 4), (5, 50), (2, 4)])]
-    assert [[row.index for row in batch] for batch in plan_batches(made, 2)] == [[1, 3], [0, 2]]
+    assert [[row.index for row in batch] for batch in cut_into_batches(made, 2)] == [[1, 3], [0, 2]]
 
 
 @pytest.mark.parametrize(("asked", "kept"), [(9, [5, 6, 2]), (3, [5, 6, 2]), (2, [5, 6]), (1, [5])])

@@ -131,7 +131,7 @@ def compare(model: Any, reference: Any, bank: pa.PrefixBank, result: Result) -> 
                 raise
             del result.errors[name]
             result.absent[name] = "the family's own differs from what its logits say, unpatched and without a prefix"
-    _compare_with_peft(model, reference, bank, inputs, ours, result)
+    _compare_with_peft(reference, bank, inputs, ours, result)
 
 
 def _generate(model: Any, reference: Any, name: str, inputs: Any, options: Any, result: Result) -> Any:
@@ -248,7 +248,7 @@ class Replica:
 
 
 def _compare_with_peft(
-    model: Any, reference: Any, bank: pa.PrefixBank, inputs: dict[str, Tensor], ours: Tensor, result: Result
+    reference: Any, bank: pa.PrefixBank, inputs: dict[str, Tensor], ours: Tensor, result: Result
 ) -> None:
     from peft import PrefixTuningConfig, get_peft_model
 

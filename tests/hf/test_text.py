@@ -58,6 +58,25 @@ def test_pipeline_refuses_what_does_not_fit(example: Example) -> None:
         example.pipeline()(PROMPTS, task_ids=TASKS, batch_size=2, **OPTIONS)
 
 
+def test_pipeline_ends_with_the_prefixes_it_began_with(example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, bank = example.pipeline(pipeline_class=pa.TextGenerationPipeline), example.model.generate.bank
+    bank.load("mine", EXAMPLE / "adapters" / "reverse")
+    batches = []
+
+    def replacing(*args: Any, **options: Any) -> Any:
+        batches.append(pa.TextGenerationPipeline._forward(pipe, *args, **options))
+        bank.load("mine", EXAMPLE / "adapters" / "upper", replace=True)
+        return batches[-1]
+
+    monkeypatch.setattr(pipe, "_forward", replacing)
+    out = pipe(PROMPTS, task_ids=["mine"] * 5, batch_size=2, return_full_text=False, **OPTIONS)
+    assert len(batches) == 3
+    assert [results[0]["generated_text"] for results in out[:2]] == ["olleh", "dlrow"]
+    assert out[2][0]["generated_text"] == "cba", "in the second batch"
+    bank.remove("mine")
+    assert sum(m >= 0 for m in bank.lengths) == 3, "nobody holds what was replaced"
+
+
 def test_streaming(example: Example) -> None:
     streamer = TextIteratorStreamer(example.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
     inputs = example.tokenizer("hello>", return_tensors="pt")
