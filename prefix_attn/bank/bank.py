@@ -309,7 +309,8 @@ class PrefixBank:
 
         The latest are kept: asked for the same tensor again, and the bank unchanged, these are returned.
         """
-        return self._plans[part].of(task_ids, self._part(part).lens, distinct)
+        lens = self._part(part).lens
+        return self._plans[part].of(task_ids, lens, distinct)
 
     def source(self, name: str) -> str:
         """Where a task's prefix came from: "text", "trained", "peft:<folder>", or what `add` was told.
