@@ -37,7 +37,7 @@ def test_what_fits_is_never_refused(size: int, length: int) -> None:
 def test_of_what_is_too_long_only_the_beginning_is_looked_at() -> None:
     tokenizer = Chunks(1)
     limit = 10_000
-    with pytest.raises(ContextOverflow, match=f"too many for the model's {limit} positions"):
+    with pytest.raises(ContextOverflow, match=f"too many for the {limit} that can be held"):
         prompt_tokens(tokenizer, "a" * LONGEST_TOKEN * limit, limit)
     assert tokenizer.seen < 10 * limit
     with pytest.raises(ContextOverflow, match="2560001 characters are too many"):
