@@ -57,6 +57,8 @@ def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:
         )
     if any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
         raise UnsupportedModel("model: expected loaded weights, got parameters on the meta device; load them first")
+    if any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__):
+        raise UnsupportedModel("model: its layers are sharded already; make the bank, and patch, before fully_shard")
     body = getattr(model, "base_model", model)  # without the language-model head, whose logits nobody reads
     input_ids = input_ids.to(_device_of_inputs(model))
     try:

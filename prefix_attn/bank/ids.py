@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,8 @@ def checked_ids(
             for row, task in enumerate(tasks.tolist()):
                 _check_id(row, task, ids, lengths)
         return tasks.to(device=device, dtype=torch.int32)
+    if isinstance(tasks, np.ndarray):
+        tasks = tasks.tolist()
     if isinstance(tasks, str) or not isinstance(tasks, Sequence):
         one = f"; for a batch of one write [{tasks!r}]" if isinstance(tasks, str | Integral) else ""
         raise DTypeError(

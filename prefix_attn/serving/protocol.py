@@ -21,7 +21,7 @@ from prefix_attn.serving.sampling import Sampling
 NEUTRAL: Mapping[str, Any] = {
     "best_of": 1, "echo": False, "suffix": "", "logit_bias": {}, "presence_penalty": 0,
     "frequency_penalty": 0, "top_logprobs": None, "tools": [], "tool_choice": "none",
-    "response_format": {"type": "text"}, "logprobs": False,
+    "response_format": {"type": "text"}, "logprobs": False, "service_tier": "auto", "modalities": ["text"],
 }  # fmt: skip
 
 #: Fields that are accepted because they cannot change an answer.

@@ -6,6 +6,7 @@ import copy
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -368,3 +369,11 @@ def test_a_part_that_the_model_does_not_have(bank: PrefixBank) -> None:
     ):
         with pytest.raises(PrefixAttnError, match=r"part: expected one of \['decoder'\]"):
             call()
+
+
+def test_ids_and_names_in_arrays(bank: PrefixBank) -> None:
+    bank.add("a", random_kv(bank.geometry, 4))
+    for tasks in (np.array(["a", "a"]), np.array([0, 0]), np.array(["a", None]), [np.str_("a"), np.int64(-1)]):
+        assert bank.task_ids(tasks).tolist() == bank.task_ids(list(tasks)).tolist()
+    with pytest.raises(DTypeError, match=r"task_ids\[0\]"):
+        bank.task_ids(np.array([[0]]))

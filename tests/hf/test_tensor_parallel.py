@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.fsdp
 import transformers
 
 import prefix_attn as pa
@@ -62,3 +63,14 @@ def test_two_processes(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     one_process(Path(sys.argv[1]))
+
+
+def test_a_model_that_fsdp_has_sharded_is_refused() -> None:
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        model = tiny_model("llama")
+        torch.distributed.fsdp.fully_shard(model, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (1,)))
+        with pytest.raises(pa.UnsupportedModel, match="before fully_shard"):
+            pa.PrefixBank.for_model(model)
+    finally:
+        torch.distributed.destroy_process_group()
