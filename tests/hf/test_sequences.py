@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import random
 import sys
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +15,8 @@ from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfi
 
 import prefix_attn as pa
 from prefix_attn.backends.by_task import readers_of
+from prefix_attn.hf.decoder import DecoderPatch
+from prefix_attn.hf.sources import fill
 from tests.hf.conftest import make_bank
 from tests.hf.families import random_prefix, tiny_model
 from tests.hf.shrink import tiny_random_model
@@ -100,3 +105,69 @@ def test_what_is_remembered_of_a_batch_does_not_grow_with_the_ids_there_were() -
         lens[longer - 1 :] = -1
         pa.prefix_attention(q, q, q, pa.PrefixKV(prefix.k, prefix.v, prefix.starts, lens), [0], backend="torch")
     assert readers_of.cache_info().currsize == 1
+
+
+class Walk:
+    """A batch on one cache, whose rows are copied, dropped and cropped between passes."""
+
+    def __init__(self, family: str, seed: int) -> None:
+        self.random, self.plain = random.Random(seed), tiny_random_model(family)
+        self.model = copy.deepcopy(self.plain)
+        self.bank = random_bank(self.model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pa.SlowModel)
+            pa.patch(self.model, self.bank)
+        self.croppable = isinstance(self.model._prefix_attn, DecoderPatch) and self.bank.sliding_window is None
+        self.cache = DynamicCache(config=self.model.config)
+        self.tasks: list[str | None] = [*self.bank.names, None]
+        self.rows: list[list[int]] = [[] for _ in self.tasks]
+
+    def forward(self) -> None:
+        """Some tokens more: right for each row, and refused with other tasks."""
+        count = self.random.choice((1, 1, 3))
+        new = [[self.random.randrange(3, 99) for _ in range(count)] for _ in self.rows]
+        with torch.no_grad():
+            logits = self.model(torch.tensor(new), past_key_values=self.cache, task_ids=self.tasks).logits
+        for row, tokens in enumerate(new):
+            self.rows[row] += tokens
+            torch.testing.assert_close(logits[row], self.alone(row)[-count:], rtol=1e-4, atol=1e-4)
+        others = ["five" if task == "nine" else "nine" for task in self.tasks]
+        with pytest.raises(pa.IncompatiblePrefix), torch.no_grad():
+            self.model(torch.tensor(new), past_key_values=self.cache, task_ids=others)
+
+    def alone(self, row: int) -> torch.Tensor:
+        """Logits of all of a row's tokens from the unpatched model, behind a copy of the prefix."""
+        cache, task = DynamicCache(config=self.plain.config), self.tasks[row]
+        m = 0 if task is None else self.bank.prefix_len(task)
+        if task is not None:
+            fill(cache, [self.bank.key_values(task)])
+        tokens = torch.tensor([self.rows[row]])
+        with torch.no_grad():
+            out = self.plain(tokens, past_key_values=cache, position_ids=torch.arange(m, m + tokens.shape[1])[None])
+        logits: torch.Tensor = out.logits[0]
+        return logits
+
+    def take(self) -> None:
+        kept = sorted(self.random.sample(range(len(self.rows)), self.random.randint(1, len(self.rows))))
+        self.cache.batch_select_indices(torch.tensor(kept))
+        self.rows, self.tasks = [[*self.rows[i]] for i in kept], [self.tasks[i] for i in kept]
+
+    def copy(self) -> None:
+        if len(self.rows) <= 4:
+            self.cache.batch_repeat_interleave(2)
+            self.rows = [[*row] for row in self.rows for _ in range(2)]
+            self.tasks = [task for task in self.tasks for _ in range(2)]
+
+    def crop(self) -> None:
+        if self.croppable and len(self.rows[0]) > 1:
+            self.cache.crop(-1)
+            self.rows = [row[:-1] for row in self.rows]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "gpt_neox_japanese"])
+@pytest.mark.parametrize("seed", range(5))
+def test_walks(family: str, seed: int) -> None:
+    walk = Walk(family, seed)
+    for _ in range(12):
+        walk.forward()
+        walk.random.choice((walk.take, walk.copy, walk.crop))()
