@@ -41,6 +41,7 @@ NO_PLACE = {
     "git": "it takes what its cache holds in front of the text for an image, of a fixed number of tokens",
     "idefics": "its layers attend to an image in every pass",
     "kosmos-2": _NEEDS_AN_IMAGE.format("text_model") + " for texts without images",
+    "llama4": "it attends in chunks, which do not say which of them a prefix belongs to",
     "minimax": (
         "transformers' cache for it takes the length of padding masks from its first layer, which keeps no keys, and "
         "loses the states of its linear layers when beams change places, so that there is no right result to equal"
@@ -53,6 +54,7 @@ NO_PLACE = {
         "its window slides over generated tokens only and hides nothing of the prompt, while the operation's window "
         "slides over a prefix and all tokens"
     ),
+    "xlstm": "its layers keep states of their own and no keys and values",
     "xlm": "its padding masks are of the tokens of one pass and know none in a cache, where a prefix would be",
 }
 
