@@ -277,6 +277,7 @@ def test_training_step_compiles(backend: str) -> None:
         torch.testing.assert_close(ours, eager)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch 2.15: under vmap it runs once for each
 def test_whoever_watches_sees_the_operator() -> None:
     """In plain eager mode a call goes to its backend directly; a mode, a profiler and a transform get the operator."""
     x = make(PREFILL)
