@@ -19,14 +19,6 @@ from torch import Tensor
 
 from prefix_attn.types import AttentionCall
 
-Spans = tuple[tuple[int, int], ...]
-
-
-def readers_in(call: AttentionCall) -> Readers:
-    """Who reads which prefix in a call, whose task ids are on the host or waited for."""
-    ids, spans = tuple(call.task_ids.tolist()), call.prefix.spans
-    return readers_of(ids, tuple(spans[task] if task >= 0 else (0, 0) for task in ids))
-
 
 class Readers(NamedTuple):
     """Rows with a prefix, sorted by task; on the CPU, whatever device is the default where they are first asked for."""
@@ -39,17 +31,25 @@ class Readers(NamedTuple):
         return torch.arange(call.batch, device="cpu") if self.order is None else self.order
 
 
+def readers_in(call: AttentionCall) -> Readers:
+    """Who reads which prefix in a call, whose task ids are on the host or waited for."""
+    spans = call.prefix.spans
+    return readers_of(tuple(spans[task] if task >= 0 else (0, 0) for task in call.task_ids.tolist()))
+
+
 @lru_cache(maxsize=256)
-def readers_of(ids: tuple[int, ...], spans: Spans) -> Readers:
-    """Who reads which prefix; spans: (start, length) by row, of nothing for a row without prefix."""
-    rows_of: dict[int, list[int]] = {}
-    for row, task in enumerate(ids):
-        if spans[row][1] > 0:
-            rows_of.setdefault(task, []).append(row)
-    groups = [(*spans[rows[0]], len(rows)) for rows in rows_of.values()]
+def readers_of(spans: tuple[tuple[int, int], ...]) -> Readers:
+    """The same, of each row's prefix: its start and its length, which is 0 for a row without."""
+    rows_of: dict[tuple[int, int], list[int]] = {}
+    for row, span in enumerate(spans):
+        if span[1] > 0:
+            rows_of.setdefault(span, []).append(row)
     order = [row for rows in rows_of.values() for row in rows]
-    in_place = order == list(range(len(ids)))
-    return Readers(groups, None if in_place else torch.tensor(order, device="cpu"))
+    in_place = order == list(range(len(spans)))
+    return Readers(
+        [(*span, len(rows)) for span, rows in rows_of.items()],
+        None if in_place else torch.tensor(order, device="cpu"),
+    )
 
 
 def merge(own_out: Tensor, own_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
