@@ -13,6 +13,7 @@ from prefix_attn.bank.format import checksum
 from prefix_attn.bank.seq2seq import encoder_positions
 from prefix_attn.bank.tokens import tokenised
 from prefix_attn.cli.requests import ANEW, Line, Row, cut
+from prefix_attn.context import room_for_new
 from prefix_attn.errors import ContextOverflow, PrefixAttnError, UnknownTask
 
 #: Settings of sampling and beams that a checkpoint may bring along; transformers warns of them where they mean nothing.
@@ -106,9 +107,7 @@ class Answerer:
                     f"prompt: {len(row.tokens)} tokens exceed the encoder's {most} positions; shorten the prompt"
                 )
         limit = self.bank.context_limit
-        # The last new token is never fed back, so it needs no position.
-        room = row.new_tokens if limit is None else limit + 1 - row.prefix - row.start
-        if row.new_tokens > room:
+        if limit is not None and row.new_tokens > (room := room_for_new(limit, row.prefix, row.start)):
             advice = f"lower max_new_tokens to {room}" if room > 0 else "shorten the prompt"
             start = "a start token" if self.encodes else f"{len(row.tokens)} tokens"
             raise ContextOverflow(f"prompt: {start}, a prefix of {row.prefix} and {row.new_tokens} new tokens exceed "

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from prefix_attn.context import room_for_new
 from prefix_attn.errors import PrefixAttnError
 
 ANEW = "give another file, or --overwrite to start anew"
@@ -188,12 +189,11 @@ def cut_into_batches(
 
 
 def _fit(batch: Sequence[Row], limit: int | None, window: int | None) -> bool:
-    width = max(row.start for row in batch)
-    own = width + max(row.new_tokens for row in batch) - 1
-    if limit is not None and max(row.prefix for row in batch) + own > limit:
+    width, new = max(row.start for row in batch), max(row.new_tokens for row in batch)
+    if limit is not None and new > room_for_new(limit, max(row.prefix for row in batch), width):
         return False
     padded = [row.prefix for row in batch if row.prefix and row.start < width]
-    return window is None or not padded or max(padded) + own <= window
+    return window is None or not padded or new <= room_for_new(window, max(padded), width)
 
 
 def cut(generated: Sequence[int], asked: int, ends: Collection[int]) -> list[int]:

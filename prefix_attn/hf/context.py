@@ -1,8 +1,7 @@
 """Whether prompt, prefix and new tokens fit into the positions a model has, known before any work is done.
 
-A row with a prefix of m tokens has ``limit - m`` positions of its own, and the last new token needs none: it is not fed
-back. What is too long is refused, or on request loses its oldest tokens: they become padding, so that the batch keeps
-its shape.
+What is too long is refused, or on request loses its oldest tokens: they become padding, so that the batch keeps its
+shape.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.cache_argument import CACHE, cache_among
+from prefix_attn.context import room_for_new
 from prefix_attn.errors import PaddingInWindow, RepeatedBOS, ShapeError
 from prefix_attn.hf.positions import overflow
 
@@ -45,12 +45,12 @@ def check_fits(bank: PrefixBank, task_ids: Tensor, inputs: Tensor, mask: Any, ne
         new: tokens to be generated.
     """
     limit = bank.context_limit
-    if limit is None or inputs.shape[1] + max(bank.lengths, default=0) + new - 1 <= limit:
+    if limit is None or new <= room_for_new(limit, max(bank.lengths, default=0), inputs.shape[1]):
         return  # known without reading the device
     lengths = mask.sum(dim=1).tolist() if _is_padding_mask(mask) else [inputs.shape[1]] * len(inputs)
     for row, (task, tokens) in enumerate(zip(task_ids.tolist(), lengths, strict=True)):
         m = bank.lengths[task] if task >= 0 else 0
-        if m and m + tokens + new - 1 > limit:
+        if m and new > room_for_new(limit, m, tokens):
             shorten = "shorten the prompt (or let generate's truncation=True drop its oldest tokens)"
             raise overflow(row, m, tokens + new - 1, limit, shorten)
 
@@ -119,12 +119,12 @@ def truncated(bank: PrefixBank, task_ids: Tensor, options: dict[str, Any], new: 
     if limit is None:
         return mask
     lengths = [bank.lengths[task] if task >= 0 else 0 for task in task_ids.tolist()]
-    for row, m in enumerate(lengths):
-        if m + new > limit:
+    prompts = [room_for_new(limit, m, new) for m in lengths]
+    for row, (m, longest) in enumerate(zip(lengths, prompts, strict=True)):
+        if longest < 1:
             raise overflow(row, m, new, limit)
-    room = torch.tensor([limit - m - new + 1 for m in lengths], device=mask.device)
     tokens_from_here = mask.flip(1).cumsum(1).flip(1)
-    return mask * (tokens_from_here <= room[:, None])
+    return mask * (tokens_from_here <= torch.tensor(prompts, device=mask.device)[:, None])
 
 
 def _is_padding_mask(mask: Any) -> bool:

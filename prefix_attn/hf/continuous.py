@@ -31,6 +31,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.geometry import DECODER
 from prefix_attn.bank.uses import CHANGING
+from prefix_attn.context import room_for_new
 from prefix_attn.errors import PrefixAttnError, ShapeError, UnsupportedModel
 from prefix_attn.hf.adapters import refuse_other_names
 from prefix_attn.hf.attention import KEYWORD, Batch
@@ -225,7 +226,7 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
         m, limit = self.bank.lengths[task_id] if task_id >= 0 else 0, self.bank.context_limit
         if not m or limit is None:
             return new
-        room = limit - m - tokens + 1  # the last new token is not fed back
+        room = room_for_new(limit, m, tokens)
         if room < (new or 1):
             raise overflow(0, m, tokens + (new or 1) - 1, limit)
         return room if new is None else new

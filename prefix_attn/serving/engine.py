@@ -16,6 +16,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from prefix_attn.bank import PrefixBank
+from prefix_attn.context import room_for_new
 from prefix_attn.errors import ContextOverflow, PrefixAttnError, ShapeError, UnsupportedModel
 from prefix_attn.hf.continuous import refuse_old_engines
 from prefix_attn.hf.wiring import bank_of
@@ -169,8 +170,9 @@ class Engine:
         task_id = int(self.bank.task_ids([request.task]))
         prefix = self.bank.lengths[task_id] if task_id >= 0 else 0
         limit = self.bank.context_limit
-        # The last new token is not fed back, so it needs neither a position nor a place.
-        room = min(self.cache_tokens, self.cache_tokens if limit is None else limit - prefix) - tokens + 1
+        room = room_for_new(self.cache_tokens, 0, tokens)
+        if limit is not None:
+            room = min(room, room_for_new(limit, prefix, tokens))
         if room < (new or 1):
             positions = "" if limit is None else f"the model's {limit} positions, or "
             raise ContextOverflow(
