@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from prefix_attn.bank.base import Base
 from prefix_attn.bank.fingerprint import Fingerprint
-from prefix_attn.bank.geometry import DECODER, Geometry, LayerKV
+from prefix_attn.bank.geometry import CROSS, DECODER, ENCODER, Geometry, LayerKV
 from prefix_attn.bank.names import SUFFIX, check_file, check_name
 from prefix_attn.errors import IncompatiblePrefix
 
@@ -126,6 +127,42 @@ def read_prefix(path: Path, base: Base, check_base: bool) -> tuple[dict[str, lis
     return key_values, Provenance(metadata.get("source", ""), metadata.get("peft_version", ""))
 
 
+@dataclass(frozen=True)
+class Header:
+    """What the head of a prefix file says.
+
+    Attributes:
+        tokens: of the prefix in each part of the model ("decoder"; with an encoder also "encoder" and "cross").
+        bytes: of its keys and values, as stored.
+        source: as in `Provenance`.
+        base: name of the model it was made for.
+    """
+
+    tokens: dict[str, int]
+    bytes: int
+    source: str
+    base: str
+
+
+def read_header(path: Path) -> Header:
+    """The head of a file of `write_prefix`, its tensors unread; `IncompatiblePrefix` where it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        item = getattr(torch, metadata["dtype"]).itemsize
+        size = item * sum(prod(shape) for shape in shapes.values())
+        first = {part: shapes.get(f"{prefixed(part)}k.0") for part in (DECODER, ENCODER, CROSS)}
+        tokens = {part: shape[1] for part, shape in first.items() if shape is not None}
+        return Header(tokens, size, metadata["source"], metadata["base_model"])
+    except (OSError, SafetensorError, LookupError, AttributeError) as error:
+        raise IncompatiblePrefix(
+            f"{path}: expected a prefix file of this package, but its header cannot be read ({_reason(error)})"
+        ) from error
+
+
 def _check_metadata(file: str, metadata: Mapping[str, str], base: Base, check_base: bool) -> None:
     if metadata.get("format") != FORMAT:
         raise IncompatiblePrefix(
@@ -169,9 +206,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise IncompatiblePrefix(
-            f"{path}: expected a whole safetensors file, but it cannot be read ({reason}); fetch or save it again"
+            f"{path}: expected a whole safetensors file, but it cannot be read ({_reason(error)}); fetch or save it "
+            "again"
         ) from error
 
 
@@ -237,11 +274,15 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise IncompatiblePrefix(f"{path}: expected a JSON file, but it cannot be read ({reason})") from error
+        raise IncompatiblePrefix(f"{path}: expected a JSON file, but it cannot be read ({_reason(error)})") from error
     if not isinstance(content, dict):
         raise IncompatiblePrefix(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def _reason(error: Exception) -> object:
+    """Why a file cannot be read; its name is said elsewhere."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else error
 
 
 def portable_name(name: str) -> str:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging
 
 from prefix_attn.bank import PrefixBank
-from prefix_attn.bank.format import INDEX, prefixed, read_index, read_safetensors
-from prefix_attn.bank.geometry import CROSS, DECODER, ENCODER
+from prefix_attn.bank.format import INDEX, Header, read_header, read_index, read_safetensors
 from prefix_attn.bank.peft import WEIGHTS
 from prefix_attn.cli import console
 from prefix_attn.cli.options import Dtype
@@ -127,45 +124,13 @@ def check_bank(folder: Path) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Header:
-    """What the head of a prefix file says, its tensors unread.
-
-    Attributes:
-        tokens: of the prefix in each part of the model ("decoder"; with an encoder also "encoder" and "cross").
-        bytes: of its keys and values, as stored.
-        source: as in `prefix_attn.bank.format.Provenance`.
-        base: name of the model it was made for.
-    """
-
-    tokens: dict[str, int]
-    bytes: int
-    source: str
-    base: str
-
-    @classmethod
-    def of(cls, path: Path) -> Header:
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-            item = getattr(torch, metadata["dtype"]).itemsize
-            size = item * sum(prod(shape) for shape in shapes.values())
-            first = {part: shapes.get(f"{prefixed(part)}k.0") for part in (DECODER, ENCODER, CROSS)}
-            tokens = {part: shape[1] for part, shape in first.items() if shape is not None}
-            return cls(tokens, size, metadata["source"], metadata["base_model"])
-        except (OSError, SafetensorError, LookupError, AttributeError) as error:
-            raise IncompatiblePrefix(f"{path}: expected a prefix file of this package, but its header cannot be "
-                                     f"read ({console.error_line(error)})") from error  # fmt: skip
-
-
 def read_headers(folder: Path) -> dict[str, Header | IncompatiblePrefix]:
     """Header of each prefix of a saved bank, or what is wrong with its file, by task, in the order of the tasks."""
     check_bank(folder)
     headers: dict[str, Header | IncompatiblePrefix] = {}
     for name, file in read_index(folder).items():
         try:
-            headers[name] = Header.of(folder / file)
+            headers[name] = read_header(folder / file)
         except IncompatiblePrefix as error:
             headers[name] = error
     return headers
