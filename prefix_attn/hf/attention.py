@@ -55,7 +55,7 @@ class Batch:
 
     Attributes:
         plans: for the layers of each device, with the task ids there.
-        made: prefixes that the model makes of the bank's, see `Sources`.
+        derived: prefixes that the model makes of the bank's, see `Sources`.
         strict: refuse keywords of attention calls that are not known.
         recorded: where to note the calls of a pass without tasks, if anywhere.
         seen: calls so far of modules that have several in a pass.
@@ -66,7 +66,7 @@ class Batch:
     task_ids: Tensor | None = None
     plans: Mapping[torch.device, BatchPlan] = field(default_factory=dict)
     packed: PackedRows | None = None  # in continuous batching
-    made: tuple[PrefixKV, ...] = ()
+    derived: tuple[PrefixKV, ...] = ()
     strict: bool = False
     recorded: list[Call] | None = None
     seen: dict[int, int] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Batch:
                 f"{type(module).__name__}: the layer's cache forgets what its mask would show, so what a query sees of "
                 "a prefix would depend on how the tokens were cut into passes"
             )
-        return self.made[source.layer] if source.made else self.bank.layer(source.layer)
+        return self.derived[source.layer] if source.derived else self.bank.layer(source.layer)
 
 
 def prefix_attention_forward(

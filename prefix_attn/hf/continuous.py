@@ -96,7 +96,7 @@ class InitContinuousBatching(Method):
         refuse_old_engines()
         refuse_tasks_in([generation_config, self.model.generation_config])
         sources = getattr(self.model, PATCHED).hook.sources
-        if sources is not None and sources.made:
+        if sources is not None and sources.derives:
             raise UnsupportedModel(
                 f"{type(self.model).__name__}: continuous batching does not reach the keys that this family makes of "
                 "what the bank holds; call generate"

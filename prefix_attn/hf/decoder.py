@@ -140,9 +140,11 @@ class ModelHook:
         args, kwargs, inputs = _by_name(body, args, kwargs)
         ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
         check_tasks_of(cache_among(kwargs), self.bank, ids)
-        made = self.sources.made_of(self.bank) if self.sources is not None else []
+        derived = self.sources.derived_from(self.bank) if self.sources is not None else []
         scope().implementation, scope().positions = None, None
-        batch = Batch(self.implementation, self.bank, ids, self.bank.plans(ids), made=tuple(made), strict=self.strict)
+        batch = Batch(
+            self.implementation, self.bank, ids, self.bank.plans(ids), derived=tuple(derived), strict=self.strict
+        )
         return args, kwargs | self._passed_down(batch)
 
     def _passed_down(self, batch: Batch) -> dict[str, Batch]:

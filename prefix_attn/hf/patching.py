@@ -143,7 +143,7 @@ def layers_read_the_bank(model: Any) -> bool:
     if not isinstance(state, DecoderPatch):
         return False
     assert state.hook.sources is not None, "the patch has been checked"
-    return not state.hook.sources.made
+    return not state.hook.sources.derives
 
 
 def _refuse_shared_layers(model: Any) -> None:

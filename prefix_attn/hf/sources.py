@@ -4,7 +4,7 @@ A model is run on one token behind a cache that holds a short prefix, and its at
 keys and values of a call are the prefix as attention sees it. Where they are, bit for bit, what some layer of the cache
 holds, the call reads that layer of the bank: its own, or another one where layers share keys. Elsewhere the model makes
 them from the cache's content (latent attention expands it, some families repeat heads or split values): each task's
-keys and values are then recorded in the same way, once, and kept beside the bank.
+keys and values are then recorded in the same way, once, and kept beside the bank: derived prefixes.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ NO_INTERFACE = "the family does not use transformers' attention interface, so it
 
 
 class Source(NamedTuple):
-    """What one attention call reads: layer ``layer`` of the bank, or the ``layer``-th of the prefixes made from it.
+    """What one attention call reads: layer ``layer`` of the bank, or the ``layer``-th of the prefixes derived from it.
 
     ``slides``: the model's cache forgets what is out of this layer's window, so its mask must have one too.
     ``apart``: other layers are called between two calls of this one.
     """
 
     layer: int
-    made: bool
+    derived: bool
     slides: bool
     apart: bool = False
 
@@ -51,8 +51,8 @@ class Call(NamedTuple):
     value: Tensor
 
 
-#: One thread at a time makes prefixes.
-_MAKING = threading.RLock()
+#: One thread at a time derives prefixes.
+_DERIVING = threading.RLock()
 
 #: Runs the unpatched model on one token behind the cache; returns its attention calls in their order.
 Recorder = Callable[[Any], list[Call]]
@@ -73,7 +73,7 @@ class Sources:
         self.model = model
         self.record = record
         self.sources: dict[nn.Module, tuple[Source, ...]] = {}
-        self._made: list[tuple[int, LayerKV]] = []  # which of the recorded calls, and what it makes of no tokens
+        self._derived: list[tuple[int, LayerKV]] = []  # which of the recorded calls, and what it makes of no tokens
         self._kept: tuple[tuple[Any, ...], list[PrefixKV]] | None = None  # and what they were made of
         m = key_values[0][0].shape[1]
         read: set[int] = set()
@@ -87,10 +87,10 @@ class Sources:
                 continue  # not over [prefix ; own keys]: another kind of attention
             layer = next((i for i, pair in enumerate(key_values) if _reads(call, pair, m)), None)
             slides = (call.module.__dict__.get("layer_idx") if layer is None else layer) in sliding
-            source = Source(len(self._made) if layer is None else layer, made=layer is None, slides=slides)
+            source = Source(len(self._derived) if layer is None else layer, derived=layer is None, slides=slides)
             if layer is None:
                 k, v = _prefix_of(call)
-                self._made.append((i, (k[:, :0], v[:, :0])))
+                self._derived.append((i, (k[:, :0], v[:, :0])))
             else:
                 read.add(layer)
             self.sources[call.module] = (*self.sources.get(call.module, ()), source)
@@ -100,16 +100,16 @@ class Sources:
         if not self.sources:
             raise UnsupportedModel(f"{type(model).__name__}: {NO_INTERFACE}")
         kept = {i for i, (k, _) in enumerate(key_values) if k.shape[0]}
-        if not self._made and read != kept:
+        if not self._derived and read != kept:
             raise UnsupportedModel(
                 f"{type(model).__name__}: layers {sorted(kept - read)} keep keys and values, but do not read them "
                 "through transformers' attention interface"
             )
 
     @property
-    def made(self) -> bool:
+    def derives(self) -> bool:
         """Whether some layer reads keys that the model makes of what the bank holds."""
-        return bool(self._made)
+        return bool(self._derived)
 
     def attach(self) -> None:
         """Tell each attention module what it reads."""
@@ -121,7 +121,7 @@ class Sources:
         for module in self.sources:
             module.__dict__.pop(SOURCES, None)
 
-    def made_of(self, bank: PrefixBank) -> list[PrefixKV]:
+    def derived_from(self, bank: PrefixBank) -> list[PrefixKV]:
         """The prefixes that the model makes of the bank's, for each call that reads such.
 
         Kept until the bank, the weights that make them or the active adapters change. With gradients for those weights
@@ -130,21 +130,21 @@ class Sources:
         Raises:
             UnsupportedModel: each row has an adapter of its own, or the pass is being compiled.
         """
-        if not self._made:
+        if not self._derived:
             return []
         if torch.compiler.is_compiling():
             raise UnsupportedModel("torch.compile: this family makes keys of what the bank holds, in eager mode only")
-        makers = [module for module, sources in self.sources.items() if sources[0].made]
+        makers = [module for module, sources in self.sources.items() if sources[0].derived]
         if torch.is_grad_enabled() and any(p.requires_grad for module in makers for p in module.parameters()):
-            return self._make(bank)
+            return self._derive(bank)
         kept = self._kept  # read once: another thread may write it
         state = bank, bank.lengths, [_weights_of(module) for module in makers]
         if kept is None or kept[0] != state:
-            with _MAKING, torch.inference_mode(False), torch.no_grad():
-                self._kept = kept = state, self._make(bank)
+            with _DERIVING, torch.inference_mode(False), torch.no_grad():
+                self._kept = kept = state, self._derive(bank)
         return kept[1]
 
-    def _make(self, bank: PrefixBank) -> list[PrefixKV]:
+    def _derive(self, bank: PrefixBank) -> list[PrefixKV]:
         with CHANGING:
             lens = bank.lens.clone()  # a bank with a reserve writes its own in place, and these must fit what is packed
             filled = [task for task, m in enumerate(bank.lengths) if m > 0]
@@ -154,7 +154,7 @@ class Sources:
         finally:
             bank.release(filled)
         result = []
-        for i, nothing in self._made:
+        for i, nothing in self._derived:
             parts = {task: _prefix_of(recorded[i]) for task, recorded in calls.items()}
             packed = PrefixKV.pack([parts.get(task, nothing) for task in range(max(len(lens), 1))])
             there = lens.to(packed.k.device)
