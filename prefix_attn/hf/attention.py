@@ -26,7 +26,7 @@ from prefix_attn.plan import BatchPlan
 from prefix_attn.types import PrefixKV
 
 #: Our name in transformers' registries. (It may contain neither "flash" nor "/": transformers reads meaning into both.)
-NAME = "prefix_attn"
+IMPLEMENTATION = "prefix_attn"
 
 #: The keyword that carries a `Batch` from the model's hook to every attention layer.
 KEYWORD = "prefix_batch"

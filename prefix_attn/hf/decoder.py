@@ -14,7 +14,7 @@ from prefix_attn.bank.cache_argument import CACHE, cache_among
 from prefix_attn.bank.forward import FAILURES
 from prefix_attn.errors import UnsupportedModel
 from prefix_attn.hf.adapters import pop_task_ids
-from prefix_attn.hf.attention import KEYWORD, NAME, Batch, KeywordsLost, prefix_attention_forward
+from prefix_attn.hf.attention import IMPLEMENTATION, KEYWORD, Batch, KeywordsLost, prefix_attention_forward
 from prefix_attn.hf.caches import check_tasks_of, remember_tasks
 from prefix_attn.hf.configs import OwnConfigs, check_config
 from prefix_attn.hf.continuous import GenerateBatch, InitContinuousBatching
@@ -27,8 +27,8 @@ from prefix_attn.hf.verify import verify_a_text, verify_against_replica
 from prefix_attn.hf.wiring import PROBE, Wired, named_arguments, parameters_of
 
 # When this module is imported, so that a patched model which was pickled finds them in another process.
-AttentionInterface.register(NAME, prefix_attention_forward)
-AttentionMaskInterface.register(NAME, request_mask)
+AttentionInterface.register(IMPLEMENTATION, prefix_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, request_mask)
 
 
 class DecoderPatch:
@@ -40,7 +40,7 @@ class DecoderPatch:
         tables = tables_of_positions(decoder)
         implementation = decoder.config._attn_implementation
         self.configs = OwnConfigs(model)
-        self.configs.select(decoder.modules(), NAME)
+        self.configs.select(decoder.modules(), IMPLEMENTATION)
         self.hook = ModelHook(model, bank, implementation)
         body = model.base_model
         outermost = [body] if body is decoder else [body, decoder]  # some heads call the decoder inside the body

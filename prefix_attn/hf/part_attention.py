@@ -25,7 +25,7 @@ from prefix_attn.hf.scope import scope
 from prefix_attn.plan import BatchPlan
 
 #: Our name in transformers' registries.
-NAME = "prefix_attn_parts"
+PARTS_IMPLEMENTATION = "prefix_attn_parts"
 
 #: The attribute of an attention module that holds its `Place`.
 PLACE = "_prefix_attn_place"

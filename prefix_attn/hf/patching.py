@@ -26,7 +26,7 @@ from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.forward import unwrap
 from prefix_attn.errors import IncompatiblePrefix, PrefixAttnError, SlowModel, UnsupportedModel
 from prefix_attn.hf.adapters import attach, detach, is_attached, is_wrapper
-from prefix_attn.hf.attention import NAME, Ambiguous
+from prefix_attn.hf.attention import IMPLEMENTATION, Ambiguous
 from prefix_attn.hf.configs import OURS
 from prefix_attn.hf.decoder import DecoderPatch, decoder_of
 from prefix_attn.hf.masks import check_implementation
@@ -181,4 +181,4 @@ def _refuse(model: Any) -> None:
         raise UnsupportedModel(
             f"{family}: expected a causal language model with generate, such as AutoModelForCausalLM"
         )
-    check_implementation(family, decoder_of(model), NAME)
+    check_implementation(family, decoder_of(model), IMPLEMENTATION)

@@ -31,7 +31,14 @@ from prefix_attn.hf.continuous import NoBatches
 from prefix_attn.hf.encoder_states import StatesHook, check_tasks_of_states, remember_tasks_of_states
 from prefix_attn.hf.generate import INPUTS, Generate, PrepareInputs, checked_for_batch
 from prefix_attn.hf.masks import check_implementation
-from prefix_attn.hf.part_attention import NAME, PLACE, PartBatch, Place, part_attention_forward, part_mask
+from prefix_attn.hf.part_attention import (
+    PARTS_IMPLEMENTATION,
+    PLACE,
+    PartBatch,
+    Place,
+    part_attention_forward,
+    part_mask,
+)
 from prefix_attn.hf.positions import hook_tables, shifted_positions
 from prefix_attn.hf.relative_bias import bias_table, check_buckets
 from prefix_attn.hf.scope import scope
@@ -51,8 +58,8 @@ ATTENTIONS = {
 
 
 # When this module is imported, so that a patched model which was pickled finds them in another process.
-AttentionInterface.register(NAME, part_attention_forward)
-AttentionMaskInterface.register(NAME, part_mask)
+AttentionInterface.register(PARTS_IMPLEMENTATION, part_attention_forward)
+AttentionMaskInterface.register(PARTS_IMPLEMENTATION, part_mask)
 
 
 class Seq2SeqPatch:
@@ -64,7 +71,7 @@ class Seq2SeqPatch:
         places = _places(stacks, bank)
         implementations = {part: stack.config._attn_implementation for part, stack in stacks.items()}
         self.configs = OwnConfigs(model)
-        self.configs.select(model.modules(), NAME)
+        self.configs.select(model.modules(), PARTS_IMPLEMENTATION)
         for module, place in places.items():
             setattr(module, PLACE, place)
         self.handles = [
@@ -243,4 +250,4 @@ def refuse_seq2seq(model: Any) -> None:
     if not model.can_generate():
         raise UnsupportedModel(f"{family}: expected a model with generate, such as AutoModelForSeq2SeqLM")
     for stack in (model.get_encoder(), model.get_decoder()):
-        check_implementation(family, stack, NAME)
+        check_implementation(family, stack, PARTS_IMPLEMENTATION)

@@ -12,7 +12,7 @@ from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.forward import evaluating
 from prefix_attn.bank.geometry import DECODER
 from prefix_attn.hf.attention import KEYWORD, original_attention
-from prefix_attn.hf.part_attention import NAME, PLACE, PartBatch, Place, part_mask
+from prefix_attn.hf.part_attention import PARTS_IMPLEMENTATION, PLACE, PartBatch, Place, part_mask
 from prefix_attn.hf.verify import TOKENS, check_close, some_tokens
 
 #: The name of the slow way in transformers' registries, while it is compared.
@@ -34,13 +34,13 @@ def verify_parts(model: Any, bank: PrefixBank, configs: Any) -> None:
         with torch.no_grad(), evaluating(model):
             for name in bank.names:
                 logits = []
-                for implementation in (NAME, REPLICA):
+                for implementation in (PARTS_IMPLEMENTATION, REPLICA):
                     configs.select(model.modules(), implementation)
                     out = model(**inputs, decoder_input_ids=tokens, task_ids=[name], use_cache=False)
                     logits.append(out.logits)
                 check_close(model, name, *logits)
     finally:
-        configs.select(model.modules(), NAME)
+        configs.select(model.modules(), PARTS_IMPLEMENTATION)
 
 
 def _sound(model: Any) -> Tensor:
