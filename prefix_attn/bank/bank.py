@@ -30,7 +30,7 @@ from prefix_attn.bank.peft import CONFIG as PEFT_CONFIG
 from prefix_attn.bank.peft import read_adapter
 from prefix_attn.bank.plans import LatestPlans, Plans
 from prefix_attn.bank.text import text_kv
-from prefix_attn.bank.uses import CHANGING, Uses
+from prefix_attn.bank.uses import BANK_LOCK, Uses
 from prefix_attn.bank.window import SlidingWindow
 from prefix_attn.errors import DTypeError, IncompatiblePrefix, PrefixAttnError, ShapeError, UnknownTask
 from prefix_attn.plan import BatchPlan
@@ -192,7 +192,7 @@ class PrefixBank:
         Raises:
             UnknownTask: no such task; lists the choices.
         """
-        with CHANGING:
+        with BANK_LOCK:
             task_id = self._id(name)
             self._ids = {other: i for other, i in self._ids.items() if i != task_id}
             self._drop(task_id)
@@ -209,13 +209,13 @@ class PrefixBank:
         ids = {*task_ids}
         if names := [task for task in ids if not isinstance(task, int)]:
             raise DTypeError(f"task_ids: expected ids (`PrefixBank.task_ids` gives those of names), got {names[0]!r}")
-        with CHANGING:
+        with BANK_LOCK:
             checked_ids(list(ids), self._ids, self.lengths, self._device)
             self._uses.begin(ids - {-1})
 
     def release(self, task_ids: Iterable[int]) -> None:
         """End what `hold` began for the same ids."""
-        with CHANGING:
+        with BANK_LOCK:
             for task_id in self._uses.end({*task_ids} - {-1}):
                 self._free(task_id)
 
@@ -241,7 +241,7 @@ class PrefixBank:
         self._check_new(name, replace)
         ours = prepared_parts(key_values, self._base.geometries, self.dtype, self._base.devices, what)
         self._base.check_context(ours[DECODER][0][0].shape[1], what)
-        with CHANGING:
+        with BANK_LOCK:
             self._check_new(name, replace)  # again: another thread may have been faster
             stored: list[Part] = []
             try:
@@ -317,14 +317,14 @@ class PrefixBank:
 
         UnknownTask where there is no such task.
         """
-        with CHANGING:
+        with BANK_LOCK:
             task = self._tasks[self._id(name)]
         assert task is not None, "a name in the bank has a task"
         return task.provenance.source
 
     def prefix_len(self, name: str, part: str = DECODER) -> int:
         """Tokens of a task's prefix in a part; UnknownTask where there is no such task."""
-        with CHANGING:
+        with BANK_LOCK:
             return self._part(part).lengths[self._id(name)]
 
     @property
@@ -334,7 +334,7 @@ class PrefixBank:
 
     def named(self, source: str | None = None) -> dict[int, str]:
         """Names by id, of all tasks or of those from one `source`, as they are at one moment."""
-        with CHANGING:
+        with BANK_LOCK:
             return {i: name for name, i in self._ids.items() if source is None or self.source(name) == source}
 
     @property
@@ -399,7 +399,7 @@ class PrefixBank:
     @property
     def memory_usage(self) -> MemoryUsage:
         """Exact bytes per task, in total, and allocated; print it. Tasks that were removed while held are allocated."""
-        with CHANGING:
+        with BANK_LOCK:
             parts = [(part.geometry.token_bytes(self._base.dtype), part.lengths) for part in self._parts.values()]
             tasks = {name: sum(token * lengths[i] for token, lengths in parts) for name, i in self._ids.items()}
             allocated = sum(part.nbytes for part in self._parts.values())
@@ -433,7 +433,7 @@ class PrefixBank:
     def _save(self, folder: Path, keep_others: bool) -> None:
         self._base.shard.check_whole("save_pretrained")
         folder.mkdir(parents=True, exist_ok=True)
-        with CHANGING:
+        with BANK_LOCK:
             tasks = {i: task for i, task in enumerate(self._tasks) if task is not None}
             self.hold(tasks)
         try:
@@ -476,7 +476,7 @@ class PrefixBank:
         Raises:
             UnknownTask: no such task; lists the choices.
         """
-        with CHANGING:
+        with BANK_LOCK:
             task_id = self._id(task) if isinstance(task, str) else task
             if task_id < 0:
                 raise UnknownTask(f"task: expected one of {self.names}, or an id, got {task!r}")
@@ -484,7 +484,7 @@ class PrefixBank:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrefixBank:
         """The tasks that have a name: nobody holds those of a copy."""
-        with CHANGING:
+        with BANK_LOCK:
             twin = type(self).__new__(type(self))
             memo[id(self)] = twin
             twin.__setstate__({name: copy.deepcopy(x, memo) for name, x in vars(self).items() if name != "_uses"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from prefix_attn.bank.memory import readable
-from prefix_attn.bank.uses import CHANGING
+from prefix_attn.bank.uses import BANK_LOCK
 
 if TYPE_CHECKING:
     from prefix_attn.bank.bank import PrefixBank
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def describe(bank: PrefixBank) -> str:
     """A line for the bank, one for each task, and one for what sliding windows hide."""
-    with CHANGING:
+    with BANK_LOCK:
         usage, names = bank.memory_usage, bank.names
         tokens = {name: _tokens(bank, name) for name in names}
     kinds = bank.base.geometries.items()

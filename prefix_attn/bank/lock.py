@@ -20,15 +20,15 @@ def only_writer(folder: Path) -> Iterator[None]:
     except PermissionError:  # another user's, in a folder that both may write to
         file = path.open("rb")
     with file:
-        hold(file, wait=True)
+        lock_file(file, wait=True)
         yield
 
 
-def hold(file: IO[bytes], wait: bool) -> None:
-    """Hold a file until it is closed.
+def lock_file(file: IO[bytes], wait: bool) -> None:
+    """Lock a file until it is closed.
 
     Raises:
-        BlockingIOError: another holds it, and ``wait`` is False.
+        BlockingIOError: another has locked it, and ``wait`` is False.
     """
     try:
         import fcntl

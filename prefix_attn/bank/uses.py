@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterable
 
 #: Held while any bank is changed, or its memory lent. (One for all banks: a bank of its own lock could not be copied.)
-CHANGING = threading.RLock()
+BANK_LOCK = threading.RLock()
 
 
 class Uses:
-    """How many users each task id has; hold CHANGING around every call."""
+    """How many users each task id has; take BANK_LOCK around every call."""
 
     def __init__(self) -> None:
         self._users: Counter[int] = Counter()

@@ -93,10 +93,10 @@ def generate(
 
 def refuse_second_writer(file: BinaryIO) -> None:
     """Raise `PrefixAttnError` if another process writes to the file, where the file system can tell."""
-    from prefix_attn.bank.lock import hold
+    from prefix_attn.bank.lock import lock_file
 
     try:
-        hold(file, wait=False)
+        lock_file(file, wait=False)
     except BlockingIOError as error:
         raise PrefixAttnError(f"--output: another process is writing to {file.name}; wait for it") from error
 

@@ -30,7 +30,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.geometry import DECODER
-from prefix_attn.bank.uses import CHANGING
+from prefix_attn.bank.uses import BANK_LOCK
 from prefix_attn.context import room_for_new
 from prefix_attn.errors import PrefixAttnError, ShapeError, UnsupportedModel
 from prefix_attn.hf.adapters import refuse_other_names
@@ -201,7 +201,7 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
         if any(name in self._task_of for name in family):
             raise PrefixAttnError(f"request_id: expected one that no running request has, got {request_id!r}")
         try:
-            with CHANGING:  # a name that is replaced between the two would be an error
+            with BANK_LOCK:  # a name that is replaced between the two would be an error
                 task_id = int(self.bank.task_ids([getattr(input_ids, "task", task)]))
                 new = self._room(task_id, len(input_ids), new)
                 for name in family:

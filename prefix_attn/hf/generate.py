@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.cache_argument import cache_among
-from prefix_attn.bank.uses import CHANGING
+from prefix_attn.bank.uses import BANK_LOCK
 from prefix_attn.errors import PrefixAttnError, ShapeError, UnsupportedModel
 from prefix_attn.hf.assistant import Assistant
 from prefix_attn.hf.caches import check_tasks_of
@@ -82,7 +82,7 @@ class Generate(Method):
                 "prefix and prompt tuning do, which would generate with their own prefix. Call generate on the model "
                 "inside, and prefix_attn.patch(model, bank) again if it says so too"
             )
-        with CHANGING:  # else a name might be replaced between the two
+        with BANK_LOCK:  # else a name might be replaced between the two
             with torch.inference_mode(
                 False
             ):  # the bank keeps the plan for the steps, if it can tell when ids are written

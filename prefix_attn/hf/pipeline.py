@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import transformers
 
 from prefix_attn.bank import PrefixBank
-from prefix_attn.bank.uses import CHANGING
+from prefix_attn.bank.uses import BANK_LOCK
 from prefix_attn.errors import ShapeError, UnsupportedModel
 
 
@@ -41,7 +41,7 @@ class TextGenerationPipeline(transformers.TextGenerationPipeline):  # type: igno
             )
         forward_params = {name: x for name, x in forward_params.items() if name != "task_ids"}
         bank: PrefixBank = self.model.generate.bank
-        with CHANGING:  # else a task might be replaced between the two
+        with BANK_LOCK:  # else a task might be replaced between the two
             ids = bank.task_ids(tasks).cpu()
             if len(ids) != len(inputs):
                 raise ShapeError(f"task_ids: expected one task per prompt, {len(inputs)} in all, got {len(ids)}")

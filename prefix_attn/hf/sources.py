@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.forward import evaluating, in_full_precision, unforgetting_cache
 from prefix_attn.bank.geometry import LayerKV
-from prefix_attn.bank.uses import CHANGING
+from prefix_attn.bank.uses import BANK_LOCK
 from prefix_attn.errors import UnsupportedModel
 from prefix_attn.types import PrefixKV
 
@@ -145,7 +145,7 @@ class Sources:
         return kept[1]
 
     def _derive(self, bank: PrefixBank) -> list[PrefixKV]:
-        with CHANGING:
+        with BANK_LOCK:
             lens = bank.lens.clone()  # a bank with a reserve writes its own in place, and these must fit what is packed
             filled = [task for task, m in enumerate(bank.lengths) if m > 0]
             bank.hold(filled)

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.peft import other_base
-from prefix_attn.bank.uses import CHANGING
+from prefix_attn.bank.uses import BANK_LOCK
 from prefix_attn.errors import PrefixAttnError, ShapeError, UnknownTask, UnsupportedModel
 from prefix_attn.serving import protocol
 from prefix_attn.serving.bodies import LimitedBodies
@@ -91,7 +91,7 @@ def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None 
 
     @app.get("/v1/prefixes")
     def listed() -> list[dict[str, Any]]:
-        with CHANGING:
+        with BANK_LOCK:
             return [server.described(name) for name in engine.bank.names]
 
     @app.put("/v1/prefixes/{name}")
@@ -136,7 +136,7 @@ class _Task:
 
     def __init__(self, bank: PrefixBank, name: str | None) -> None:
         self.name = name
-        with CHANGING:
+        with BANK_LOCK:
             self.id = int(bank.task_ids([name]))
             self.opens = name is not None and bank.source(name) == "text"
             bank.hold([self.id])
@@ -307,7 +307,7 @@ class _Server:
     def described(self, name: str) -> dict[str, Any]:
         """A prefix of the bank; UnknownTask if it was removed meanwhile."""
         bank = self.engine.bank
-        with CHANGING:
+        with BANK_LOCK:
             tokens, source = bank.prefix_len(name), bank.source(name)
             return {"name": name, "tokens": tokens, "bytes": bank.memory_usage.tasks[name], "source": source}
 
