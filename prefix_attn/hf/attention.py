@@ -122,7 +122,7 @@ def prefix_attention_forward(
         original = original_attention(module, batch.implementation)
         return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
-    refuse_what_would_be_wrong(layer, dropout, kwargs)
+    refuse_unfused(layer, dropout, kwargs)
     if kwargs.get("is_causal") is False:
         raise UnsupportedModel(f"{layer}: only causal self-attention takes a prefix")
     unknown = sorted(name for name, x in kwargs.items() if name not in KNOWN and x is not None)
@@ -177,7 +177,7 @@ def _refuse_masks_of_heads(layer: str, mask: Any) -> None:
         )
 
 
-def refuse_what_would_be_wrong(layer: str, dropout: float, kwargs: dict[str, Any]) -> None:
+def refuse_unfused(layer: str, dropout: float, kwargs: dict[str, Any]) -> None:
     """Raise `UnsupportedModel` for what the fused operation cannot give."""
     if dropout:
         raise UnsupportedModel(

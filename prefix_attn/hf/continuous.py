@@ -36,7 +36,7 @@ from prefix_attn.errors import PrefixAttnError, ShapeError, UnsupportedModel
 from prefix_attn.hf.adapters import refuse_other_names
 from prefix_attn.hf.attention import KEYWORD, Batch
 from prefix_attn.hf.generate import Method, refuse_tasks_in
-from prefix_attn.hf.packed import PackedRows, Request
+from prefix_attn.hf.packed import PackedRequest, PackedRows
 from prefix_attn.hf.positions import overflow, prefix_lengths
 from prefix_attn.hf.wiring import PATCHED, bank_of
 
@@ -303,7 +303,7 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
         self._check_patch()
         futures = processor.inputs_and_outputs.requests_in_batch
         requests = [
-            Request(
+            PackedRequest(
                 self._task_of[future.state.request_id],
                 future.state.position_offset - future.query_length,
                 future.query_length,
@@ -375,7 +375,7 @@ def _drained(queue: Any) -> list[Any]:
 class _WithTasks:
     """The model as the engine calls it, for one step's requests."""
 
-    def __init__(self, model: Any, bank: PrefixBank, requests: list[Request]) -> None:
+    def __init__(self, model: Any, bank: PrefixBank, requests: list[PackedRequest]) -> None:
         self._model = model
         self._bank = bank
         self._requests = requests

@@ -90,7 +90,7 @@ class Generate(Method):
             held = ids.tolist()
             self.bank.hold(held)
         try:
-            _refuse_what_would_be_wrong(options, configs)
+            _refuse_options(options, configs)
             # Where the model is compiled, its passes do not compare tasks.
             check_tasks_of(cache_among(options), self.bank, ids)
             inputs = next((x for name in INPUTS if (x := options.get(name)) is not None), None)
@@ -143,7 +143,7 @@ def _refuse_mtp(options: dict[str, Any], configs: Sequence[Any]) -> None:
         )
 
 
-def _refuse_what_would_be_wrong(options: dict[str, Any], configs: Sequence[Any]) -> None:
+def _refuse_options(options: dict[str, Any], configs: Sequence[Any]) -> None:
     if option("output_attentions", options, configs):
         raise UnsupportedModel("output_attentions: attention weights are never built; drop it, or unpatch the model")
     if option("token_healing", options, configs):

@@ -23,7 +23,7 @@ from prefix_attn.plan import BatchPlan
 from prefix_attn.types import PrefixKV
 
 
-class Request(NamedTuple):
+class PackedRequest(NamedTuple):
     """One request's share of a step: its task id, tokens seen before, and query tokens now."""
 
     task: int
@@ -53,7 +53,7 @@ class PackedRows:
         cache: the engine's paged cache.
     """
 
-    requests: Sequence[Request]
+    requests: Sequence[PackedRequest]
     lens: Tensor
     cache: Any
     _groups: dict[int | None, list[_Group]] = field(default_factory=dict, init=False, repr=False)

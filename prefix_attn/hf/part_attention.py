@@ -19,7 +19,7 @@ from prefix_attn.attention import prefix_attention
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.geometry import CROSS, DECODER
 from prefix_attn.errors import UnsupportedModel
-from prefix_attn.hf.attention import KEYWORD, original_attention, refuse_what_would_be_wrong, under_autocast
+from prefix_attn.hf.attention import KEYWORD, original_attention, refuse_unfused, under_autocast
 from prefix_attn.hf.masks import RequestMask, request_mask, row_spans
 from prefix_attn.hf.scope import scope
 from prefix_attn.plan import BatchPlan
@@ -82,7 +82,7 @@ def part_attention_forward(
     # T5 hands cross-attention, which has no table, a bias of zeros.
     if kwargs.pop("position_bias", None) is not None and place.bias is None and place.part != CROSS:
         raise UnsupportedModel(f"{layer}: a position bias from an unknown source has no counterpart for prefix tokens")
-    refuse_what_would_be_wrong(layer, dropout, kwargs)
+    refuse_unfused(layer, dropout, kwargs)
     start: Tensor | None
     end: Tensor | None
     if place.part == DECODER:

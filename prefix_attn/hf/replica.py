@@ -232,7 +232,7 @@ class ReplicaHook:
         if cache is None:
             cache = DynamicCache(config=model.config)
         self._begin(cache, ids)
-        _refuse_what_would_be_wrong(model, given, without_cache)
+        _refuse_arguments(model, given, without_cache)
         own = given.get("attention_mask")
         if own is None:
             own = torch.ones(inputs.shape[0], cache.get_seq_length() + inputs.shape[1], device=inputs.device)
@@ -339,7 +339,7 @@ def _refuse_padding_among_chosen_keys(model: Any, prefix_mask: Tensor, slots: in
         )
 
 
-def _refuse_what_would_be_wrong(model: Any, given: dict[str, Any], without_cache: bool) -> None:
+def _refuse_arguments(model: Any, given: dict[str, Any], without_cache: bool) -> None:
     mask = given.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
         raise UnsupportedModel(

@@ -26,7 +26,7 @@ from prefix_attn.serving.sampling import Sampling, install
 PAGE = 64
 
 #: Settings of a generation config that change tokens, that the engine has no part for, and their values that do not.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED_SETTINGS: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (None, 1.0), "encoder_repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0),
     "bad_words_ids": (None,), "suppress_tokens": (None, []), "begin_suppress_tokens": (None, []),
     "sequence_bias": (None,), "min_length": (None, 0), "min_new_tokens": (None, 0), "forced_bos_token_id": (None,),
@@ -88,8 +88,8 @@ class Engine:
                                    "continuous batching for encoder-decoders, call generate")  # fmt: skip
         refuse_old_engines()
         bank = _bank_of(model)
-        settings = {name: getattr(model.generation_config, name, None) for name in NEUTRAL}
-        asked = {name: x for name, x in settings.items() if x not in NEUTRAL[name]}
+        settings = {name: getattr(model.generation_config, name, None) for name in UNSUPPORTED_SETTINGS}
+        asked = {name: x for name, x in settings.items() if x not in UNSUPPORTED_SETTINGS[name]}
         if asked and not plain:
             raise UnsupportedModel(f"{type(model).__name__}: its generation config asks for {asked}, which continuous "
                                    "batching does not do; pass plain=True (--plain) to answer without")  # fmt: skip

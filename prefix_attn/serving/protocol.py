@@ -18,7 +18,7 @@ from prefix_attn.errors import ShapeError
 from prefix_attn.serving.sampling import Sampling
 
 #: Fields that are not served, with the values that ask for nothing; null is one for every field.
-NEUTRAL: Mapping[str, Any] = {
+UNSERVED_FIELDS: Mapping[str, Any] = {
     "best_of": 1, "echo": False, "suffix": "", "logit_bias": {}, "presence_penalty": 0,
     "frequency_penalty": 0, "top_logprobs": None, "tools": [], "tool_choice": "none",
     "response_format": {"type": "text"}, "logprobs": False, "service_tier": "auto", "modalities": ["text"],
@@ -87,11 +87,11 @@ class APIRequest(BaseModel):
         given = _without_nulls(given)
         if len(given) > MOST_FIELDS:
             raise ValueError(f"expected at most {MOST_FIELDS} fields, got {len(given)}")
-        for name, neutral in NEUTRAL.items():
+        for name, neutral in UNSERVED_FIELDS.items():
             value = given.get(name)
             if value is not None and (value != neutral or isinstance(value, bool) != isinstance(neutral, bool)):
                 raise ValueError(f"{name} is not served; leave it out")
-        return {name: x for name, x in given.items() if name not in NEUTRAL and name not in IGNORED}
+        return {name: x for name, x in given.items() if name not in UNSERVED_FIELDS and name not in IGNORED}
 
     def sampling(self, defaults: Sampling) -> Sampling:
         """How tokens are chosen; what the request leaves open is as the model's own config has it."""

@@ -18,7 +18,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 import prefix_attn as pa
 from prefix_attn.cli.example import ANSWERS, INPUT
 from prefix_attn.serving import Engine, EngineFailed, Request, Sampling
-from prefix_attn.serving.engine import NEUTRAL
+from prefix_attn.serving.engine import UNSUPPORTED_SETTINGS
 from tests.hf.conftest import make_bank
 from tests.hf.families import tiny_model
 from tests.hf.shrink import tiny_random_model
@@ -388,7 +388,7 @@ ELSEWHERE = {
 def test_every_setting_of_transformers_is_known() -> None:
     """A new one must be looked at before it is passed over."""
     known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    assert known - ELSEWHERE - set(NEUTRAL) == set()
+    assert known - ELSEWHERE - set(UNSUPPORTED_SETTINGS) == set()
 
 
 @needs_engine
