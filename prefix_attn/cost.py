@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from prefix_attn.dispatch import Choice
+from prefix_attn.dispatch import BackendChoice
 from prefix_attn.regime import Regime
 from prefix_attn.types import AttentionCall
 
@@ -123,7 +123,7 @@ class Explanation:
     saving: float
 
     @classmethod
-    def of(cls, call: AttentionCall, choice: Choice) -> Explanation:
+    def of(cls, call: AttentionCall, choice: BackendChoice) -> Explanation:
         device = torch.cuda.get_device_name(call.q.device) if call.q.is_cuda else call.q.device.type
         cost, roof = Cost.of(call), ROOFS.get(device)
         floor_us = cost.floor_us(roof) if roof else None

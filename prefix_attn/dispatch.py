@@ -46,7 +46,7 @@ AUTO_ORDER = ("triton", "cpu", "torch")
 REMEMBERED = frozenset(("auto", *AUTO_ORDER, "reference"))
 
 
-class Choice(NamedTuple):
+class BackendChoice(NamedTuple):
     """A backend, why it was taken, and the regime in which it runs the call, if it has several."""
 
     name: str
@@ -54,7 +54,7 @@ class Choice(NamedTuple):
     regime: Regime | None
 
     @classmethod
-    def of(cls, call: AttentionCall, name: str, reason: str) -> Choice:
+    def of(cls, call: AttentionCall, name: str, reason: str) -> BackendChoice:
         """Backend ``name``, and what it chooses for itself."""
         choose_regime = getattr(BACKENDS[name], "choose_regime", None)
         return cls(name, reason, None if choose_regime is None else choose_regime(call))
@@ -66,7 +66,7 @@ def refusal(name: str, call: AttentionCall) -> str | None:
     return why_not
 
 
-def choose(call: AttentionCall, backend: str = "auto") -> Choice:
+def choose(call: AttentionCall, backend: str = "auto") -> BackendChoice:
     """The backend for this call.
 
     Raises:
@@ -77,7 +77,7 @@ def choose(call: AttentionCall, backend: str = "auto") -> Choice:
         for name in AUTO_ORDER:
             why_not = "no GPU holds these tensors" if name == "triton" and not call.q.is_cuda else refusal(name, call)
             if why_not is None:
-                return Choice.of(call, name, "; ".join([*refused, f"{name}: can run this call"]))
+                return BackendChoice.of(call, name, "; ".join([*refused, f"{name}: can run this call"]))
             refused.append(f"{name}: {why_not}")
         raise BackendUnavailable(f"backend='auto': no backend can run this call: {'; '.join(refused)}")
     if backend not in BACKENDS:
@@ -87,10 +87,10 @@ def choose(call: AttentionCall, backend: str = "auto") -> Choice:
         raise BackendUnavailable(
             f"backend={backend!r} cannot run this call: {why_not}. Use backend='auto' to let the package choose"
         )
-    return Choice.of(call, backend, "named by the caller")
+    return BackendChoice.of(call, backend, "named by the caller")
 
 
-def choose_again(call: AttentionCall, backend: str) -> Choice:
+def choose_again(call: AttentionCall, backend: str) -> BackendChoice:
     """`choose`, remembered for all calls that are alike, such as those of a step's other layers.
 
     For calls that need no gradient and bypass the operator.
@@ -105,7 +105,7 @@ def choose_again(call: AttentionCall, backend: str) -> Choice:
         backend, call.batch_invariant, call.return_lse, call.sinks is None, call.prefix.expected_max_len,
         -2 if plan is None else -1 if plan.distinct is None else plan.distinct,
     )  # fmt: skip
-    choice: Choice | None = known.get(key)
+    choice: BackendChoice | None = known.get(key)
     if choice is None:
         choice = known[key] = choose(call, backend)
     return choice

@@ -198,7 +198,7 @@ def test_auto_says_why() -> None:
 def test_what_was_chosen_holds_for_calls_alike_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen, choose = [], dispatch.choose
 
-    def noted(call: AttentionCall, backend: str) -> dispatch.Choice:
+    def noted(call: AttentionCall, backend: str) -> dispatch.BackendChoice:
         chosen.append(choose(call, backend).name)
         return choose(call, backend)
 

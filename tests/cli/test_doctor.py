@@ -30,7 +30,9 @@ def test_doctor_says_what_is_here(run: Run) -> None:
 def test_doctor_says_how_decode_would_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, and as on a GPU: 64 rows over one prefix of 8192 tokens read 2.28 GB if each has its copy."""
     assert "13.5x" in run("doctor").stdout
-    monkeypatch.setattr(dispatch, "choose", lambda call, backend="auto": dispatch.Choice.of(call, "triton", "here"))
+    monkeypatch.setattr(
+        dispatch, "choose", lambda call, backend="auto": dispatch.BackendChoice.of(call, "triton", "here")
+    )
     steps = list(zip(*(column.cells for column in doctor.decode_steps().columns), strict=True))
     assert [step[3] for step in steps] == ["inline"] * 3 + ["grouped"] * 3
     assert "grouping saves" in str(steps[-1][4])
