@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prefix_attn as pa
 from prefix_attn.string_tasks.tasks import TASKS, Task, draw_input, held_out_inputs, prompt_without_instruction
 from prefix_attn.training import Example, train
-from prefix_attn.training.examples import Row
+from prefix_attn.training.examples import TokenisedExample
 from prefix_attn.training.loop import LEARNING_RATE, PROJECTED_LEARNING_RATE, row_losses
 from prefix_attn.training.prefixes import PROJECTION
 
@@ -130,7 +130,10 @@ def fit_alone(model: Any, base: Base, examples: list[Example], epochs: int, rate
     """The loop of `prefix_attn.training` for one task, without what many tasks need."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
-    rows = [Row.of(i, example, base.tokenizer, base.tokenizer.eos_token_id, None) for i, example in enumerate(examples)]
+    rows = [
+        TokenisedExample.of(i, example, base.tokenizer, base.tokenizer.eos_token_id, None)
+        for i, example in enumerate(examples)
+    ]
     steps = epochs * -(-len(rows) // ROWS)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps)
     rng = random.Random(0)

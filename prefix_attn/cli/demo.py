@@ -18,7 +18,7 @@ from prefix_attn.cli.options import DeviceOption
 
 if TYPE_CHECKING:
     from prefix_attn.bank import PrefixBank
-    from prefix_attn.cli.example import Caller, Example, Peft, Reply
+    from prefix_attn.cli.example import Caller, Peft, Reply, ShippedExample
 
 HELD_OUT_BATCH = 60
 TIMED_ROWS_PER_TASK, TIMED_TOKENS = 16, 16
@@ -52,7 +52,7 @@ def demo(device: DeviceOption = "auto") -> None:
 class Demo:
     """The loaded example, and a method for each thing to show; those that can fail say whether they passed."""
 
-    def __init__(self, example: Example, bank: PrefixBank, patched: Caller, peft: Peft | None) -> None:
+    def __init__(self, example: ShippedExample, bank: PrefixBank, patched: Caller, peft: Peft | None) -> None:
         self.example = example
         self.bank = bank
         self.patched = patched
@@ -65,12 +65,12 @@ class Demo:
         """Load everything as a user would: transformers' classes, PEFT's folders into a bank, the patch."""
         from transformers.utils import logging
 
-        from prefix_attn.cli.example import Caller, Example, Peft
+        from prefix_attn.cli.example import Caller, Peft, ShippedExample
         from prefix_attn.cli.models import load_bank, load_model, load_tokenizer
         from prefix_attn.hf import patch
 
         logging.disable_progress_bar()
-        example = Example.shipped()
+        example = ShippedExample.found()
         tokenizer, model = load_tokenizer(example.model), load_model(example.model, device=device)
         bank = load_bank(model, example.adapters)
         patched = Caller(patch(model, bank).generate, tokenizer, model.device)

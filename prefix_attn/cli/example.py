@@ -39,13 +39,13 @@ class Question(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Example:
+class ShippedExample:
     """The folder ``string_tasks``: a base model, six PEFT adapters, held-out lines and the report of the training."""
 
     folder: Path
 
     @classmethod
-    def shipped(cls) -> Example:
+    def found(cls) -> ShippedExample:
         """The one in this package."""
         folder = Path(str(files("prefix_attn") / "string_tasks"))
         if not (folder / "model").is_dir():

@@ -30,7 +30,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenisedExample:
     """An example as token ids ``[len]``, and labels of which only the answer's are scored."""
 
     task: str
@@ -38,7 +38,7 @@ class Row:
     labels: Tensor
 
     @classmethod
-    def of(cls, index: int, example: Example, tokenizer: Any, end: int | None, room: int | None) -> Row:
+    def of(cls, index: int, example: Example, tokenizer: Any, end: int | None, room: int | None) -> TokenisedExample:
         """Tokens of an example, the ``index``-th, and ``end``; as many as ``room`` at most."""
         prompt = tokenised(tokenizer, example.prompt, verbose=False)
         joined = tokenised(tokenizer, example.prompt + example.answer, verbose=False)
@@ -91,11 +91,11 @@ def _example(index: int, given: Example | Mapping[str, str]) -> Example:
 
 def rows_of(
     examples: Sequence[Example], model: Any, tokenizer: Any, limit: int | None, lengths: Mapping[str, int]
-) -> list[Row]:
+) -> list[TokenisedExample]:
     """Every example as tokens of the model, with room for a prefix of its task's length."""
     size, end = model.get_input_embeddings().weight.shape[0], _end_token(model, tokenizer)
     rows = [
-        Row.of(i, example, tokenizer, end, None if limit is None else limit - lengths[example.task])
+        TokenisedExample.of(i, example, tokenizer, end, None if limit is None else limit - lengths[example.task])
         for i, example in enumerate(examples)
     ]
     for i, row in enumerate(rows):
@@ -120,23 +120,25 @@ def _end_token(model: Any, tokenizer: Any) -> int | None:
     return end
 
 
-def by_task(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def by_task(rows: Sequence[TokenisedExample]) -> dict[str, list[TokenisedExample]]:
     """The rows of each task, tasks in the order of their first."""
-    tasks: dict[str, list[Row]] = {}
+    tasks: dict[str, list[TokenisedExample]] = {}
     for row in rows:
         tasks.setdefault(row.task, []).append(row)
     return tasks
 
 
-def split(rows: Sequence[Row], held_out: float, rng: random.Random) -> tuple[list[Row], list[Row]]:
+def split(
+    rows: Sequence[TokenisedExample], held_out: float, rng: random.Random
+) -> tuple[list[TokenisedExample], list[TokenisedExample]]:
     """Rows to train on, and rows that are held out: of each task its share, and never all.
 
     Equal rows are on one side: what is trained on is not held out.
     """
-    training: list[Row] = []
-    scored: list[Row] = []
+    training: list[TokenisedExample] = []
+    scored: list[TokenisedExample] = []
     for of_task in by_task(rows).values():
-        equal: dict[tuple[int, ...], list[Row]] = {}
+        equal: dict[tuple[int, ...], list[TokenisedExample]] = {}
         for row in of_task:
             equal.setdefault((*row.ids.tolist(), *row.labels.tolist()), []).append(row)
         distinct = list(equal.values())

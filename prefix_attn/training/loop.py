@@ -25,7 +25,15 @@ from prefix_attn.bank.forward import cached_kv, evaluating, unwrap
 from prefix_attn.bank.geometry import LayerKV
 from prefix_attn.errors import IncompatiblePrefix, PrefixAttnError, ShapeError, UnknownTask
 from prefix_attn.hf.wiring import bank_of
-from prefix_attn.training.examples import NOT_SCORED, Example, Row, by_task, checked_examples, rows_of, split
+from prefix_attn.training.examples import (
+    NOT_SCORED,
+    Example,
+    TokenisedExample,
+    by_task,
+    checked_examples,
+    rows_of,
+    split,
+)
 from prefix_attn.training.prefixes import PROJECTION, TrainablePrefixes
 
 #: Learning rates of an MLP that makes keys and values, and of these themselves.
@@ -201,17 +209,17 @@ def _check_finite(loss: float, what: str) -> None:
         raise PrefixAttnError(f"{what} is {loss}; lower the learning rate, or load the model in a wider dtype")
 
 
-def _text_start(model: Any, rows: Sequence[Row], tokens: int) -> list[LayerKV]:
+def _text_start(model: Any, rows: Sequence[TokenisedExample], tokens: int) -> list[LayerKV]:
     """The model's keys and values of the first of (shuffled) rows, so many tokens of them; too few repeat."""
     text = torch.cat([row.ids for row in rows[:tokens]])
     return cached_kv(unwrap(model), text.repeat(-(-tokens // len(text)))[None, :tokens])
 
 
-def _batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
+def _batches(rows: Sequence[TokenisedExample], size: int) -> Iterator[Sequence[TokenisedExample]]:
     return (rows[i : i + size] for i in range(0, len(rows), size))
 
 
-def row_losses(model: Any, rows: Sequence[Row], device: torch.device, **options: Any) -> Tensor:
+def row_losses(model: Any, rows: Sequence[TokenisedExample], device: torch.device, **options: Any) -> Tensor:
     """Mean negative log-likelihood of each row's answer, ``[rows]``, of a model that is called with ``options``.
 
     Rows are padded on the right, where a causal model does not look.
@@ -226,7 +234,7 @@ def row_losses(model: Any, rows: Sequence[Row], device: torch.device, **options:
     return losses.sum(1) / (labels != NOT_SCORED).sum(1)
 
 
-def _losses(model: Any, rows: Sequence[Row], device: torch.device) -> dict[str, Tensor]:
+def _losses(model: Any, rows: Sequence[TokenisedExample], device: torch.device) -> dict[str, Tensor]:
     """The mean over each task's rows."""
     tasks = [row.task for row in rows]
     of_rows = row_losses(model, rows, device, task_ids=tasks, use_cache=False)
@@ -235,7 +243,7 @@ def _losses(model: Any, rows: Sequence[Row], device: torch.device) -> dict[str, 
 
 
 @torch.no_grad()
-def _evaluate(model: Any, rows: Sequence[Row], batch_size: int, device: torch.device) -> dict[str, float]:
+def _evaluate(model: Any, rows: Sequence[TokenisedExample], batch_size: int, device: torch.device) -> dict[str, float]:
     """Loss of every task that has held-out rows."""
     sums = _Means()
     for batch in _batches(rows, batch_size):
@@ -252,7 +260,7 @@ class _Means:
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, int]] = {}
 
-    def add(self, rows: Sequence[Row], means: Mapping[str, Tensor]) -> None:
+    def add(self, rows: Sequence[TokenisedExample], means: Mapping[str, Tensor]) -> None:
         """One batch: its rows, and the mean of each task among them."""
         counts = {task: len(of_task) for task, of_task in by_task(rows).items()}
         # One wait for the device, however many tasks there are.

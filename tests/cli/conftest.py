@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from prefix_attn.cli.example import Example
+from prefix_attn.cli.example import ShippedExample
 from prefix_attn.cli.main import app
 
 Run = Callable[..., Result]
@@ -23,8 +23,8 @@ def _on_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def example() -> Example:
-    return Example.shipped()
+def example() -> ShippedExample:
+    return ShippedExample.found()
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def run() -> Run:
 class Folder:
     """A folder with requests and the answers to them."""
 
-    def __init__(self, path: Path, run: Run, example: Example) -> None:
+    def __init__(self, path: Path, run: Run, example: ShippedExample) -> None:
         self.input = path / "in.jsonl"
         self.output = path / "out.jsonl"
         self._run = run
@@ -59,5 +59,5 @@ class Folder:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, run: Run, example: Example) -> Folder:
+def folder(tmp_path: Path, run: Run, example: ShippedExample) -> Folder:
     return Folder(tmp_path, run, example)

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefix_attn.bank.format import read_index, write_index
 from prefix_attn.bank.lock import only_writer
-from prefix_attn.cli.example import Example
+from prefix_attn.cli.example import ShippedExample
 from tests.cli.conftest import Folder, Run
 
 
 @pytest.fixture
-def bank(tmp_path: Path, example: Example, run: Run) -> Path:
+def bank(tmp_path: Path, example: ShippedExample, run: Run) -> Path:
     """A bank of two tasks, made by the command."""
     for name, task in (("up", "upper"), ("back", "reverse")):
         adapter = f"{name}={example.folder / 'adapters' / task}"
@@ -31,7 +31,7 @@ def bank(tmp_path: Path, example: Example, run: Run) -> Path:
     return tmp_path / "bank"
 
 
-def test_list_says_tokens_bytes_and_source(bank: Path, run: Run, example: Example) -> None:
+def test_list_says_tokens_bytes_and_source(bank: Path, run: Run, example: ShippedExample) -> None:
     for command in (("list", bank), ("check", bank, "--model", example.model)):
         result = run("bank", *command)
         assert result.exit_code == 0
@@ -50,7 +50,7 @@ def test_a_name_that_the_terminal_cannot_show(bank: Path) -> None:
     assert "gr\\xf6\\xdfer" in shown.stdout
 
 
-def test_check(bank: Path, run: Run, example: Example, tmp_path: Path) -> None:
+def test_check(bank: Path, run: Run, example: ShippedExample, tmp_path: Path) -> None:
     result = run("bank", "check", bank, "--model", example.model)
     assert result.exit_code == 0
     assert "2 prefixes fit" in result.stdout
@@ -63,7 +63,7 @@ def test_check(bank: Path, run: Run, example: Example, tmp_path: Path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_remove_takes_the_file_too(bank: Path, run: Run, example: Example) -> None:
+def test_remove_takes_the_file_too(bank: Path, run: Run, example: ShippedExample) -> None:
     result = run("bank", "remove", bank, "up")
     assert result.exit_code == 0
     assert sorted(file.name for file in bank.iterdir()) == [".lock", "back.safetensors", "bank.json"]
@@ -91,13 +91,15 @@ def test_a_bank_serves_generate(bank: Path, folder: Folder) -> None:
     assert [answer["text"] for answer in folder.answers()] == ["aet toh", "HOT TEA"]
 
 
-def test_a_name_is_given_once(bank: Path, run: Run, example: Example) -> None:
+def test_a_name_is_given_once(bank: Path, run: Run, example: ShippedExample) -> None:
     result = run("bank", "add", bank, f"up={example.folder / 'adapters' / 'sort'}", "--model", example.model)
     assert result.exit_code == 2
     assert "'up' is already in the bank" in result.stderr
 
 
-def test_an_adapter_of_another_model_is_warned_of_in_one_line(run: Run, example: Example, tmp_path: Path) -> None:
+def test_an_adapter_of_another_model_is_warned_of_in_one_line(
+    run: Run, example: ShippedExample, tmp_path: Path
+) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     source = example.folder / "adapters" / "upper"
@@ -112,7 +114,7 @@ def test_an_adapter_of_another_model_is_warned_of_in_one_line(run: Run, example:
 
 @pytest.mark.parametrize("content", [None, b"not a prefix"])
 def test_a_damaged_file_is_shown_and_stops_no_other(
-    bank: Path, run: Run, example: Example, content: bytes | None
+    bank: Path, run: Run, example: ShippedExample, content: bytes | None
 ) -> None:
     if content is None:
         (bank / "up.safetensors").unlink()
@@ -134,7 +136,7 @@ def test_a_damaged_file_is_shown_and_stops_no_other(
     assert list(read_index(bank)) == []
 
 
-def test_a_text_becomes_a_task(bank: Path, run: Run, example: Example, folder: Folder, tmp_path: Path) -> None:
+def test_a_text_becomes_a_task(bank: Path, run: Run, example: ShippedExample, folder: Folder, tmp_path: Path) -> None:
     """The instruction that the base model was trained with, as a prefix."""
     text = tmp_path / "text"
     text.write_text("reverse|", encoding="utf-8")
@@ -148,7 +150,7 @@ def test_a_text_becomes_a_task(bank: Path, run: Run, example: Example, folder: F
     assert [answer["text"] for answer in folder.answers()] == ["aet toh", "HOT TEA"]
 
 
-def test_adding_rewrites_no_other_task(bank: Path, run: Run, example: Example, tmp_path: Path) -> None:
+def test_adding_rewrites_no_other_task(bank: Path, run: Run, example: ShippedExample, tmp_path: Path) -> None:
     """Also where the checkpoint has another dtype than the bank."""
     model = AutoModelForCausalLM.from_pretrained(example.model).bfloat16()
     for x in (model, AutoTokenizer.from_pretrained(example.model)):
@@ -166,7 +168,7 @@ def test_adding_rewrites_no_other_task(bank: Path, run: Run, example: Example, t
     assert "'more' is already in the bank" in again.stderr
 
 
-def test_a_bank_in_another_dtype_than_its_checkpoint(run: Run, example: Example, tmp_path: Path) -> None:
+def test_a_bank_in_another_dtype_than_its_checkpoint(run: Run, example: ShippedExample, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(example.model).bfloat16()
     for x in (model, AutoTokenizer.from_pretrained(example.model)):
         x.save_pretrained(tmp_path / "model")
@@ -180,7 +182,7 @@ def test_a_bank_in_another_dtype_than_its_checkpoint(run: Run, example: Example,
         assert load_file(bank / f"{name}.safetensors")["k.0"].dtype == torch.float32
 
 
-def test_a_text_that_is_none(run: Run, example: Example, tmp_path: Path) -> None:
+def test_a_text_that_is_none(run: Run, example: ShippedExample, tmp_path: Path) -> None:
     text = tmp_path / "text"
     for content, reason in ((b"", "expected a non-empty string"), (b"\xff", "expected a text in UTF-8")):
         text.write_bytes(content)

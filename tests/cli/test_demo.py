@@ -11,7 +11,7 @@ from typer.testing import Result
 
 from prefix_attn.cli import demo
 from prefix_attn.cli import example as example_module
-from prefix_attn.cli.example import ANSWERS, Comparison, Example, Peft, Reply, alternate, by_task
+from prefix_attn.cli.example import ANSWERS, Comparison, Peft, Reply, ShippedExample, alternate, by_task
 from prefix_attn.cli.models import load_model, load_tokenizer
 from prefix_attn.errors import PrefixAttnError
 from tests.cli.conftest import Run
@@ -21,11 +21,11 @@ from tests.cli.conftest import Run
 def quick(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A tenth of the held-out prompts, and one turn of timing."""
     monkeypatch.setattr(demo, "REPEATS", 1)
-    monkeypatch.setattr(Example, "questions", property(lambda self: all_questions(self)[:60]))
+    monkeypatch.setattr(ShippedExample, "questions", property(lambda self: all_questions(self)[:60]))
     return monkeypatch
 
 
-all_questions = Example.__dict__["questions"].func
+all_questions = ShippedExample.__dict__["questions"].func
 
 
 def cells(result: Result) -> list[list[str]]:
@@ -79,7 +79,7 @@ def test_a_difference_from_peft_is_shown_and_fails(run: Run, quick: pytest.Monke
     assert ["rows with the same tokens", "66 of 67"] in cells(result)
 
 
-def test_bytes_are_those_that_peft_puts_into_its_caches(example: Example) -> None:
+def test_bytes_are_those_that_peft_puts_into_its_caches(example: ShippedExample) -> None:
     model = load_model(example.model)
     peft = Peft(model, load_tokenizer(example.model), example.adapters)
     tasks = [question.task for question in example.first_of_each(16)]
@@ -116,5 +116,5 @@ def test_alternate_times_by_turns_and_within_its_limit(monkeypatch: pytest.Monke
 def test_missing_files_are_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, run: Run) -> None:
     monkeypatch.setattr(example_module, "files", lambda name: tmp_path)
     with pytest.raises(PrefixAttnError, match="string_tasks: the example's files are missing"):
-        Example.shipped()
+        ShippedExample.found()
     assert run("demo").exit_code == 2

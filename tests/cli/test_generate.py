@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prefix_attn as pa
 from prefix_attn.cli import console, generate
 from prefix_attn.cli.answer import Answerer
-from prefix_attn.cli.example import ANSWERS, INPUT, Example
+from prefix_attn.cli.example import ANSWERS, INPUT, ShippedExample
 from prefix_attn.cli.requests import Line, Row
 from tests.cli.conftest import Folder, Run
 
 PROMPT = f"{INPUT}>"
 
 
-def test_answers_come_in_the_order_of_the_input(folder: Folder, example: Example) -> None:
+def test_answers_come_in_the_order_of_the_input(folder: Folder, example: ShippedExample) -> None:
     questions = example.questions[:50]
     folder.ask([question._asdict() | {"max_new_tokens": 9 + i % 3} for i, question in enumerate(questions)])
     result = folder.generate("--batch-size", "7", "--verify")
@@ -40,7 +40,7 @@ def test_answers_come_in_the_order_of_the_input(folder: Folder, example: Example
     assert "tokens/s" in result.stdout
 
 
-def test_every_task_and_none_in_one_batch(folder: Folder, example: Example) -> None:
+def test_every_task_and_none_in_one_batch(folder: Folder, example: ShippedExample) -> None:
     folder.ask([{"task": task, "prompt": PROMPT} for task in (*ANSWERS, None)])
     assert folder.generate().exit_code == 0
     *tasks, none = folder.answers()
@@ -113,7 +113,9 @@ def interrupt_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Answerer, "answer", interrupted)
 
 
-def test_an_interrupted_run_is_continued(folder: Folder, example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_is_continued(
+    folder: Folder, example: ShippedExample, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(generate, "SORTED_BATCHES", 2)
     lines = [question._asdict() for question in example.questions[:20]]
     lines[3]["task"] = "unknown"
@@ -147,7 +149,7 @@ def test_a_complete_output_is_left_alone(folder: Folder, monkeypatch: pytest.Mon
 
 
 def test_an_output_of_another_prefix_or_model_is_refused_and_kept(
-    folder: Folder, example: Example, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    folder: Folder, example: ShippedExample, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder.ask([{"task": "upper", "prompt": PROMPT}, {"prompt": PROMPT}] * 40)
     monkeypatch.setattr(generate, "SORTED_BATCHES", 2)
@@ -208,7 +210,7 @@ def test_one_process_writes_an_output(folder: Folder) -> None:
     assert folder.generate().exit_code == 0
 
 
-def test_damaged_checkpoints_say_so(folder: Folder, example: Example, tmp_path: Path) -> None:
+def test_damaged_checkpoints_say_so(folder: Folder, example: ShippedExample, tmp_path: Path) -> None:
     folder.ask([{"task": "upper", "prompt": PROMPT}])
     folder.model = str(shutil.copytree(example.model, tmp_path / "damaged"))
     weights = tmp_path / "damaged" / "model.safetensors"
@@ -225,7 +227,7 @@ def test_damaged_checkpoints_say_so(folder: Folder, example: Example, tmp_path: 
     assert "Traceback" not in result.stderr
 
 
-def test_a_least_length_does_not_count_padding(folder: Folder, example: Example, tmp_path: Path) -> None:
+def test_a_least_length_does_not_count_padding(folder: Folder, example: ShippedExample, tmp_path: Path) -> None:
     model, tokenizer = (kind.from_pretrained(example.model) for kind in (AutoModelForCausalLM, AutoTokenizer))
     model.generation_config.min_length = 12
     folder.model = str(tmp_path / "model")
@@ -304,7 +306,7 @@ def test_half_precision(folder: Folder) -> None:
 
 
 def test_a_checkpoint_with_settings_of_its_own_is_run_greedily_and_without_a_pad_token(
-    folder: Folder, example: Example, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    folder: Folder, example: ShippedExample, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model, tokenizer = (kind.from_pretrained(example.model) for kind in (AutoModelForCausalLM, AutoTokenizer))
     model.generation_config.update(do_sample=True, temperature=5.0, top_p=0.9, pad_token_id=None, num_beams=3)
@@ -319,7 +321,7 @@ def test_a_checkpoint_with_settings_of_its_own_is_run_greedily_and_without_a_pad
     assert "not valid" not in capfd.readouterr().err
 
 
-def test_a_bos_that_a_chat_template_wrote_is_not_doubled(example: Example) -> None:
+def test_a_bos_that_a_chat_template_wrote_is_not_doubled(example: ShippedExample) -> None:
     model, tokenizer = (kind.from_pretrained(example.model) for kind in (AutoModelForCausalLM, AutoTokenizer))
     answerer = Answerer(model, tokenizer, pa.PrefixBank.for_model(model))
     plain, templated = (answerer.row(0, Line(1, None, x, 5)).tokens for x in (PROMPT, f"<bos>{PROMPT}"))
@@ -327,7 +329,7 @@ def test_a_bos_that_a_chat_template_wrote_is_not_doubled(example: Example) -> No
 
 
 def test_a_prompt_after_a_text_prefix_gets_no_second_bos(
-    folder: Folder, example: Example, tmp_path: Path, run: Run
+    folder: Folder, example: ShippedExample, tmp_path: Path, run: Run
 ) -> None:
     """Prefix and prompt together are the instruction as the base model knows it: ``<bos>reverse|hot tea>``."""
     model, tokenizer = (kind.from_pretrained(example.model) for kind in (AutoModelForCausalLM, AutoTokenizer))

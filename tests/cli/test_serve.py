@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
-from prefix_attn.cli.example import ANSWERS, INPUT, Example
+from prefix_attn.cli.example import ANSWERS, INPUT, ShippedExample
 from prefix_attn.cli.serve import listen
 from tests.cli.conftest import Run
 from tests.serving.engines import OLD, needs_engine
@@ -35,7 +35,7 @@ def killed_at_last(process: subprocess.Popen[str]) -> Iterator[None]:
 
 
 @needs_engine
-def test_the_command_serves_until_it_is_interrupted(example: Example, tmp_path: Path) -> None:
+def test_the_command_serves_until_it_is_interrupted(example: ShippedExample, tmp_path: Path) -> None:
     adapters = [f"--adapter={task}={folder}" for task, folder in example.adapters[:2]]
     command = [sys.executable, "-m", "prefix_attn", "serve", "--model", example.model, *adapters, "--port", "0"]
     command += ["--cache-tokens", "512", "--name", "letters", "--prefixes", str(tmp_path)]
@@ -68,7 +68,7 @@ def test_the_command_serves_until_it_is_interrupted(example: Example, tmp_path: 
 
 
 @needs_engine
-def test_a_second_interruption_breaks_requests_off(example: Example) -> None:
+def test_a_second_interruption_breaks_requests_off(example: ShippedExample) -> None:
     """They are told so, as of every other failure, and there is no traceback."""
     task, folder = example.adapters[0]
     command = [sys.executable, "-m", "prefix_attn", "serve", "--model", example.model, f"--adapter={task}={folder}"]
@@ -102,7 +102,7 @@ def test_what_is_written_is_sent_at_once() -> None:
 
 
 @needs_engine
-def test_a_port_that_is_taken(run: Run, example: Example, tmp_path: Path) -> None:
+def test_a_port_that_is_taken(run: Run, example: ShippedExample, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         result = run("serve", "--model", example.model, "--prefixes", tmp_path, "--port", port)
@@ -110,21 +110,21 @@ def test_a_port_that_is_taken(run: Run, example: Example, tmp_path: Path) -> Non
     assert "ddress already in use" in result.stderr
 
 
-def test_without_any_prefix(run: Run, example: Example) -> None:
+def test_without_any_prefix(run: Run, example: ShippedExample) -> None:
     result = run("serve", "--model", example.model)
     assert result.exit_code == 2
     assert "--adapter" in result.stderr
 
 
 @needs_engine
-def test_a_task_that_is_called_like_the_model(run: Run, example: Example) -> None:
+def test_a_task_that_is_called_like_the_model(run: Run, example: ShippedExample) -> None:
     (task, folder), *_ = example.adapters
     result = run("serve", "--model", example.model, "--adapter", f"{task}={folder}", "--name", task)
     assert result.exit_code == 2
     assert "give the base model another" in result.stderr
 
 
-def test_without_the_extra(run: Run, example: Example, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_the_extra(run: Run, example: ShippedExample, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     result = run("serve", "--model", example.model, "--prefixes", tmp_path)
     assert result.exit_code == 2
@@ -132,7 +132,7 @@ def test_without_the_extra(run: Run, example: Example, monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(not OLD, reason="this transformers has the engine")
-def test_older_transformers_are_refused(run: Run, example: Example, tmp_path: Path) -> None:
+def test_older_transformers_are_refused(run: Run, example: ShippedExample, tmp_path: Path) -> None:
     result = run("serve", "--model", example.model, "--prefixes", tmp_path)
     assert result.exit_code == 2
     assert "5.23" in result.stderr

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from prefix_attn.bank import PrefixBank
-from prefix_attn.cli.example import Example
+from prefix_attn.cli.example import ShippedExample
 from prefix_attn.string_tasks.tasks import TASKS, draw_input, prompt_without_instruction
 from tests.cli.conftest import Folder, Run
 
@@ -32,7 +32,7 @@ def examples(count: int, name: str) -> list[dict[str, str]]:
     return [{"task": name, "prompt": prompt_without_instruction(x), "answer": task.solve(x)} for x in texts]
 
 
-def test_from_examples_to_answers(run: Run, example: Example, folder: Folder, tmp_path: Path) -> None:
+def test_from_examples_to_answers(run: Run, example: ShippedExample, folder: Folder, tmp_path: Path) -> None:
     data = write(tmp_path / "examples.jsonl", examples(400, "vowels"))
     bank = tmp_path / "bank"
     result = run("train", "--model", example.model, "--data", data, "--bank", bank, "--tokens", 8, "--epochs", 8,
@@ -50,7 +50,7 @@ def test_from_examples_to_answers(run: Run, example: Example, folder: Folder, tm
     assert [answer["text"] for answer in folder.answers()] == ["2", "5"]
 
 
-def test_a_bank_gets_more_tasks_and_keeps_those_it_has(run: Run, example: Example, tmp_path: Path) -> None:
+def test_a_bank_gets_more_tasks_and_keeps_those_it_has(run: Run, example: ShippedExample, tmp_path: Path) -> None:
     bank = tmp_path / "bank"
     adapter = f"up={example.folder / 'adapters' / 'upper'}"
     assert run("bank", "add", bank, adapter, "--model", example.model).exit_code == 0
@@ -73,7 +73,7 @@ def test_a_bank_gets_more_tasks_and_keeps_those_it_has(run: Run, example: Exampl
     assert "2 prefixes in" in again.stdout
 
 
-def test_interrupted(run: Run, example: Example, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted(run: Run, example: ShippedExample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the first epoch left is there, and can be served."""
     data = write(tmp_path / "examples.jsonl", examples(20, "sort"))
     save = PrefixBank.save_into
@@ -98,7 +98,7 @@ def test_interrupted(run: Run, example: Example, tmp_path: Path, monkeypatch: py
         ("{", "expected a JSON object"),
     ],
 )
-def test_a_bad_line_is_named(line: str, reason: str, run: Run, example: Example, tmp_path: Path) -> None:
+def test_a_bad_line_is_named(line: str, reason: str, run: Run, example: ShippedExample, tmp_path: Path) -> None:
     data = write(tmp_path / "examples.jsonl", examples(2, "sort"))
     with data.open("a", encoding="utf-8") as file:
         file.write("\n" + line + "\n")
@@ -117,7 +117,7 @@ def test_a_bad_line_is_named(line: str, reason: str, run: Run, example: Example,
     ],
 )
 def test_the_line_of_an_example_that_cannot_be_trained_on(
-    changes: dict[str, str], reason: str, run: Run, example: Example, tmp_path: Path
+    changes: dict[str, str], reason: str, run: Run, example: ShippedExample, tmp_path: Path
 ) -> None:
     good, bad = examples(2, "sort")
     data = tmp_path / "examples.jsonl"
@@ -127,14 +127,14 @@ def test_the_line_of_an_example_that_cannot_be_trained_on(
     assert f"{data}, line 3: {reason}" in result.stderr
 
 
-def test_no_examples(run: Run, example: Example, tmp_path: Path) -> None:
+def test_no_examples(run: Run, example: ShippedExample, tmp_path: Path) -> None:
     data = write(tmp_path / "examples.jsonl", [])
     result = run("train", "--model", example.model, "--data", data, "--bank", tmp_path / "bank")
     assert result.exit_code == 2
     assert "expected at least one example" in result.stderr
 
 
-def test_files_of_others_are_safe(run: Run, example: Example, tmp_path: Path) -> None:
+def test_files_of_others_are_safe(run: Run, example: ShippedExample, tmp_path: Path) -> None:
     """A folder that is no bank, the file of examples itself, and tasks that are there in another dtype."""
     other = tmp_path / "model"
     other.mkdir()
@@ -159,7 +159,7 @@ def test_files_of_others_are_safe(run: Run, example: Example, tmp_path: Path) ->
     assert run("bank", "check", tmp_path / "bank", "--model", example.model).exit_code == 0
 
 
-def test_what_cannot_be_trained_is_said_before_the_work(run: Run, example: Example, tmp_path: Path) -> None:
+def test_what_cannot_be_trained_is_said_before_the_work(run: Run, example: ShippedExample, tmp_path: Path) -> None:
     for changes, options, reason in (
         ({"task": "a/b"}, (), "line 1: name: expected no '/'"),
         ({"prompt": "\ud800"}, (), "line 1: expected a JSON object"),
@@ -173,7 +173,7 @@ def test_what_cannot_be_trained_is_said_before_the_work(run: Run, example: Examp
         assert not (tmp_path / "bank").exists()
 
 
-def test_names_are_no_formulas(run: Run, example: Example, tmp_path: Path) -> None:
+def test_names_are_no_formulas(run: Run, example: ShippedExample, tmp_path: Path) -> None:
     data = write(tmp_path / "examples.jsonl", [x | {"task": "$^$"} for x in examples(8, "sort")])
     result = run("train", "--model", example.model, "--data", data, "--bank", tmp_path / "bank", *QUICK)
     assert result.exit_code == 0, result.exception

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prefix_attn as pa
-from prefix_attn.cli.example import Example
+from prefix_attn.cli.example import ShippedExample
 from prefix_attn.serving import Engine
 
-EXAMPLE = Example.shipped()
+EXAMPLE = ShippedExample.found()
 
 # An engine that stops collects garbage twice, which takes a second over all that was imported and stays.
 gc.collect()

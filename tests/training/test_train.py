@@ -14,7 +14,7 @@ import prefix_attn as pa
 from prefix_attn.hf.wiring import bank_of
 from prefix_attn.string_tasks.tasks import TASKS, draw_input, prompt_without_instruction
 from prefix_attn.training import Example, Loss, TrainablePrefixes, Trained, loop, train
-from prefix_attn.training.examples import NOT_SCORED, Row, split
+from prefix_attn.training.examples import NOT_SCORED, TokenisedExample, split
 from tests.hf.test_text import EXAMPLE
 
 
@@ -31,20 +31,22 @@ def test_an_answer_is_tokenised_as_it_follows_its_prompt() -> None:
     model.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model)
     for answer, expected in (("dog", "dog"), (" dog", "▁dog")):
-        row = Row.of(0, Example("a", "cat:", answer), tokenizer, None, None)
+        row = TokenisedExample.of(0, Example("a", "cat:", answer), tokenizer, None, None)
         assert tokenizer.convert_ids_to_tokens(row.ids.tolist()) == ["▁cat", ":", expected]
         assert row.labels.tolist() == [NOT_SCORED, NOT_SCORED, row.ids[2]]
 
 
 def test_a_bos_that_a_chat_template_wrote_is_not_doubled(base: tuple[Any, Any]) -> None:
-    plain, templated = (Row.of(0, Example("a", prompt, "AB"), base[1], None, None) for prompt in ("ab>", "<bos>ab>"))
+    plain, templated = (
+        TokenisedExample.of(0, Example("a", prompt, "AB"), base[1], None, None) for prompt in ("ab>", "<bos>ab>")
+    )
     assert templated.ids.tolist() == plain.ids.tolist()
     assert templated.labels.tolist() == plain.labels.tolist()
 
 
 def test_equal_rows_are_trained_on_or_held_out(base: tuple[Any, Any]) -> None:
     lines = [Example("a", f"{letter}>", answer) for letter in "abcde" for answer in ("x", "y")]
-    rows = [Row.of(i, line, base[1], None, None) for i, line in enumerate(lines * 5)]
+    rows = [TokenisedExample.of(i, line, base[1], None, None) for i, line in enumerate(lines * 5)]
     training, scored = split(rows, 0.3, random.Random(0))
     assert (len(training), len(scored)) == (35, 15)
     sides = [{(*row.ids.tolist(), *row.labels.tolist()) for row in side} for side in (training, scored)]
