@@ -33,7 +33,7 @@ from .suites import Generation
 from .timing import first_line
 
 PEFT = "peft, grouped by task"
-MOST_REPEATS = 5
+MAX_REPEATS = 5
 
 #: Tokens of each row, ``[rows, prompt + new]``, and the logits of each row's first new token, ``[rows, vocabulary]``.
 Answer = tuple[Tensor, Tensor]
@@ -185,7 +185,7 @@ class Comparison:
             if wrong is not None:
                 return [replace(row, status=f"wrong: {wrong}", failed=True) for row in rows.values()]
         elapsed = time.monotonic() - start  # all tokens once and a few once: about what a round takes
-        repeats = max(1, min(MOST_REPEATS, int((seconds - elapsed) / max(elapsed, 1e-3))))
+        repeats = max(1, min(MAX_REPEATS, int((seconds - elapsed) / max(elapsed, 1e-3))))
         times = self._times(usable, repeats)
         return [self._timed(row, *times[name]) if name in times else row for name, row in rows.items()]
 

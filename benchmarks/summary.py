@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from .peers import OURS
 from .record import Environment, Row
 from .roofs import busy
-from .timing import MOST_SETS
+from .timing import MAX_SETS
 
 Times = dict[str, float]
 
@@ -125,7 +125,7 @@ def _cached(rows: Iterable[Row]) -> list[str]:
     ]
     if not small:
         return []
-    what = f"Not past the L2 cache, in which inputs may be found, since there are {MOST_SETS} sets at most"
+    what = f"Not past the L2 cache, in which inputs may be found, since there are {MAX_SETS} sets at most"
     return ["", f"{what}: {'; '.join(small)}."]
 
 

@@ -22,10 +22,10 @@ from torch import Tensor
 Calls = Sequence[Callable[[], Tensor]]
 
 #: Bytes after which a rotation has left a GPU's caches behind, and how many input sets it may take.
-ROTATION_BYTES, MOST_SETS = 240_000_000, 64
+ROTATION_BYTES, MAX_SETS = 240_000_000, 64
 
-REPEATS, LEAST_REPEATS = 7, 3
-LEAST_REPLAYS, LEAST_SECONDS = 5, 0.050
+REPEATS, MIN_REPEATS = 7, 3
+MIN_REPLAYS, MIN_SECONDS = 5, 0.050
 
 #: Calls issued together: so few that some passes run undisturbed, and that the device's queue never fills.
 HOST_CALLS, HOST_PASSES = 20, 10
@@ -34,7 +34,7 @@ HOST_CALLS, HOST_PASSES = 20, 10
 def input_sets(touched_bytes: int, device: torch.device) -> int:
     """How many input sets a call that touches so many bytes is rotated through, so that none is found in a cache."""
     rotation, least = (ROTATION_BYTES, 2) if device.type == "cuda" else (2 * cpu_cache_bytes(), 1)
-    return min(MOST_SETS, max(least, math.ceil(rotation / max(1, touched_bytes))))
+    return min(MAX_SETS, max(least, math.ceil(rotation / max(1, touched_bytes))))
 
 
 @lru_cache
@@ -147,19 +147,19 @@ def measure(
     """Time all runners against each other within about ``seconds``.
 
     Each repeat replays a runner at least 5 times and 50 ms, or as often as its share of the time allows. Where even one
-    replay each is too much, there are fewer repeats, but at least `LEAST_REPEATS`.
+    replay each is too much, there are fewer repeats, but at least `MIN_REPEATS`.
     """
     deadline = time.monotonic() + seconds
     replays = {}
     for name, runner in runners.items():
         once = runner.seconds(1)
-        once = max(runner.seconds(1) if once < LEAST_SECONDS else once, 1e-7)
-        wanted = max(LEAST_REPLAYS, math.ceil(LEAST_SECONDS / once))
+        once = max(runner.seconds(1) if once < MIN_SECONDS else once, 1e-7)
+        wanted = max(MIN_REPLAYS, math.ceil(MIN_SECONDS / once))
         affordable = int(seconds / (repeats * len(runners) * once))
         replays[name] = max(1, min(wanted, affordable))
     samples: dict[str, list[float]] = {name: [] for name in runners}
     for repeat in range(repeats):
-        if repeat >= LEAST_REPEATS and time.monotonic() > deadline:
+        if repeat >= MIN_REPEATS and time.monotonic() > deadline:
             break
         for name in rng.sample(list(runners), len(runners)):
             calls = replays[name] * runners[name].calls

@@ -67,7 +67,7 @@ HEADS = {64: (12, 12), 128: (32, 8), 256: (16, 8)}
 GAIN = 0.02
 
 #: Seconds below which a target is not begun, its candidates being compiled.
-LEAST_SECONDS = 8.0
+MIN_SECONDS = 8.0
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,7 @@ def main(
         dropped = {target: unfit(target, target.candidates(name), name, pool) for target in wanted}
     for i, target in enumerate(wanted):
         share = (deadline - time.monotonic()) / (len(wanted) - i)
-        if share < LEAST_SECONDS:
+        if share < MIN_SECONDS:
             print(f"left out for want of time: {', '.join(t.key for t in wanted[i:])}", flush=True)
             break
         results = [Result(target.key, tile, "", why) for tile, why in dropped[target].items()]

@@ -24,12 +24,12 @@ from .record import first_gpu
 from .suites import SUITES, attention_points
 
 #: Processes at most: each holds a context on the device, and the memory of one point.
-MOST_PROCESSES = 8
+MAX_PROCESSES = 8
 
 
 def processes() -> int:
     """How many processes compile side by side: a few cores are left to others."""
-    return max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) - 4))
+    return max(1, min(MAX_PROCESSES, (os.cpu_count() or 1) - 4))
 
 
 def compiling() -> list[Peer]:

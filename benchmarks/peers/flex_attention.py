@@ -21,7 +21,7 @@ from .interface import Peer, elapsed_us
 from .problem import Point, Problem
 
 #: Pairs of queries and keys up to which the mask is worked out: it is held as bytes, a few times over.
-MOST_PAIRS = 2**32
+MAX_PAIRS = 2**32
 
 #: Seconds of compilation after which no further shape is begun.
 COMPILE_SECONDS = 20.0
@@ -44,7 +44,7 @@ class FlexAttention(Peer):
 
     def unsuited(self, point: Point) -> str | None:
         pairs = point.batch * point.q_len * (point.tasks * point.m + point.batch * point.n)
-        return f"its mask would be worked out from {pairs:.1e} pairs" if pairs > MOST_PAIRS else None
+        return f"its mask would be worked out from {pairs:.1e} pairs" if pairs > MAX_PAIRS else None
 
     def prepare(self, problem: Problem) -> Callable[[], Tensor]:
         q_len, heads = problem.point.q_len, problem.point.q_heads

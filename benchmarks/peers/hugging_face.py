@@ -22,7 +22,7 @@ from .problem import Problem
 from .sdpa import lower_right_mask
 
 #: Eager attention repeats keys and values for every query head; larger than this, in bytes, would take all the time.
-MOST_REPEATED_GPU, MOST_REPEATED_CPU = 10**10, 5 * 10**8
+MAX_REPEATED_GPU, MAX_REPEATED_CPU = 10**10, 5 * 10**8
 
 
 class HuggingFace(Peer):
@@ -38,7 +38,7 @@ class HuggingFace(Peer):
     def prepare(self, problem: Problem) -> Callable[[], Tensor]:
         on_gpu, (k, _) = problem.q.is_cuda, problem.replica
         repeated = 2 * problem.point.group * k.numel() * k.element_size()
-        if self.eager and repeated > (MOST_REPEATED_GPU if on_gpu else MOST_REPEATED_CPU):
+        if self.eager and repeated > (MAX_REPEATED_GPU if on_gpu else MAX_REPEATED_CPU):
             raise ValueError(f"not timed: keys repeated for every query head take {repeated / 1e9:.1f} GB")
         return layer_step(problem, problem.q, *problem.replica, mask=problem.replica_mask, eager=self.eager)
 

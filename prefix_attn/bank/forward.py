@@ -62,7 +62,7 @@ def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:
     body = getattr(model, "base_model", model)  # without the language-model head, whose logits nobody reads
     input_ids = input_ids.to(_device_of_inputs(model))
     try:
-        cache = unforgetting_cache(model)
+        cache = cache_of_all_tokens(model)
         with torch.no_grad(), in_full_precision(model), evaluating(model):
             body(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=True, **{CACHE: cache})
     except PrefixAttnError:
@@ -80,7 +80,7 @@ def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:
     return layers
 
 
-def unforgetting_cache(model: Any) -> Any:
+def cache_of_all_tokens(model: Any) -> Any:
     """An empty cache as the model would make it, but for sliding layers: they keep all tokens."""
     from transformers import DynamicCache
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from prefix_attn.bank import PrefixBank
-from prefix_attn.bank.forward import evaluating, in_full_precision, unforgetting_cache
+from prefix_attn.bank.forward import cache_of_all_tokens, evaluating, in_full_precision
 from prefix_attn.bank.geometry import LayerKV
 from prefix_attn.bank.uses import BANK_LOCK
 from prefix_attn.errors import UnsupportedModel
@@ -77,7 +77,7 @@ class Sources:
         self._kept: tuple[tuple[Any, ...], list[PrefixKV]] | None = None  # and what they were made of
         m = key_values[0][0].shape[1]
         read: set[int] = set()
-        sliding = {i for i, x in enumerate(unforgetting_cache(model).layers) if hasattr(x, "sliding_window")}
+        sliding = {i for i, x in enumerate(cache_of_all_tokens(model).layers) if hasattr(x, "sliding_window")}
         places: dict[nn.Module, list[int]] = {}
         with torch.no_grad():
             calls = self._calls_behind(key_values)
@@ -162,7 +162,7 @@ class Sources:
         return result
 
     def _calls_behind(self, key_values: Sequence[LayerKV]) -> list[Call]:
-        cache = unforgetting_cache(self.model)
+        cache = cache_of_all_tokens(self.model)
         fill(cache, [key_values])
         with in_full_precision(self.model), evaluating(self.model):
             return self.record(cache)

@@ -40,7 +40,7 @@ from prefix_attn.serving.text import AnswerText, Detokenizer
 from prefix_attn.serving.waiting import gather_or_cancel, unless_disconnected
 
 #: Answers that one HTTP request may ask for.
-MOST_CHOICES = 1024
+MAX_CHOICES = 1024
 
 
 class PutPrefixRequest(BaseModel):
@@ -320,9 +320,9 @@ class _Server:
 
 def check_count(prompts: int, n: int) -> None:
     """Raise `ShapeError` if one request asks for too many answers."""
-    if prompts * n > MOST_CHOICES:
+    if prompts * n > MAX_CHOICES:
         raise ShapeError(
-            f"prompt: expected at most {MOST_CHOICES} answers a request, got {prompts} prompts times n = {n}; send "
+            f"prompt: expected at most {MAX_CHOICES} answers a request, got {prompts} prompts times n = {n}; send "
             "several requests"
         )
 

@@ -31,7 +31,7 @@ IGNORED = (
 )  # fmt: skip
 
 #: More fields than there are.
-MOST_FIELDS = 100
+MAX_FIELDS = 100
 
 
 def _without_nulls(given: Any) -> Any:
@@ -85,8 +85,8 @@ class APIRequest(BaseModel):
         if not isinstance(given, dict):
             return given
         given = _without_nulls(given)
-        if len(given) > MOST_FIELDS:
-            raise ValueError(f"expected at most {MOST_FIELDS} fields, got {len(given)}")
+        if len(given) > MAX_FIELDS:
+            raise ValueError(f"expected at most {MAX_FIELDS} fields, got {len(given)}")
         for name, neutral in UNSERVED_FIELDS.items():
             value = given.get(name)
             if value is not None and (value != neutral or isinstance(value, bool) != isinstance(neutral, bool)):

@@ -13,7 +13,7 @@ from prefix_attn.errors import ContextOverflow, PrefixAttnError, UnknownTask
 from prefix_attn.serving.engine import EngineFailed
 
 #: Errors that are listed of one body.
-MOST_LINES = 8
+MAX_ERRORS = 8
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -51,7 +51,7 @@ def _malformed(_: Request, problem: Exception) -> JSONResponse:
     """What is no request: missing, unknown and wrong fields."""
     assert isinstance(problem, RequestValidationError)
     lines = []
-    for part in problem.errors()[:MOST_LINES]:
+    for part in problem.errors()[:MAX_ERRORS]:
         place, text = ".".join(map(str, part["loc"][1:])), part["msg"].removeprefix("Value error, ")
         if not place and "dictionary" in text:
             text = "expected a JSON object, sent with content-type: application/json"

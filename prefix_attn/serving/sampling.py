@@ -20,7 +20,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from prefix_attn.errors import ShapeError
 
 #: The least temperature that is not 0.
-LEAST = 0.001
+MIN_TEMPERATURE = 0.001
 
 #: Of ``generate``, where a config that samples leaves them open.
 AS_GENERATE: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
@@ -47,8 +47,8 @@ class Sampling:
         for name, valid, expected in (
             (
                 "temperature",
-                self.temperature == 0 or LEAST <= self.temperature < float("inf"),
-                f"0 (greedy) or a finite number of at least {LEAST}",
+                self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < float("inf"),
+                f"0 (greedy) or a finite number of at least {MIN_TEMPERATURE}",
             ),
             ("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1"),
             ("top_k", 0 <= self.top_k < 2**31, "an integer from 0 to 2147483647"),

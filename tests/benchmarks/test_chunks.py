@@ -16,7 +16,7 @@ from benchmarks.tune import launch
 def test_sweep(grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "CHUNKS", (1, 3))
     monkeypatch.setattr(chunks, "SECONDS", 0.0)
-    monkeypatch.setattr("benchmarks.timing.MOST_SETS", 1)
+    monkeypatch.setattr("benchmarks.timing.MAX_SETS", 1)
     point = Point("decode", 3, 1, 70, 40, 2, 1, 16)
     times = chunks.sweep(point, grouped, torch.device("cpu"))
     assert list(times) == ["auto", "1", "3"]

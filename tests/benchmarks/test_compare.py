@@ -56,9 +56,9 @@ def bench() -> Bench:
 
 @pytest.fixture(autouse=True)
 def few_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.timing.MOST_SETS", 3)
+    monkeypatch.setattr("benchmarks.timing.MAX_SETS", 3)
     monkeypatch.setattr("benchmarks.timing.cpu_cache_bytes", lambda: 10**9)
-    monkeypatch.setattr("benchmarks.timing.LEAST_SECONDS", 1e-4)
+    monkeypatch.setattr("benchmarks.timing.MIN_SECONDS", 1e-4)
 
 
 @pytest.mark.parametrize("point", [DECODE, PREFILL, MIXED, RAGGED], ids=str)

@@ -31,8 +31,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmarks, "attention_points", lambda suite, on_gpu, quick: POINTS[suite])
     monkeypatch.setattr(benchmarks, "measure_roofs", lambda device, dtypes: roofs)
     monkeypatch.setattr(benchmarks, "pin_threads", lambda: None)
-    monkeypatch.setattr("prefix_attn.benchmarks.timing.LEAST_SECONDS", 1e-4)
-    monkeypatch.setattr("prefix_attn.benchmarks.timing.MOST_SETS", 2)
+    monkeypatch.setattr("prefix_attn.benchmarks.timing.MIN_SECONDS", 1e-4)
+    monkeypatch.setattr("prefix_attn.benchmarks.timing.MAX_SETS", 2)
 
 
 def stored(folder: Path) -> list[dict[str, Any]]:
