@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from prefix_attn.bank.config import context_limit, text_config
-from prefix_attn.bank.families import refuse_without_place
 from prefix_attn.bank.fingerprint import Fingerprint
 from prefix_attn.bank.forward import cached_kv, unwrap
 from prefix_attn.bank.geometry import CROSS, DECODER, ENCODER, Geometry, devices_of
 from prefix_attn.bank.seq2seq import decoder_kv, decoder_positions, encoder_devices, encoder_geometry
 from prefix_attn.bank.shard import Shard
+from prefix_attn.bank.unsupported import refuse_without_place
 from prefix_attn.bank.window import SlidingWindow
 from prefix_attn.errors import ContextOverflow, IncompatiblePrefix, UnsupportedModel
 

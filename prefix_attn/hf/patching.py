@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.forward import unwrap
+from prefix_attn.bank.unsupported import NOT_PATCHED
 from prefix_attn.errors import IncompatiblePrefix, PrefixAttnError, SlowModel, UnsupportedModel
 from prefix_attn.hf.adapters import attach, detach, is_attached, is_wrapper
 from prefix_attn.hf.attention import IMPLEMENTATION, Ambiguous
@@ -35,10 +36,6 @@ from prefix_attn.hf.replica import ReplicaPatch
 from prefix_attn.hf.seq2seq import Seq2SeqPatch, refuse_seq2seq
 from prefix_attn.hf.sources import SOURCES
 from prefix_attn.hf.wiring import PATCHED
-
-#: Families that keep what they remember of a sequence in the model instead of the cache.
-STATEFUL = ("recurrent_gemma",)
-
 
 Model = TypeVar("Model")
 
@@ -173,10 +170,8 @@ def _refuse(model: Any) -> None:
         raise UnsupportedModel(
             f"{family}: the family uses chunked attention, whose chunks do not say which of them a prefix belongs to"
         )
-    if config.model_type in STATEFUL:
-        raise UnsupportedModel(
-            f"{family}: the family keeps its recurrent state in the model, so that a pass depends on the one before"
-        )
+    if config.model_type in NOT_PATCHED:
+        raise UnsupportedModel(f"{family}: {NOT_PATCHED[config.model_type]}")
     if not model.can_generate():
         raise UnsupportedModel(
             f"{family}: expected a causal language model with generate, such as AutoModelForCausalLM"

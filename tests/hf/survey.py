@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 import prefix_attn as pa
-from prefix_attn.bank.families import NO_PLACE
+from prefix_attn.bank.unsupported import NO_PLACE
 from prefix_attn.hf.decoder import decoder_of
 from prefix_attn.hf.verify import replicated
 from tests.hf.conftest import LENGTHS, TASKS, padded_inputs

@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 import prefix_attn as pa
-from prefix_attn.bank.families import NO_PLACE
+from prefix_attn.bank.unsupported import NO_PLACE
 from tests.hf.overrides import OVERRIDES
 from tests.hf.shrink import CAUSAL, IMAGE_TEXT, tiny_random_model
 from tests.hf.survey import compare, examine, random_bank

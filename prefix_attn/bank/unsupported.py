@@ -1,4 +1,4 @@
-"""Families in which a prefix has no place, by model type, and what in them it is.
+"""Families that are refused by name, and why, by model type.
 
 Only what a run of the model on one token would not say by itself, or not in words that help.
 """
@@ -19,6 +19,7 @@ _CODEBOOKS = (
 )
 _DRAFTS = "it drafts for another model, whose keys and values it reads, and keeps none of its own"
 
+#: A prefix has no place in them: there is no bank for such a model.
 NO_PLACE = {
     **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), _NEEDS_AN_IMAGE.format("language_model")),
     **dict.fromkeys(("florence2", "pix2struct", "pp_formulanet", "vision-encoder-decoder"), _READS_IMAGES),
@@ -56,6 +57,11 @@ NO_PLACE = {
     ),
     "xlstm": "its layers keep states of their own and no keys and values",
     "xlm": "its padding masks are of the tokens of one pass and know none in a cache, where a prefix would be",
+}
+
+#: A bank can be made for them, but `patch` refuses the model.
+NOT_PATCHED = {
+    "recurrent_gemma": ("the family keeps its recurrent state in the model, so that a pass depends on the one before"),
 }
 
 
