@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from prefix_attn.training import Example, Trained
 
 LOSSES, FIGURE = "losses.jsonl", "losses.png"
-FIELDS = ("task", "prompt", "answer")
 
 
 def train(
@@ -128,6 +128,7 @@ def read_examples(path: Path) -> dict[int, Example]:
     """
     from prefix_attn.training import Example
 
+    names = [field.name for field in fields(Example)]
     examples = {}
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
@@ -136,11 +137,11 @@ def read_examples(path: Path) -> dict[int, Example]:
             content = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise PrefixAttnError(f"{path}, line {number}: expected a JSON object ({error})") from error
-        fields: list[Any] = [content.get(field) for field in FIELDS] if isinstance(content, dict) else [None]
-        if not all(is_text(field) and field for field in fields):
-            raise PrefixAttnError(f"{path}, line {number}: expected a JSON object with {', '.join(FIELDS)}, each a "
+        values: list[Any] = [content.get(name) for name in names] if isinstance(content, dict) else [None]
+        if not all(is_text(value) and value for value in values):
+            raise PrefixAttnError(f"{path}, line {number}: expected a JSON object with {', '.join(names)}, each a "
                                   f"string that is not empty, got {line.decode(errors='replace')[:80]}")  # fmt: skip
-        examples[number] = Example(*fields)
+        examples[number] = Example(*values)
     if not examples:
         raise PrefixAttnError(f"{path}: expected at least one example, got none")
     return examples
