@@ -13,31 +13,27 @@ GET     /health, /metrics             whether the engine runs; numbers for Prome
 from __future__ import annotations
 
 import asyncio
-import uuid
-import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict
 
-from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.peft import other_base
 from prefix_attn.bank.uses import BANK_LOCK
-from prefix_attn.errors import PrefixAttnError, ShapeError, UnknownTask, UnsupportedModel
-from prefix_attn.serving import protocol
+from prefix_attn.errors import ShapeError, UnknownTask, UnsupportedModel
+from prefix_attn.serving.answers import HeldTask, Responder
 from prefix_attn.serving.bodies import LimitedBodies
-from prefix_attn.serving.engine import Engine, EngineFailed, Request
+from prefix_attn.serving.engine import Engine
 from prefix_attn.serving.metrics import Metrics
 from prefix_attn.serving.prompts import prompt_tokens
-from prefix_attn.serving.protocol import ChatCompletionRequest, CompletionRequest, ResponseBuilder
+from prefix_attn.serving.protocol import ChatCompletionRequest, CompletionRequest
 from prefix_attn.serving.refusals import add_error_handlers, error_body
-from prefix_attn.serving.text import AnswerText, Detokenizer
-from prefix_attn.serving.waiting import gather_or_cancel, unless_disconnected
+from prefix_attn.serving.text import Detokenizer
 
 #: Answers that one HTTP request may ask for.
 MAX_CHOICES = 1024
@@ -82,12 +78,14 @@ def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None 
     async def completions(body: CompletionRequest, http: HTTPRequest) -> Response:
         task = server.task(body.model)
         check_count(len(body.prompts), body.n)
-        return await server.answer(body, http, task, await server.in_thread(server.tokens, body, task))
+        prompts = await server.in_thread(server.tokens, body, task)
+        return await server.responder.respond(body, http, task, prompts)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatCompletionRequest, http: HTTPRequest) -> Response:
         task = server.task(body.model)
-        return await server.answer(body, http, task, await server.in_thread(server.chat_tokens, body, task))
+        prompts = await server.in_thread(server.chat_tokens, body, task)
+        return await server.responder.respond(body, http, task, prompts)
 
     @app.get("/v1/prefixes")
     def listed() -> list[dict[str, Any]]:
@@ -125,48 +123,22 @@ def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None 
     return app
 
 
-class _Task:
-    """A task as one HTTP request found it, for its tokens and all of its answers: its prefix is held while this lives.
-
-    Attributes:
-        name: None for the base model.
-        id: -1 for it.
-        opens: the prefix is a text, which opens the sequence.
-    """
-
-    def __init__(self, bank: PrefixBank, name: str | None) -> None:
-        self.name = name
-        with BANK_LOCK:
-            self.id = int(bank.task_ids([name]))
-            self.opens = name is not None and bank.source(name) == "text"
-            bank.hold([self.id])
-        weakref.finalize(self, bank.release, [self.id])
-
-
-class _Choice(NamedTuple):
-    """One answer to be made."""
-
-    task: _Task
-    request: Request
-    text: AnswerText
-
-
 class _Server:
     """What the routes share."""
 
     def __init__(self, engine: Engine, tokenizer: Any, base: str, prefixes: Path | None) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
-        self.decode = Detokenizer(tokenizer)
         self.base = base
         self.prefixes = None if prefixes is None else prefixes.resolve()
         self.metrics = Metrics(engine, base)
+        self.responder = Responder(engine, Detokenizer(tokenizer), self.metrics)
         self.limit = min(engine.cache_tokens, engine.bank.context_limit or engine.cache_tokens)
         # of one thread, since two encodings must not overlap
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
 
     async def in_thread(
-        self, tokenize: Callable[[Any, _Task], list[list[int]]], body: Any, task: _Task
+        self, tokenize: Callable[[Any, HeldTask], list[list[int]]], body: Any, task: HeldTask
     ) -> list[list[int]]:
         """Tokens of all prompts, while the event loop goes on."""
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, tokenize, body, task)
@@ -178,15 +150,15 @@ class _Server:
             "id": name, "object": "model", "created": 0, "owned_by": "prefix_attn", "root": self.base, "parent": parent,
         }  # fmt: skip
 
-    def task(self, name: str) -> _Task:
+    def task(self, name: str) -> HeldTask:
         """What a request's ``model`` names."""
         if self.base in self.engine.bank:
             raise UnknownTask(f"model: a task was added that is called like the base model, {self.base!r}; remove it")
         if name != self.base and name not in self.engine.bank:
             raise UnknownTask(f"model: expected one of {[self.base, *self.engine.bank.names]}, got {name!r}")
-        return _Task(self.engine.bank, None if name == self.base else name)
+        return HeldTask(self.engine.bank, None if name == self.base else name)
 
-    def tokens(self, body: CompletionRequest, task: _Task) -> list[list[int]]:
+    def tokens(self, body: CompletionRequest, task: HeldTask) -> list[list[int]]:
         """Of every prompt; behind a prefix that is a text, without another opening of the sequence."""
         made = []
         for prompt in body.prompts:
@@ -195,7 +167,7 @@ class _Server:
             made.append(prompt)
         return made
 
-    def chat_tokens(self, body: ChatCompletionRequest, task: _Task) -> list[list[int]]:
+    def chat_tokens(self, body: ChatCompletionRequest, task: HeldTask) -> list[list[int]]:
         """Of a conversation, through the chat template."""
         if not self.tokenizer.chat_template:
             raise UnsupportedModel("messages: the model's tokenizer has no chat template; use /v1/completions")
@@ -205,104 +177,6 @@ class _Server:
         except Exception as error:  # a template's own refusal, of many types: of roles that do not take turns, say
             raise UnsupportedModel(f"messages: the chat template refuses them: {error}") from error
         return [prompt_tokens(self.tokenizer, text, self.limit, opens=not task.opens, special=False)]
-
-    async def answer(
-        self,
-        body: CompletionRequest | ChatCompletionRequest,
-        http: HTTPRequest,
-        task: _Task,
-        prompts: Sequence[list[int]],
-    ) -> Response:
-        """All choices of a request; as a stream if it wants one. What cannot be answered is refused before any is."""
-        requests = [
-            Request(tokens, task.id, body.new_tokens, body.sampling(self.engine.defaults)) for tokens in prompts
-        ]
-        for request in requests:
-            self.engine.new_tokens(request)
-        stops = body.stops, self.decode.stop_tokens(body.stops)
-        choices = [_Choice(task, request, AnswerText(self.decode, request.tokens, *stops))
-                   for request in requests for _ in range(body.n)]  # fmt: skip
-        if self.engine.failure is not None:
-            raise EngineFailed(self.engine.failure)
-        response, prompt_tokens = ResponseBuilder(body, uuid.uuid4().hex), sum(map(len, prompts))
-        self.metrics.prompt(task.name, prompt_tokens)
-        if body.stream:
-            with_usage = body.stream_options is not None and body.stream_options.include_usage
-            return StreamingResponse(
-                self._events(choices, response, prompt_tokens, with_usage), media_type="text/event-stream"
-            )
-        whole = await unless_disconnected(http, gather_or_cancel([self._whole(choice) for choice in choices]))
-        if whole is None:
-            return Response(status_code=499)  # nobody reads it
-        new_tokens = sum(tokens for _, _, tokens in whole)
-        texts = [(text, finish) for text, finish, _ in whole]
-        return JSONResponse(response.whole(texts, protocol.usage(prompt_tokens, new_tokens)))
-
-    async def _whole(self, choice: _Choice) -> tuple[str, str, int]:
-        """Text, finish and number of tokens of one answer."""
-        pieces = [piece async for piece in self._pieces(choice)]
-        _, finish, tokens = pieces[-1]
-        assert finish is not None, "an answer ends with its finish, or with an error"
-        return "".join(more for more, _, _ in pieces), finish, tokens
-
-    async def _pieces(self, choice: _Choice) -> AsyncIterator[tuple[str, str | None, int]]:
-        """More text, the finish with the last, and the number of tokens until then."""
-        task, request, text = choice
-        watched, outcome = self.metrics.answer(task.name), "cancelled"
-        pieces = self.engine.answer(request)
-        try:
-            async for tokens, finish in pieces:
-                watched.add(len(tokens))
-                more = text.add(tokens)
-                if finish is not None or text.stopped:
-                    more += text.end()
-                    outcome = "stop" if text.stopped else str(finish)
-                    yield more, outcome, watched.tokens
-                    return
-                yield more, None, watched.tokens
-        except PrefixAttnError:
-            outcome = "error"
-            raise
-        finally:
-            watched.end(outcome)
-            await pieces.aclose()  # type: ignore[attr-defined]
-
-    async def _events(
-        self, choices: Sequence[_Choice], response: ResponseBuilder, prompt_tokens: int, with_usage: bool
-    ) -> AsyncIterator[str]:
-        """The stream: the choices' texts as they come."""
-        events: asyncio.Queue[str | Exception | None] = asyncio.Queue()
-        counts = [0] * len(choices)
-
-        async def follow(index: int, choice: _Choice) -> None:
-            first = True
-            try:
-                async for more, finish, counts[index] in self._pieces(choice):
-                    if more or finish or first:
-                        events.put_nowait(response.event(index, more, finish, first))
-                        first = False
-            except Exception as error:  # whatever it is, the reader must hear of it
-                events.put_nowait(error)
-            events.put_nowait(None)
-
-        tasks = [asyncio.create_task(follow(index, choice)) for index, choice in enumerate(choices)]
-        try:
-            left = len(tasks)
-            while left:
-                event = await events.get()
-                if isinstance(event, Exception):
-                    yield protocol.event(error_body(str(event), "server_error"))
-                    return
-                left -= event is None
-                if event is not None:
-                    yield event
-            if with_usage:
-                yield response.usage_event(protocol.usage(prompt_tokens, sum(counts)))
-            yield protocol.END_OF_STREAM
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     def described(self, name: str) -> dict[str, Any]:
         """A prefix of the bank; UnknownTask if it was removed meanwhile."""
