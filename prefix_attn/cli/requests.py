@@ -1,7 +1,7 @@
-"""Requests, one JSON object a line: parse them, put them into batches, write answers in order, continue a broken run.
+"""Requests, one JSON object a line: parse them, cut them into batches, write answers in order, continue a broken run.
 
-Nothing here needs torch. A line of the output repeats what was asked: line number, task, prompt and most new tokens.
-That is how a later run knows that an output belongs to an input.
+Nothing here needs torch. Each line of the output repeats its request (line number, task, prompt, max_new_tokens), so
+that a later run can tell whether the output belongs to its input.
 """
 
 from __future__ import annotations

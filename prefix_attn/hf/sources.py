@@ -1,10 +1,13 @@
 """Which prefix each attention call of a model reads: found out by running the model, not from its config.
 
-A model is run on one token behind a cache that holds a short prefix, and its attention calls are recorded. The first
-keys and values of a call are the prefix as attention sees it. Where they are, bit for bit, what some layer of the cache
-holds, the call reads that layer of the bank: its own, or another one where layers share keys. Elsewhere the model makes
-them from the cache's content (latent attention expands it, some families repeat heads or split values): each task's
-keys and values are then recorded in the same way, once, and kept beside the bank: derived prefixes.
+The model runs on one token behind a cache that holds a short prefix, and its attention calls are recorded. The first
+keys and values of a call are the prefix as attention sees it.
+
+- Where they equal, bit for bit, what some layer of the cache holds, the call reads that layer of the bank: its own, or
+  another one where layers share keys.
+- Elsewhere the model computes them from the cache (latent attention expands it, some families repeat heads or split
+  values). Each task's keys and values are then recorded once in the same way, and kept beside the bank: they are
+  called derived prefixes.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ Recorder = Callable[[Any], list[Call]]
 
 
 class Sources:
-    """The sources of every attention module, and the prefixes that the model makes of a bank's.
+    """The source of every attention call, and the prefixes that the model derives from a bank's.
 
     Args:
         model: whose calls ``record`` records.
@@ -73,8 +76,8 @@ class Sources:
         self.model = model
         self.record = record
         self.sources: dict[nn.Module, tuple[Source, ...]] = {}
-        self._derived: list[tuple[int, LayerKV]] = []  # which of the recorded calls, and what it makes of no tokens
-        self._kept: tuple[tuple[Any, ...], list[PrefixKV]] | None = None  # and what they were made of
+        self._derived: list[tuple[int, LayerKV]] = []  # index of the recorded call; its empty prefix
+        self._kept: tuple[tuple[Any, ...], list[PrefixKV]] | None = None  # (what they depend on, derived prefixes)
         m = key_values[0][0].shape[1]
         read: set[int] = set()
         sliding = {i for i, x in enumerate(cache_of_all_tokens(model).layers) if hasattr(x, "sliding_window")}
@@ -108,7 +111,7 @@ class Sources:
 
     @property
     def derives(self) -> bool:
-        """Whether some layer reads keys that the model makes of what the bank holds."""
+        """Whether some layer reads derived prefixes instead of the bank's own."""
         return bool(self._derived)
 
     def attach(self) -> None:
@@ -122,10 +125,10 @@ class Sources:
             module.__dict__.pop(SOURCES, None)
 
     def derived_from(self, bank: PrefixBank) -> list[PrefixKV]:
-        """The prefixes that the model makes of the bank's, for each call that reads such.
+        """The derived prefixes, one for each call that reads one.
 
-        Kept until the bank, the weights that make them or the active adapters change. With gradients for those weights
-        they are made anew.
+        Kept until the bank, the weights they depend on or the active adapters change; where those weights need
+        gradients, computed at every pass.
 
         Raises:
             UnsupportedModel: each row has an adapter of its own, or the pass is being compiled.

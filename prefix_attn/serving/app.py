@@ -4,8 +4,8 @@ GET     /v1/models, /v1/models/NAME   the base model and every task
 POST    /v1/completions               a prompt as it is
 POST    /v1/chat/completions          messages, through the tokenizer's chat template
 GET     /v1/prefixes                  tokens, bytes and source of every prefix
-PUT     /v1/prefixes/NAME             add or replace one, from a file or folder of the server's: {"path": "..."};
-                                      the answer has what makes it doubtful: {"warnings": [...], ...}
+PUT     /v1/prefixes/NAME             add or replace one from a path on the server: {"path": "..."};
+                                      the response lists warnings about it: {"warnings": [...], ...}
 DELETE  /v1/prefixes/NAME             remove one
 GET     /health, /metrics             whether the engine runs; numbers for Prometheus
 """
@@ -101,7 +101,7 @@ def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None 
             engine.bank.load(name, path, replace=True)
         except OSError as error:
             raise UnsupportedModel(f"path: cannot read {body.path!r}: {error.strerror or error}") from error
-        # Found anew: Python tells warnings to a process, not to who asked.
+        # Checked a second time: `load` warns, but a warning reaches the server's log and not the client.
         doubt = other_base(path, engine.bank.base)
         return server.described(name) | {"warnings": [] if doubt is None else [doubt]}
 
@@ -134,13 +134,13 @@ class _Server:
         self.metrics = Metrics(engine, base)
         self.responder = Responder(engine, Detokenizer(tokenizer), self.metrics)
         self.limit = min(engine.cache_tokens, engine.bank.context_limit or engine.cache_tokens)
-        # of one thread, since two encodings must not overlap
+        # One thread, since a tokenizer must not encode two texts at once.
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
 
     async def in_thread(
         self, tokenize: Callable[[Any, HeldTask], list[list[int]]], body: Any, task: HeldTask
     ) -> list[list[int]]:
-        """Tokens of all prompts, while the event loop goes on."""
+        """Tokenise all prompts without blocking the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, tokenize, body, task)
 
     def model(self, name: str) -> dict[str, Any]:
@@ -151,7 +151,7 @@ class _Server:
         }  # fmt: skip
 
     def task(self, name: str) -> HeldTask:
-        """What a request's ``model`` names."""
+        """The task that a request's ``model`` field names."""
         if self.base in self.engine.bank:
             raise UnknownTask(f"model: a task was added that is called like the base model, {self.base!r}; remove it")
         if name != self.base and name not in self.engine.bank:
@@ -159,7 +159,7 @@ class _Server:
         return HeldTask(self.engine.bank, None if name == self.base else name)
 
     def tokens(self, body: CompletionRequest, task: HeldTask) -> list[list[int]]:
-        """Of every prompt; behind a prefix that is a text, without another opening of the sequence."""
+        """Token ids of every prompt; without BOS behind a prefix that is a text, which has opened the sequence."""
         made = []
         for prompt in body.prompts:
             if isinstance(prompt, str):
@@ -168,13 +168,13 @@ class _Server:
         return made
 
     def chat_tokens(self, body: ChatCompletionRequest, task: HeldTask) -> list[list[int]]:
-        """Of a conversation, through the chat template."""
+        """Token ids of a conversation, laid out by the chat template."""
         if not self.tokenizer.chat_template:
             raise UnsupportedModel("messages: the model's tokenizer has no chat template; use /v1/completions")
         messages = [message.plain() for message in body.messages]
         try:
             text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template's own refusal, of many types: of roles that do not take turns, say
+        except Exception as error:  # templates raise errors of many types, such as for roles that do not alternate
             raise UnsupportedModel(f"messages: the chat template refuses them: {error}") from error
         return [prompt_tokens(self.tokenizer, text, self.limit, opens=not task.opens, special=False)]
 

@@ -16,11 +16,11 @@ SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60
 
 
 class Metrics:
-    """Counts what goes through a server.
+    """Counters and histograms of one server.
 
     Args:
-        engine: whose load and bank are shown.
-        base: how requests without a prefix are called among the tasks.
+        engine: its load and its bank are shown.
+        base: the task label of requests without a prefix.
     """
 
     def __init__(self, engine: Engine, base: str) -> None:
@@ -41,23 +41,23 @@ class Metrics:
         )
 
     def prompt(self, task: str | None, tokens: int) -> None:
-        """A prompt has come, for one answer or several."""
+        """Count the tokens of a prompt, once however many answers it gets."""
         self.prompt_tokens.labels(self._name(task)).inc(tokens)
 
     def answer(self, task: str | None) -> Timed:
-        """Begin to watch an answer."""
+        """Start the clock of one answer."""
         return Timed(self, self._name(task))
 
     def _name(self, task: str | None) -> str:
         return self._base if task is None else task
 
     def text(self) -> bytes:
-        """In the format that Prometheus reads."""
+        """All metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
 
 
 class Timed:
-    """One answer, from the request on."""
+    """The clock of one answer, started by its request."""
 
     def __init__(self, metrics: Metrics, task: str) -> None:
         self._metrics, self._task = metrics, task
@@ -65,7 +65,7 @@ class Timed:
         self.tokens = 0
 
     def add(self, tokens: int) -> None:
-        """More tokens have come."""
+        """Record tokens that have arrived."""
         self._last = perf_counter()
         if not self.tokens and tokens:
             self._first = self._last
@@ -74,14 +74,14 @@ class Timed:
         self._metrics.new_tokens.labels(self._task).inc(tokens)
 
     def end(self, outcome: str) -> None:
-        """No more will come."""
+        """Record how the answer ended."""
         self._metrics.requests.labels(self._task, outcome).inc()
         if self.tokens > 1:
             self._metrics.next_token.observe((self._last - self._first) / (self.tokens - 1))
 
 
 class _State(Collector):
-    """What holds at the moment when Prometheus asks."""
+    """Gauges, read at the moment when Prometheus asks."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

@@ -39,7 +39,7 @@ from prefix_attn.training.prefixes import PROJECTION, TrainablePrefixes
 #: Learning rates of an MLP that makes keys and values, and of these themselves.
 PROJECTED_LEARNING_RATE, LEARNING_RATE = 1e-3, 1e-2
 
-#: Of a task's gradient.
+#: Each task's gradient is clipped to this norm.
 LARGEST_NORM = 1.0
 
 
@@ -55,11 +55,11 @@ class Loss:
 
 @dataclass
 class Trained:
-    """Prefixes as they were best, and how they came about.
+    """The best prefix of each task, and the losses of the whole run.
 
     Attributes:
-        key_values: by task, for `PrefixBank.add`: as after the epoch with the lowest loss on held-out examples; of a
-            task without such, as after the last one.
+        key_values: by task, for `PrefixBank.add`: after the epoch with the lowest loss on held-out examples, or after
+            the last epoch for a task that has none.
         best: by task, the losses after that epoch.
         losses: those of every task and epoch.
     """
@@ -121,7 +121,7 @@ def train(
         seed: of the order of examples, and of the MLPs.
         start: other starts, by task, as in `TrainablePrefixes` and of any length: a prefix to be trained further, say.
         progress: show a bar on stderr.
-        after_epoch: called with what there is so far, after each epoch; to save it, for instance.
+        after_epoch: called after each epoch with the result so far, for instance to save it.
 
     Returns:
         Key values for a bank: ``train(...).add_to(bank)``.
@@ -210,7 +210,7 @@ def _check_finite(loss: float, what: str) -> None:
 
 
 def _text_start(model: Any, rows: Sequence[TokenisedExample], tokens: int) -> list[LayerKV]:
-    """The model's keys and values of the first of (shuffled) rows, so many tokens of them; too few repeat."""
+    """The model's keys and values of the first ``tokens`` tokens of the (shuffled) rows, repeated if they are fewer."""
     text = torch.cat([row.ids for row in rows[:tokens]])
     return cached_kv(unwrap(model), text.repeat(-(-tokens // len(text)))[None, :tokens])
 
