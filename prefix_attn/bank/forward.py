@@ -47,7 +47,7 @@ def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:
     Raises:
         UnsupportedModel: no layer keeps keys and values, or one keeps more than them for each token.
     """
-    from prefix_attn.bank.cache_argument import CACHE
+    from prefix_attn.bank.cache_argument import cache_name
 
     config = text_config(model)
     if config.is_encoder_decoder:
@@ -64,7 +64,8 @@ def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:
     try:
         cache = cache_of_all_tokens(model)
         with torch.no_grad(), in_full_precision(model), evaluating(model):
-            body(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=True, **{CACHE: cache})
+            name = cache_name(body)
+            body(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=True, **{name: cache})
     except PrefixAttnError:
         raise
     except FAILURES as error:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.cache_argument import CACHE
@@ -116,7 +117,11 @@ def _follows(given: list[int], seen: list[int]) -> bool:
 
 def remember_tasks(decoder: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of the decoder: mark the cache it returns with the tasks of the call."""
-    cache, batch = getattr(output, CACHE, None), kwargs.get(KEYWORD) or scope().batch
+    batch = kwargs.get(KEYWORD) or scope().batch
+    if isinstance(output, tuple):  # return_dict=False
+        cache = next((x for x in output if isinstance(x, Cache)), None)
+    else:
+        cache = getattr(output, CACHE, None)
     if cache is None or batch is None or torch.compiler.is_exporting():
         return
     if torch.compiler.is_compiling():  # a look at the mark would be a guard, and a copy of the ids part of the graph

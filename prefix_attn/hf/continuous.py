@@ -101,6 +101,11 @@ class InitContinuousBatching(Method):
                 f"{type(self.model).__name__}: continuous batching does not reach the keys that this family makes of "
                 "what the bank holds; call generate"
             )
+        if getattr(self.model, PATCHED).counts_positions:
+            raise UnsupportedModel(
+                f"{type(self.model).__name__}: continuous batching packs all tokens into one row, and this family "
+                "counts positions along rows by itself; call generate"
+            )
         kept = getattr(self.model, "_cached_continuous_batching_manager", None)
         if kept is None:
             config = _checked_config(continuous_batching_config or ContinuousBatchingConfig())

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from prefix_attn.bank import PrefixBank
-from prefix_attn.bank.cache_argument import CACHE, cache_among
+from prefix_attn.bank.cache_argument import CACHE, OLD, cache_among, cache_name
 from prefix_attn.bank.forward import FAILURES
 from prefix_attn.errors import UnsupportedModel
 from prefix_attn.hf.adapters import pop_task_ids
@@ -38,6 +38,7 @@ class DecoderPatch:
         self.bank = bank
         decoder = decoder_of(model)
         tables = tables_of_positions(decoder)
+        self.counts_positions = not takes_positions(decoder)
         implementation = decoder.config._attn_implementation
         self.configs = OwnConfigs(model)
         self.configs.select(decoder.modules(), IMPLEMENTATION)
@@ -119,6 +120,7 @@ class ModelHook:
         self.bank = bank
         self.implementation = implementation
         self.by_scope = not (_takes_keywords(model.base_model) and _takes_keywords(decoder_of(model)))
+        self.cache = cache_name(model.base_model)
         self.sources: Sources | None = None
         self.strict = False
 
@@ -138,6 +140,8 @@ class ModelHook:
             check_tasks_of(cache_among(kwargs), self.bank, None)
             return args, kwargs | self._passed_down(Batch(self.implementation, recorded=scope().recorded))
         args, kwargs, inputs = _by_name(body, args, kwargs)
+        if self.cache != CACHE and kwargs.get(CACHE) is not None:
+            raise UnsupportedModel(f"{CACHE}: {type(body).__name__} calls it {OLD}, and would ignore it; call it so")
         ids = checked_for_batch(self.bank, task_ids, inputs.shape[0])
         check_tasks_of(cache_among(kwargs), self.bank, ids)
         derived = self.sources.derived_from(self.bank) if self.sources is not None else []
@@ -162,7 +166,8 @@ class ModelHook:
         calls: list[Call] = []
         scope().recorded = calls
         try:
-            self.model(input_ids=tokens, attention_mask=mask, use_cache=True, **{CACHE: cache}, **positions)
+            named = {cache_name(self.model): cache}
+            self.model(input_ids=tokens, attention_mask=mask, use_cache=True, **named, **positions)
             return calls
         finally:
             scope().recorded = None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prefix_attn.bank import PrefixBank
-from prefix_attn.bank.cache_argument import cache_among
+from prefix_attn.bank.cache_argument import CACHE, cache_among, cache_name
 from prefix_attn.bank.uses import BANK_LOCK
 from prefix_attn.errors import PrefixAttnError, ShapeError, UnsupportedModel
 from prefix_attn.hf.assistant import Assistant
@@ -166,11 +166,16 @@ class PrepareInputs(Method):
     def __init__(self, model: Any, implementation: str) -> None:
         super().__init__(model)
         self.implementation = implementation
+        self.cache = cache_name(model)
 
     def __call__(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
         scope().implementation = self.implementation if task_ids is None else None  # static caches build masks here
         inputs: dict[str, Any] = self.original(*args, **kwargs)
-        return inputs if task_ids is None else inputs | {"task_ids": task_ids}
+        if task_ids is None:
+            return inputs
+        if CACHE in inputs:
+            inputs[self.cache] = inputs.pop(CACHE)
+        return inputs | {"task_ids": task_ids}
 
 
 def wrong_count(got: int, rows: int) -> ShapeError:

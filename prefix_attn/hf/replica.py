@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from prefix_attn.bank import PrefixBank
-from prefix_attn.bank.cache_argument import CACHE, OLD, cache_among
+from prefix_attn.bank.cache_argument import CACHE, NAMES, cache_among, cache_name
 from prefix_attn.bank.forward import FAILURES, cached_kv, evaluating
 from prefix_attn.bank.geometry import DECODER
 from prefix_attn.errors import IncompatiblePrefix, PrefixAttnError, ShapeError, UnsupportedModel
@@ -100,7 +100,7 @@ class ReplicaPatch:
     def __init__(self, model: Any, bank: PrefixBank, decoder: Any) -> None:
         self.bank = bank
         self.decoder = decoder
-        self.hook = ReplicaHook(bank, decoder)
+        self.hook = ReplicaHook(bank, decoder, cache_name(model))
         self.handles = [
             model.register_forward_pre_hook(self.hook, with_kwargs=True, prepend=True),
             model.register_forward_hook(self.hook.end, always_call=True),
@@ -179,7 +179,7 @@ class ReplicaPatch:
                 positions["position_ids"] = counted[:, begin:end]
             out = model(
                 input_ids=tokens[:, begin:end], attention_mask=mask[:, : behind + end], use_cache=True,
-                **{CACHE: cache}, **positions, **tasks,
+                **{cache_name(model): cache}, **positions, **tasks,
             )  # fmt: skip
             logits.append(out.logits)
         return torch.cat(logits, dim=1)
@@ -207,9 +207,10 @@ class ReplicaGenerate(Generate):
 class ReplicaHook:
     """Forward pre-hook of the whole model: puts prefixes into its cache, its mask and its positions."""
 
-    def __init__(self, bank: PrefixBank, decoder: Any) -> None:
+    def __init__(self, bank: PrefixBank, decoder: Any, cache: str) -> None:
         self.bank = bank
         self.decoder = decoder
+        self.cache = cache  # what the model calls it
         self.tables = tables_of_positions(decoder)
 
     def __call__(
@@ -219,7 +220,8 @@ class ReplicaHook:
         _end_pass()
         given = named_arguments(model, args, kwargs)
         cache = cache_among(given)
-        given.pop(OLD, None)
+        for name in NAMES:
+            given.pop(name, None)
         if task_ids is None:
             self.check(cache, None)
             return args, kwargs
@@ -249,7 +251,7 @@ class ReplicaHook:
         given["attention_mask"] = mask = torch.cat([cache.prefix_mask.to(own.dtype), own], dim=1)
         _refuse_padding_among_chosen_keys(model, cache.prefix_mask, mask.shape[1])
         cache.inside, scope().replica, scope().without_cache = True, cache, without_cache
-        return (), given | {CACHE: cache, "use_cache": True}
+        return (), given | {self.cache: cache, "use_cache": True}
 
     def end(self, model: Any, args: Any, out: Any) -> Any:
         """Forward hook: the pass is over, and its cache counts the request's tokens again."""

@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from prefix_attn.bank import PrefixBank
-from prefix_attn.bank.cache_argument import CACHE
+from prefix_attn.bank.cache_argument import cache_name
 from prefix_attn.bank.forward import FAILURES, cached_kv, evaluating
 from prefix_attn.bank.geometry import LayerKV
 from prefix_attn.errors import PrefixAttnError, UnsupportedModel
@@ -122,7 +122,7 @@ def _with_replica(
     mask = torch.ones((1, m + tokens.shape[1]), dtype=torch.long, device=tokens.device)
     behind = {key: x + m for key, x in positions.items()}
     cache = replicated(model, bank, name)
-    logits: torch.Tensor = model(input_ids=tokens, attention_mask=mask, **{CACHE: cache}, **behind).logits
+    logits: torch.Tensor = model(input_ids=tokens, attention_mask=mask, **{cache_name(model): cache}, **behind).logits
     return logits
 
 

@@ -148,6 +148,42 @@ def test_a_cache_has_two_names(family: str) -> None:
     assert torch.equal(*logits)
 
 
+@pytest.mark.skipif(CACHE == OLD, reason="transformers calls a cache past_key_values before 5.24")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_of_two_names_the_new_one_counts_even_if_it_says_none(family: str) -> None:
+    model = patched(family)
+    filled = DynamicCache(config=model.config)
+    body = model.base_model
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        body(**X, cache=filled, task_ids=TASKS)
+        got = body(**X, cache=None, past_key_values=filled, task_ids=TASKS)[0]
+        expected = body(**X, task_ids=TASKS)[0]
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.skipif(CACHE == OLD, reason="transformers calls a cache past_key_values before 5.24")
+def test_the_name_of_state_space_models_is_a_cache_too() -> None:
+    model = patched("llama")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(**X, cache=cache, task_ids=TASKS)
+    both = {name: torch.cat([x, x], dim=1) for name, x in X.items()}
+    with pytest.raises(pa.ShapeError, match="truncation"):
+        model.generate(**both, cache_params=cache, truncation=True, task_ids=TASKS)
+
+
+def test_a_cache_in_a_tuple_is_marked() -> None:
+    model = patched("llama")
+    cache = DynamicCache(config=model.config)
+    body = model.base_model
+    with torch.no_grad():
+        body(X["input_ids"], **{CACHE: cache}, task_ids=TASKS, return_dict=False)
+        with pytest.raises(pa.IncompatiblePrefix):
+            body(X["input_ids"], **{CACHE: cache}, return_dict=False)
+        body(X["input_ids"], **{CACHE: cache}, task_ids=TASKS, return_dict=False)
+
+
 def test_a_cache_given_by_position_is_checked_too() -> None:
     model = patched("llama")
     cache = DynamicCache(config=model.config)

@@ -12,6 +12,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 import prefix_attn as pa
 from tests.hf.conftest import make_bank
 from tests.hf.families import random_prefix, tiny_model
+from tests.hf.shrink import CAUSAL, tiny_random_model
+from tests.hf.survey import random_bank
 from tests.serving.engines import OLD, needs_engine
 
 NEW = 14
@@ -38,6 +40,15 @@ def alone(model: Any, prompt: list[int], task: str | None, **options: Any) -> li
     given = {} if task is None else {"task_ids": [task]}
     out = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, **given, **options)
     return out[0, len(prompt) :].tolist()
+
+
+@needs_engine
+@pytest.mark.parametrize("family", ["bart", "pegasus", "blenderbot"])
+def test_families_that_count_positions_along_the_packed_row_are_refused(family: str) -> None:
+    model = tiny_random_model(family, CAUSAL[family])
+    pa.patch(model, random_bank(model))
+    with pytest.raises(pa.UnsupportedModel, match="counts positions"):
+        model.generate_batch(prompts(), task_ids=TASKS, **engine())
 
 
 @pytest.fixture
