@@ -82,11 +82,10 @@ class Generate(Method):
                 "prefix and prompt tuning do, which would generate with their own prefix. Call generate on the model "
                 "inside, and prefix_attn.patch(model, bank) again if it says so too"
             )
-        with BANK_LOCK:  # else a name might be replaced between the two
-            with torch.inference_mode(
-                False
-            ):  # the bank keeps the plan for the steps, if it can tell when ids are written
-                ids = self.bank.plan(task_ids).task_ids
+        # A name must not be replaced between the two. Outside the inference mode the bank can tell when ids are
+        # written, and keeps their plan for the steps.
+        with BANK_LOCK, torch.inference_mode(False):
+            ids = self.bank.plan(task_ids).task_ids
             held = ids.tolist()
             self.bank.hold(held)
         try:
