@@ -19,7 +19,7 @@ from typing import Annotated
 import torch
 import typer
 
-from .peers import Peer, Point, Problem, SharedPages, all_peers
+from .peers import OwnKernel, Peer, Point, Problem, all_peers
 from .record import first_gpu
 from .suites import SUITES, attention_points
 
@@ -34,7 +34,7 @@ def processes() -> int:
 
 def compiling() -> list[Peer]:
     """The providers whose kernels Triton compiles and keeps."""
-    return [peer for peer in all_peers() if peer.ours or isinstance(peer, SharedPages)]
+    return [peer for peer in all_peers() if peer.ours or isinstance(peer, OwnKernel)]
 
 
 def run_once(point: Point) -> None:

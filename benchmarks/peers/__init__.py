@@ -7,8 +7,9 @@ from torch.nn.attention import SDPBackend
 from .flash_attn import FlashAttnKvcache, FlashAttnVarlen, TorchVarlen
 from .flashinfer import FlashInferCascade, FlashInferPlain
 from .flex_attention import FlexAttention
+from .gathered import Gathered
 from .hugging_face import HuggingFace
-from .interface import Peer
+from .interface import OwnKernel, Peer
 from .ours import OneRegime, Ours, OursInPlace, OwnKeysOnly
 from .peft import Peft
 from .problem import Point, Problem
@@ -18,8 +19,8 @@ from .sdpa_in_place import SdpaInPlace
 from .shared_pages import SharedPages
 
 __all__ = [
-    "HuggingFace", "OneRegime", "Ours", "OursInPlace", "OwnKeysOnly", "Peer", "Peft", "Point", "Problem",
-    "SdpaConcatenated", "SdpaInPlace", "SdpaReplica", "SharedPages", "all_peers", "cpu_peers",
+    "Gathered", "HuggingFace", "OneRegime", "Ours", "OursInPlace", "OwnKernel", "OwnKeysOnly", "Peer", "Peft", "Point",
+    "Problem", "SdpaConcatenated", "SdpaInPlace", "SdpaReplica", "SharedPages", "all_peers", "cpu_peers",
 ]  # fmt: skip
 
 #: Names that the summary looks for. Ours is timed twice: the difference is the noise of the run.
@@ -36,6 +37,7 @@ def all_peers() -> list[Peer]:
         Ours(INVARIANT, "triton", batch_invariant=True),
         OneRegime("inline"),
         OneRegime("grouped"),
+        Gathered(),
         SharedPages(),
         FlashInferPlain(),
         FlashInferCascade("fa2"),

@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+from prefix_attn.kernels.device import interpreting
 
 from .problem import Point, Problem
 
@@ -53,6 +57,20 @@ class Peer(ABC):
         The result of the call holds ``[B, H, Q, D]`` in that order of elements, in whatever shape; it reads nothing
         back to the host, so that it can be captured in a CUDA graph. Raises where the peer refuses the problem.
         """
+
+
+class OwnKernel(Peer):
+    """A Triton kernel of ours that is no part of the package: a baseline, or a candidate."""
+
+    def __init__(self) -> None:
+        self.version = f"ours, triton {version('triton')}" if find_spec("triton") else "ours"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if find_spec("triton") is None:
+            return "Triton is not installed"
+        if device.type != "cuda" and not interpreting():
+            return f"Triton runs on GPUs, not on {device.type!r}"
+        return None
 
 
 def elapsed_us(work: Callable[[], object], device: torch.device) -> float:

@@ -8,33 +8,19 @@ row's keys, split into chunks where there are few rows, query heads of a kv head
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import version
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from prefix_attn.kernels.device import interpreting
-
-from .interface import Peer
+from .interface import OwnKernel
 from .paging import Pages
 from .problem import Point, Problem
 
 
-class SharedPages(Peer):
+class SharedPages(OwnKernel):
     """`paged_attention` with one page table per row."""
 
     name = "plain kernel, shared pages"
-
-    def __init__(self) -> None:
-        self.version = f"ours, triton {version('triton')}" if find_spec("triton") else "ours"
-
-    def unavailable(self, device: torch.device) -> str | None:
-        if find_spec("triton") is None:
-            return "Triton is not installed"
-        if device.type != "cuda" and not interpreting():
-            return f"Triton runs on GPUs, not on {device.type!r}"
-        return None
 
     def unsuited(self, point: Point) -> str | None:
         return None if point.q_len == 1 else "it is a decode kernel"
