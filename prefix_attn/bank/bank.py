@@ -11,6 +11,7 @@ import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -18,16 +19,18 @@ from torch import Tensor
 
 from prefix_attn.bank import format as files
 from prefix_attn.bank.base import Base
+from prefix_attn.bank.card import card
 from prefix_attn.bank.description import describe
 from prefix_attn.bank.format import Provenance
 from prefix_attn.bank.geometry import DECODER, Geometry, LayerKV
+from prefix_attn.bank.hub import CARD, local_folder, upload
 from prefix_attn.bank.ids import checked_ids
 from prefix_attn.bank.lock import only_writer
 from prefix_attn.bank.memory import MemoryUsage
 from prefix_attn.bank.names import check_name
 from prefix_attn.bank.parts import KeyValues, Part, Reserve, prepared_parts
 from prefix_attn.bank.peft import CONFIG as PEFT_CONFIG
-from prefix_attn.bank.peft import read_adapter
+from prefix_attn.bank.peft import local_adapter, read_adapter
 from prefix_attn.bank.plans import LatestPlans, Plans
 from prefix_attn.bank.text import text_kv
 from prefix_attn.bank.uses import BANK_LOCK, Uses
@@ -119,15 +122,19 @@ class PrefixBank:
             raise IncompatiblePrefix(f"source: expected printable text other than {TEXT!r}, got {source!r}")
         return self._insert(name, key_values, Provenance(source), "key_values", replace)
 
-    def load(self, name: str, path: str | os.PathLike[str], check_base: bool = True, replace: bool = False) -> int:
-        """Add a task from a local folder of a PEFT prefix-tuning adapter, or from a ``.safetensors`` file of ours.
+    def load(
+        self, name: str, path: str | os.PathLike[str], check_base: bool = True, replace: bool = False,
+        revision: str | None = None,
+    ) -> int:  # fmt: skip
+        """Add a task from a PEFT prefix-tuning adapter, or from a ``.safetensors`` file of ours.
 
         Args:
             name: as in `add`.
-            path: on this machine; nothing is downloaded, and no pickle is read.
+            path: the adapter's folder, or its repository on the Hub, OWNER/NAME; or the file. No pickle is read.
             check_base: refuse a file of ours that was made for other weights. (PEFT's folders record only the name of
                 their base model; another name gives a UserWarning.)
             replace: as in `add`.
+            revision: the branch, tag or commit of a repository.
 
         Returns:
             The task's id.
@@ -136,12 +143,11 @@ class PrefixBank:
             IncompatiblePrefix: the file is missing, damaged, a pickle, of another kind, or made for another model.
             ContextOverflow: as in `add`.
         """
-        path = Path(path)
         self._check_new(name, replace)
+        path = local_adapter(path, revision)
         if not path.exists():
             raise IncompatiblePrefix(
-                f"path: expected a local file or folder, but {str(path)!r} does not exist; "
-                "download it first (huggingface_hub.snapshot_download)"
+                f"path: expected a file, a folder, or OWNER/NAME on the Hub, but {str(path)!r} does not exist"
             )
         key_values: KeyValues
         if (path / PEFT_CONFIG).is_file():
@@ -430,6 +436,22 @@ class PrefixBank:
         """
         self._save(Path(folder), keep_others=True)
 
+    def push_to_hub(self, repo_id: str, private: bool | None = None, commit_message: str = "Upload prefixes") -> str:
+        """`save_pretrained` into a repository on the Hub, made if there is none, with a page that lists the tasks.
+
+        Args:
+            repo_id: OWNER/NAME; a page (README.md) that is there stays as it is.
+            private: whether a repository that is made is; the owner's default otherwise.
+            commit_message: what the commit is called.
+
+        Returns:
+            The address of the commit.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            Path(folder, CARD).write_text(card(self, repo_id), encoding="utf-8")
+            return upload(Path(folder), repo_id, private, commit_message)
+
     def _save(self, folder: Path, keep_others: bool) -> None:
         self._base.shard.check_whole("save_pretrained")
         folder.mkdir(parents=True, exist_ok=True)
@@ -448,18 +470,21 @@ class PrefixBank:
             self.release(tasks)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], model: Any, check_base: bool = True) -> PrefixBank:
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], model: Any, check_base: bool = True, revision: str | None = None
+    ) -> PrefixBank:
         """A bank saved by `save_pretrained`, for the same model (its dtype and device may differ).
 
         Args:
-            folder: on this machine.
+            folder: on this machine, or a repository on the Hub, OWNER/NAME.
             model: the base model, as in `for_model`.
             check_base: refuse prefixes made for other weights or another config.
+            revision: the branch, tag or commit of a repository.
 
         Raises:
             IncompatiblePrefix: a file is missing, damaged, or made for another model.
         """
-        folder = Path(folder)
+        folder = local_folder(folder, files.INDEX, lambda found: files.read_index(found).values(), revision)
         base = Base.of(model)
         names = files.read_index(folder)
         prefixes = {name: files.read_prefix(folder / file, base, check_base) for name, file in names.items()}

@@ -12,6 +12,7 @@ Source: get_prompt in peft/peft_model.py; prefix tuning, arXiv:2101.00190; cartr
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from prefix_attn.bank.base import Base
 from prefix_attn.bank.format import CONVERT, PICKLE_SUFFIXES, Provenance, portable_name, read_json, read_safetensors
 from prefix_attn.bank.geometry import LayerKV
+from prefix_attn.bank.hub import local_folder, name_of
 from prefix_attn.errors import IncompatiblePrefix
 
 CONFIG = "adapter_config.json"
@@ -31,6 +33,11 @@ KEY = "prompt_embeddings"
 KINDS = ("PREFIX_TUNING", "CARTRIDGE")
 #: Models whose layers differ in shape; PEFT makes the widest and cuts it down to each layer for these only.
 SLICED = "gemma4"
+
+
+def local_adapter(path: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder of an adapter, or what else is at a path on this machine; see `hub.local_folder`."""
+    return local_folder(path, CONFIG, lambda folder: [WEIGHTS], revision)
 
 
 def read_adapter(folder: Path, base: Base) -> tuple[list[LayerKV], Provenance]:
@@ -62,7 +69,7 @@ def read_adapter(folder: Path, base: Base) -> tuple[list[LayerKV], Provenance]:
     key_values = _split(tensors[KEY], sizes, base, folder)
     if doubt := other_base(folder, base):
         warnings.warn(doubt, stacklevel=3)
-    return key_values, Provenance(f"peft:{folder.resolve().name}", str(config.get("peft_version") or ""))
+    return key_values, Provenance(f"peft:{name_of(folder)}", str(config.get("peft_version") or ""))
 
 
 def _check_config(config: dict[str, Any], base: Base, path: Path) -> tuple[int, int, int, int]:

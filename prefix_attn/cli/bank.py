@@ -39,7 +39,9 @@ def show(folder: Folder) -> None:
 @app.command()
 def add(
     folder: Folder,
-    adapter: Annotated[str, typer.Argument(metavar="NAME=ADAPTER", help="Task, and PEFT adapter or prefix file.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="NAME=ADAPTER", help="Task; folder or Hub name of a PEFT adapter, or file.")
+    ],
     model: ModelOption,
     dtype: DtypeOption = Dtype.AUTO,
 ) -> None:
@@ -51,9 +53,11 @@ def add(
 
     The bank gets a copy of the keys and values, in the precision of the model; the adapter stays as it is.
     """
+    from prefix_attn.bank.peft import local_adapter
     from prefix_attn.cli.models import load_bank, load_model, tasks_of, warn_if_rounded
 
     name, path = named_path(adapter)
+    path = local_adapter(path)
     existing = folder if tasks_of(folder) else None
     loaded = load_model(model, dtype)
     check_new(name, load_bank(loaded, [], existing))

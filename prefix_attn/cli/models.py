@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.format import INDEX, Header, read_header, read_index, read_safetensors
+from prefix_attn.bank.hub import is_repository
 from prefix_attn.bank.peft import WEIGHTS
 from prefix_attn.cli import console
 from prefix_attn.cli.options import Dtype
@@ -83,7 +84,7 @@ def device_of(name: str) -> torch.device:
 
 def load_bank(model: Any, adapters: Iterable[tuple[str, Path]], folder: Path | None = None) -> PrefixBank:
     """A bank with the prefixes of a saved bank, if one is given, and of adapters; warnings become lines on stderr."""
-    if folder is not None:
+    if folder is not None and not is_repository(folder):
         check_bank(folder)
     with console.warnings_as_lines():
         warnings.simplefilter("always", UserWarning)

@@ -23,10 +23,15 @@ DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision; auto is 
 AdapterOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--adapter", metavar="NAME=DIR", help="A task and its PEFT adapter or prefix file; repeat for more tasks."
+        "--adapter",
+        metavar="NAME=DIR",
+        help="A task, and the folder or Hub name of its PEFT adapter, or its prefix file; repeat for more tasks.",
     ),
 ]
-BankOption = Annotated[Path | None, typer.Option("--bank", help="A folder of `prefix-attn bank`, for all its tasks.")]
+BankOption = Annotated[
+    Path | None,
+    typer.Option("--bank", help="A folder of `prefix-attn bank`, or the Hub name of one, for all its tasks."),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...; auto takes a GPU.")]
 
 

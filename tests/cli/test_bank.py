@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prefix_attn.bank.format import read_index, write_index
 from prefix_attn.bank.lock import only_writer
 from prefix_attn.cli.example import ShippedExample
+from tests.bank.hub import MAIN, serving
 from tests.cli.conftest import Folder, Run
 
 
@@ -89,6 +90,22 @@ def test_a_bank_serves_generate(bank: Path, folder: Folder) -> None:
     folder.ask([{"task": "back", "prompt": "hot tea>"}, {"task": "up", "prompt": "hot tea>"}])
     assert folder.generate().exit_code == 0
     assert [answer["text"] for answer in folder.answers()] == ["aet toh", "HOT TEA"]
+
+
+def test_from_the_hub(run: Run, example: ShippedExample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repositories = {"me/upper": {MAIN: example.folder / "adapters" / "upper"}, "me/bank": {MAIN: tmp_path / "bank"}}
+    (tmp_path / "in.jsonl").write_text('{"task": "up", "prompt": "hot tea>"}\n', encoding="utf-8")
+    with serving(repositories, tmp_path / "cache", monkeypatch):
+        added = run("bank", "add", tmp_path / "bank", "up=me/upper", "--model", example.model)
+        assert added.exit_code == 0, added.stderr
+        assert f"peft:me/upper@{MAIN[:12]}" in added.stdout
+        files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+        assert run("generate", "--model", example.model, "--bank", "me/bank", *files).exit_code == 0
+        missing = run("bank", "add", tmp_path / "bank", "x=me/nobody", "--model", example.model)
+    assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))["text"] == "HOT TEA"
+    assert missing.exit_code == 2
+    assert "'me/nobody' does not exist on this machine" in missing.stderr
+    assert len(missing.stderr.splitlines()) == 1
 
 
 def test_a_name_is_given_once(bank: Path, run: Run, example: ShippedExample) -> None:
