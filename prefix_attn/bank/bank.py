@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -277,6 +277,10 @@ class PrefixBank:
         part: "decoder"; in an encoder-decoder model also "encoder" and "cross".
         """
         return self._part(part).layer(i)
+
+    def layers_of_pass(self) -> Callable[[int], PrefixKV]:
+        """What gives the decoder's layers to one pass of the model: `layer`."""
+        return self.layer
 
     def _part(self, part: str) -> Part:
         if part not in self._parts:

@@ -1,8 +1,8 @@
 """Whether a prefix was made for these very weights: two SHA-256 digests of a model.
 
 config:  what fixes the meaning of keys and values: model type, sizes, rotary parameters, attention windows.
-weights: names and shapes of all parameters and up to 64 elements of each, as bfloat16, so that one checkpoint loaded
-         in bfloat16 and in float32 agrees. Buffers are left out: they are derived.
+weights: names and shapes of all parameters, and of buffers that a checkpoint holds, and up to 64 elements of each, as
+         bfloat16, so that one checkpoint loaded in bfloat16 and in float32 agrees. Other buffers are derived.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model: nn.Module, config: Any, geometries: Mapping[str, Geometry]) -> Fingerprint:
-        """Of an unwrapped model with its text config. Reads 64 elements per parameter, in one transfer per device."""
+        """Of an unwrapped model with its text config. Reads 64 elements per weight, in one transfer per device."""
         return cls(config_digest(config, geometries), weights_digest(model))
 
 
@@ -63,8 +64,8 @@ def config_digest(config: Any, geometries: Mapping[str, Geometry]) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over parameters in the order of their names: name, shape, sampled elements in bfloat16."""
-    parameters = sorted(own_parameters(model), key=lambda named: named[0])
+    """SHA-256 over `own_weights` in the order of their names: name, shape, sampled elements in bfloat16."""
+    parameters = sorted(own_weights(model), key=lambda named: named[0])
     samples = [_sample(p) for _, p in parameters]
     on_host: dict[int, Tensor] = {}
     for device in {s.device for s in samples}:
@@ -78,8 +79,8 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def own_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The plain tensors behind a model's parameters, by name.
+def own_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors behind a model's parameters and the buffers that are saved with them, by name.
 
     The weights of PEFT's adapters are left out, and those below them keep the names they had: a model with LoRA has
     the base's own fingerprint. Parameters that accelerate has put elsewhere are fetched. A quantised weight that
@@ -89,11 +90,19 @@ def own_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     adapters = tuple(
         f"{name}.{part}." for name, module in modules.items() for part in getattr(module, "adapter_layer_names", ())
     )
-    for name, p in model.named_parameters():
+    for name, p in chain(model.named_parameters(), _saved_buffers(modules)):
         if not name.startswith(adapters):
             owner, _, key = name.rpartition(".")
             plain = _fetched(modules[owner], key, p).detach()
             yield from _tensors(name.replace(".base_layer.", ".").replace(".original_module.", "."), plain)
+
+
+def _saved_buffers(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """Those of floating point; others only count or point."""
+    for name, module in modules.items():
+        for key, x in module._buffers.items():
+            if x is not None and x.is_floating_point() and key not in module._non_persistent_buffers_set:
+                yield f"{name}.{key}", x
 
 
 def _fetched(module: Any, key: str, p: Tensor) -> Tensor:

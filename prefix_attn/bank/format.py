@@ -55,7 +55,8 @@ class Provenance:
 
 
 def write_prefix(path: Path, key_values: Mapping[str, Sequence[LayerKV]], base: Base, provenance: Provenance) -> None:
-    """Write one prefix, every part of it; the file appears whole or not at all."""
+    """Write one prefix, every part of it; the file appears whole or not at all. OSError where it cannot be written."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from prefix_attn import __version__
@@ -82,7 +83,13 @@ def write_prefix(path: Path, key_values: Mapping[str, Sequence[LayerKV]], base: 
     if provenance.peft_version:
         metadata["peft_version"] = provenance.peft_version
     with _partial(path) as partial:
-        save_file(tensors, partial, metadata)
+        partial.touch()
+        mode = partial.stat().st_mode  # of a new file here; safetensors lets no other user read what it writes
+        try:
+            save_file(tensors, partial, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written ({error})") from error
+        partial.chmod(mode)
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:

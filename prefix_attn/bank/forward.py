@@ -64,8 +64,8 @@ def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:
     try:
         cache = cache_of_all_tokens(model)
         with torch.no_grad(), in_full_precision(model), evaluating(model):
-            name = cache_name(body)
-            body(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=True, **{name: cache})
+            given = {cache_name(body): cache, **positions_of_generate(body, input_ids)}
+            body(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=True, **given)
     except PrefixAttnError:
         raise
     except FAILURES as error:
@@ -79,6 +79,20 @@ def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:
             f"model: {config.model_type} keeps no keys and values in a cache, so no prefix can reach its layers"
         )
     return layers
+
+
+def positions_of_generate(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
+    """Keywords of a forward call in a family that would count otherwise than transformers' ``generate``, from 0."""
+    if counting_tokens(model) is None:
+        return {}
+    return {"position_ids": torch.arange(input_ids.shape[1], device=input_ids.device)[None]}
+
+
+def counting_tokens(model: nn.Module) -> nn.Module | None:
+    """The module of RoBERTa and its kin that, given no positions, counts tokens other than padding, from
+    padding_idx + 1."""
+    ways = ("create_position_ids_from_input_ids", "create_position_ids_from_inputs_embeds")
+    return next((x for x in model.modules() if all(hasattr(x, way) for way in ways)), None)
 
 
 def cache_of_all_tokens(model: Any) -> Any:

@@ -18,6 +18,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     try:
         file: IO[bytes] = path.open("ab")
     except PermissionError:  # another user's, in a folder that both may write to
+        if not path.exists():
+            raise
         file = path.open("rb")
     with file:
         lock_file(file, wait=True)

@@ -22,13 +22,13 @@ class SlidingWindow:
     @classmethod
     def of(cls, config: Any) -> SlidingWindow | None:
         """That of a (text) config; None where every layer sees everything."""
-        tokens, kinds, sliding = setting(config, "sliding_window"), setting(config, "layer_types"), "sliding_attention"
+        tokens, kinds, sliding = setting(config, "sliding_window"), setting(config, "layer_types"), "sliding"
         if setting(config, "attention_layers"):  # GPT-Neo's words for the same
             tokens, kinds, sliding = config.window_size, config.attention_layers, "local"
         if not isinstance(tokens, int):
             return None
         kinds = kinds or [sliding] * config.num_hidden_layers
-        layers = tuple(i for i, kind in enumerate(kinds) if kind == sliding)
+        layers = tuple(i for i, kind in enumerate(kinds) if sliding in kind)
         return cls(tokens, layers) if layers else None
 
     def describe(self, layers: int) -> str:

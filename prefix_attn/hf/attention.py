@@ -55,6 +55,7 @@ class Batch:
 
     Attributes:
         plans: for the layers of each device, with the task ids there.
+        layer: gives the bank's layers, as they are in this pass.
         derived: prefixes that the model makes of the bank's, see `Sources`.
         strict: refuse keywords of attention calls that are not known.
         recorded: where to note the calls of a pass without tasks, if anywhere.
@@ -65,6 +66,7 @@ class Batch:
     bank: PrefixBank | None = None
     task_ids: Tensor | None = None
     plans: Mapping[torch.device, BatchPlan] = field(default_factory=dict)
+    layer: Callable[[int], PrefixKV] | None = None
     packed: PackedRows | None = None  # in continuous batching
     derived: tuple[PrefixKV, ...] = ()
     strict: bool = False
@@ -73,7 +75,7 @@ class Batch:
 
     def prefix(self, module: nn.Module, mask: RequestMask | None) -> PrefixKV:
         """What the module's present call reads."""
-        assert self.bank is not None
+        assert self.layer is not None
         sources: tuple[Source, ...] | None = getattr(module, SOURCES, None)
         if sources is None:
             raise UnsupportedModel(
@@ -94,7 +96,7 @@ class Batch:
                 f"{type(module).__name__}: the layer's cache forgets what its mask would show, so what a query sees of "
                 "a prefix would depend on how the tokens were cut into passes"
             )
-        return self.derived[source.layer] if source.derived else self.bank.layer(source.layer)
+        return self.derived[source.layer] if source.derived else self.layer(source.layer)
 
 
 def prefix_attention_forward(
@@ -123,8 +125,12 @@ def prefix_attention_forward(
         return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
     refuse_unfused(layer, dropout, kwargs)
-    if kwargs.get("is_causal") is False:
-        raise UnsupportedModel(f"{layer}: only causal self-attention takes a prefix")
+    causal = kwargs.get("is_causal")
+    if causal is False or (causal is None and getattr(module, "is_causal", True) is False):
+        raise Ambiguous(
+            f"{layer}: looks at later tokens too (in transformers, as the mask has it), and only causal self-attention "
+            "takes a prefix"
+        )
     unknown = sorted(name for name, x in kwargs.items() if name not in KNOWN and x is not None)
     if unknown and batch.strict:
         raise UnsupportedModel(

@@ -393,6 +393,6 @@ class _WithTasks:
         ids = torch.tensor([r.task for r in self._requests], dtype=torch.int32, device=device)
         q_lens = torch.tensor([r.q_len for r in self._requests], device=device)
         positions = inputs["position_ids"] + prefix_lengths(bank.lens, ids).repeat_interleave(q_lens)
-        batch = Batch("", bank, ids, packed=PackedRows(self._requests, bank.lens, inputs["cache"]))
+        batch = Batch("", bank, ids, layer=bank.layer, packed=PackedRows(self._requests, bank.lens, inputs["cache"]))
         no_mask = torch.empty((1, 1, 1, 1), device=device)  # four axes: transformers hands it on, and nobody reads it
         return self._model(**inputs | {"position_ids": positions, "attention_mask": no_mask, KEYWORD: batch})

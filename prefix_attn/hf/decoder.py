@@ -147,8 +147,9 @@ class ModelHook:
         derived = self.sources.derived_from(self.bank) if self.sources is not None else []
         scope().implementation, scope().positions = None, None
         batch = Batch(
-            self.implementation, self.bank, ids, self.bank.plans(ids), derived=tuple(derived), strict=self.strict
-        )
+            self.implementation, self.bank, ids, self.bank.plans(ids), self.bank.layers_of_pass(),
+            derived=tuple(derived), strict=self.strict,
+        )  # fmt: skip
         return args, kwargs | self._passed_down(batch)
 
     def _passed_down(self, batch: Batch) -> dict[str, Batch]:
@@ -192,6 +193,9 @@ class PositionsHook:
             cache_among(kwargs), decoder,
         )  # fmt: skip
         if takes_positions(decoder):
+            if torch.compiler.is_compiling() and kwargs.get("attention_mask") is None and cache_among(kwargs) is None:
+                # Without a mask transformers looks for packed rows, and a compiler does not see that there are none.
+                kwargs = kwargs | {"attention_mask": inputs.new_ones(inputs.shape[:2], dtype=torch.long)}
             return args, kwargs | {"position_ids": positions}
         scope().positions = positions.expand(inputs.shape[0], -1)
         return None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.forward import counting_tokens
 from prefix_attn.errors import ContextOverflow, UnsupportedModel
 from prefix_attn.hf.scope import scope
 from prefix_attn.hf.wiring import parameters_of
@@ -52,6 +53,7 @@ def shifted_positions(
     past = cache.get_seq_length() if cache is not None else 0
     if isinstance(past, Tensor):
         past = past.clone()  # a static cache returns its live counter
+    from_slots = position_ids is not None or counting_tokens(decoder) is None
     if position_ids is None:
         position_ids = _default_positions(q_len, past, inputs, attention_mask, decoder)
     if position_ids.ndim not in (2, 3):
@@ -60,24 +62,27 @@ def shifted_positions(
         )
     m = prefix_lengths(bank.lens, task_ids).to(position_ids.device)
     shifted = position_ids + m[:, None]
-    _check_context(bank, shifted if shifted.ndim == 2 else shifted.amax(dim=0), m, past, q_len)
+    limit = bank.context_limit
+    if limit is None or recording(shifted):
+        return shifted
+    if from_slots and isinstance(past, int) and past + q_len + max(bank.lengths, default=0) <= limit:
+        return shifted  # fits whatever the tasks are: known without reading the device
+    if isinstance(past, int) and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        padding = attention_mask[:, past : past + q_len].to(shifted.device) == 0
+        if padding.shape == shifted.shape[-2:]:  # whatever it is, but a table of positions may end here
+            shifted = torch.where(padding, shifted.clamp(max=limit - 1), shifted)
+    _check_context(shifted if shifted.ndim == 2 else shifted.amax(dim=0), m, limit)
     return shifted
 
 
 def counts_otherwise(model: nn.Module) -> bool:
     """Whether a family, given no positions, counts something else than slots of the cache."""
     config: Any = model.config
-    return config.model_type in COUNTED_BY_MASK or _counting_tokens(model) is not None
-
-
-def _counting_tokens(model: nn.Module) -> nn.Module | None:
-    """The module of RoBERTa and its kin that counts tokens other than padding, from padding_idx + 1."""
-    ways = ("create_position_ids_from_input_ids", "create_position_ids_from_inputs_embeds")
-    return next((x for x in model.modules() if all(hasattr(x, way) for way in ways)), None)
+    return config.model_type in COUNTED_BY_MASK or counting_tokens(model) is not None
 
 
 def _default_positions(q_len: int, past: Any, inputs: Tensor, attention_mask: Any, decoder: nn.Module) -> Tensor:
-    from_ids = _counting_tokens(decoder)
+    from_ids = counting_tokens(decoder)
     if from_ids is not None:
         padding: Any = from_ids.padding_idx
         theirs: Any = from_ids
@@ -96,12 +101,7 @@ def _default_positions(q_len: int, past: Any, inputs: Tensor, attention_mask: An
     return positions[None]
 
 
-def _check_context(bank: PrefixBank, positions: Tensor, m: Tensor, past: Any, q_len: int) -> None:
-    limit = bank.context_limit
-    if limit is None or recording(positions):
-        return
-    if isinstance(past, int) and past + q_len + max(bank.lengths, default=0) <= limit:
-        return  # fits whatever the tasks are: known without reading the device
+def _check_context(positions: Tensor, m: Tensor, limit: int) -> None:
     last = torch.where(m > 0, positions.amax(dim=1), 0).tolist()
     for row, position in enumerate(last):
         if position >= limit:

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from prefix_attn.bank import Base, PrefixBank
-from prefix_attn.bank.forward import cached_kv, evaluating, unwrap
+from prefix_attn.bank.forward import cached_kv, evaluating, positions_of_generate, unwrap
 from prefix_attn.bank.geometry import LayerKV
 from prefix_attn.errors import IncompatiblePrefix, PrefixAttnError, ShapeError, UnknownTask
 from prefix_attn.hf.wiring import bank_of
@@ -69,11 +69,18 @@ class Trained:
     losses: list[Loss] = field(default_factory=list)
 
     def add_to(self, bank: PrefixBank) -> None:
-        """Add every task to a bank of the same model, in which there is none of them yet."""
+        """Add every task to a bank of the same model, in which there is none of them yet; all, or none."""
         if taken := [name for name in self.key_values if name in bank]:
             raise IncompatiblePrefix(f"bank: expected none of {taken} in it; remove them first")
-        for name, key_values in self.key_values.items():
-            bank.add(name, key_values, source="trained")
+        added: list[str] = []
+        try:
+            for name, key_values in self.key_values.items():
+                bank.add(name, key_values, source="trained")
+                added.append(name)
+        except BaseException:
+            for name in added:
+                bank.remove(name)
+            raise
 
     def note(
         self, epoch: int, prefixes: TrainablePrefixes, training: Mapping[str, float], held_out: Mapping[str, float]
@@ -137,10 +144,10 @@ def train(
     check_numbers(tokens, epochs, batch_size, held_out, learning_rate)
     given, start = checked_examples(examples), dict(start or {})
     _check_start(start, {example.task for example in given})
-    rng, inner = random.Random(seed), unwrap(model)
+    rng, inner, base = random.Random(seed), unwrap(model), Base.of(model)
     device = inner.get_input_embeddings().weight.device
     lengths = {example.task: tokens for example in given} | {name: kv[0][0].shape[1] for name, kv in start.items()}
-    rows = rows_of(given, inner, tokenizer, Base.of(model).context_limit, lengths)
+    rows = rows_of(given, inner, tokenizer, base.context_limit, lengths)
     training, scored = split(rows, held_out, rng)
     if learning_rate is None:
         learning_rate = LEARNING_RATE if projection is None else PROJECTED_LEARNING_RATE
@@ -150,6 +157,8 @@ def train(
                 start[task] = _text_start(model, of_task, tokens)
         prefixes = TrainablePrefixes(model, start, projection, seed)
         optimizer = torch.optim.AdamW(prefixes.parameters(), lr=learning_rate, weight_decay=0.0)
+        # In float16 the gradients of long answers would vanish: the loss is scaled up, and they are scaled down.
+        scaler = torch.amp.GradScaler(base.device.type, init_scale=2.0**12, enabled=base.dtype == torch.float16)
         steps = epochs * -(-len(training) // batch_size)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=learning_rate, total_steps=max(steps, 2))
         result = Trained()
@@ -164,10 +173,15 @@ def train(
                     total = torch.stack(list(of_tasks.values())).sum()
                     _check_finite(total.item(), f"the loss in epoch {epoch}")
                     optimizer.zero_grad()
-                    torch.autograd.backward(total)
-                    _keep_apart(prefixes, of_tasks)
-                    optimizer.step()
-                    schedule.step()
+                    torch.autograd.backward(scaler.scale(total))
+                    scaler.unscale_(optimizer)
+                    norm = _keep_apart(prefixes, of_tasks).item()
+                    if scaler.get_scale() <= 1:
+                        _check_finite(norm, f"a gradient in epoch {epoch}")
+                    scaler.step(optimizer)  # not where the gradient is infinite: then the scale is halved
+                    scaler.update()
+                    if math.isfinite(norm):
+                        schedule.step()
                     sums.add(batch, of_tasks)
                     bar.update()
                     bar.set_postfix(epoch=epoch, loss=f"{total.item() / len(of_tasks):.3f}", refresh=False)
@@ -228,7 +242,8 @@ def row_losses(model: Any, rows: Sequence[TokenisedExample], device: torch.devic
     labels = pad_sequence([row.labels for row in rows], batch_first=True, padding_value=NOT_SCORED).to(device)
     lengths = torch.tensor([len(row.ids) for row in rows], device=device)
     mask = (torch.arange(ids.shape[1], device=device) < lengths[:, None]).long()
-    logits = model(input_ids=ids, attention_mask=mask, **options).logits[:, :-1].float()
+    positions = positions_of_generate(unwrap(model), ids)
+    logits = model(input_ids=ids, attention_mask=mask, **positions, **options).logits[:, :-1].float()
     labels = labels[:, 1:].to(logits.device)
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=NOT_SCORED)
     return losses.sum(1) / (labels != NOT_SCORED).sum(1)
@@ -272,15 +287,17 @@ class _Means:
         return {task: total / seen for task, (total, seen) in self._sums.items()}
 
 
-def _keep_apart(prefixes: TrainablePrefixes, present: Mapping[str, Tensor]) -> None:
-    """Clip each task's gradient by itself; a task without rows in the batch has none."""
+def _keep_apart(prefixes: TrainablePrefixes, present: Mapping[str, Tensor]) -> Tensor:
+    """Clip each task's gradient by itself, and return the largest norm; a task without rows in the batch has none."""
+    norms = []
     for name in prefixes.names:
         parameters = prefixes.parameters_of(name)
         if name in present:
-            nn.utils.clip_grad_norm_(parameters, LARGEST_NORM)
+            norms.append(nn.utils.clip_grad_norm_(parameters, LARGEST_NORM))
         else:
             for parameter in parameters:
                 parameter.grad = None
+    return torch.stack(norms).amax()
 
 
 @contextmanager

@@ -11,7 +11,8 @@ Source: prefix tuning and its reparameterisation, arXiv:2101.00190.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +26,7 @@ from torch.nn.functional import pad
 from prefix_attn.bank import Base, PrefixBank
 from prefix_attn.bank.forward import unwrap
 from prefix_attn.bank.geometry import DECODER, LayerKV
-from prefix_attn.bank.plans import Plans
-from prefix_attn.errors import IncompatiblePrefix, ShapeError, UnsupportedModel
+from prefix_attn.errors import IncompatiblePrefix, ShapeError, UnknownTask, UnsupportedModel
 from prefix_attn.hf import patch, unpatch
 from prefix_attn.hf.adapters import is_attached
 from prefix_attn.hf.patching import layers_read_the_bank
@@ -86,14 +86,22 @@ class TrainablePrefixes(nn.Module):
             self.tasks.append(task.to(base.device))
 
     def parameters_of(self, name: str) -> list[nn.Parameter]:
-        """Those that make a task's prefix, and no other's."""
-        return list(self.tasks[self.names.index(name)].parameters())
+        """Those that make a task's prefix, and no other's; UnknownTask where there is no such task."""
+        return list(self._task(name).parameters())
+
+    def _task(self, name: str) -> nn.Module:
+        if name not in self.names:
+            raise UnknownTask(f"name: expected one of {self.names}, got {name!r}")
+        return self.tasks[self.names.index(name)]
 
     def key_values(self, name: str) -> list[LayerKV]:
-        """A task's prefix as it is now, for `PrefixBank.add`: per layer (k, v), ``[kv_heads, m, head_dim]`` each."""
+        """A task's prefix as it is now, for `PrefixBank.add`: per layer (k, v), ``[kv_heads, m, head_dim]`` each.
+
+        UnknownTask where there is no such task.
+        """
+        dtype = self.bank.dtype
         with torch.no_grad(), torch.autocast(self.bank.device.type, enabled=False):
-            rows, dtype = self.tasks[self.names.index(name)](), self.bank.dtype
-        return [(k.to(dtype, copy=True), v.to(dtype, copy=True)) for k, v in self._layers(rows)]
+            return [(k.to(dtype, copy=True), v.to(dtype, copy=True)) for k, v in self._layers(self._task(name)())]
 
     @contextmanager
     def attached(self, model: Any) -> Iterator[None]:
@@ -118,7 +126,6 @@ class TrainablePrefixes(nn.Module):
                 )
             yield
         finally:
-            self.bank.live = None
             unpatch(model)
             if before is not None:
                 patch(patched, before)
@@ -127,20 +134,21 @@ class TrainablePrefixes(nn.Module):
         """The prefixes of all tasks, for every layer; in full precision whatever autocast says, and with gradients."""
         with torch.autocast(self.bank.device.type, enabled=False):
             rows = torch.cat([pad(x, (0, 0, 0, align(len(x)) - len(x))) for x in (task() for task in self.tasks)])
-        stored = [self.bank.stored_layer(i) for i in range(self.bank.num_layers)]
+        stored = [self.bank.layer(i) for i in range(self.bank.num_layers)]
         return [
             replace(plain, k=_like(plain.k, k), v=_like(plain.v, v))
             for plain, (k, v) in zip(stored, self._layers(rows), strict=True)
         ]
 
-    def get_extra_state(self) -> list[str]:
-        """The tasks, whose parameters a state dict has by number."""
-        return self.names
+    def get_extra_state(self) -> Tensor:
+        """The tasks, whose parameters a state dict has by number; bytes of JSON, since safetensors keeps tensors."""
+        return torch.tensor(list(json.dumps(self.names).encode()), dtype=torch.uint8)
 
-    def set_extra_state(self, state: list[str]) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """Raise `IncompatiblePrefix` for a state dict of other tasks, or in another order."""
-        if state != self.names:
-            raise IncompatiblePrefix(f"state_dict: expected one of the tasks {self.names}, got one of {state}")
+        names = json.loads(bytes(state.tolist()))
+        if names != self.names:
+            raise IncompatiblePrefix(f"state_dict: expected one of the tasks {self.names}, got one of {names}")
 
     def _layers(self, rows: Tensor) -> list[LayerKV]:
         """Keys and values ``[kv_heads, tokens, head_dim]`` of every layer, from rows ``[tokens, width]``."""
@@ -156,27 +164,23 @@ class TrainablePrefixes(nn.Module):
 
 
 class _LiveBank(PrefixBank):
-    """A bank whose layers are computed anew for each pass; ids and lengths are those of the starts that it stores."""
+    """A bank whose layers are computed anew for each pass; ids, lengths and `layer` are those of the starts."""
 
     prefixes: TrainablePrefixes
-    live: list[PrefixKV] | None = None
 
-    def plans(self, task_ids: Tensor, part: str = DECODER, distinct: int | None = None) -> Plans:
-        """Asked for once at the beginning of each pass with tasks: so this is when its prefixes are computed."""
-        self.live = self.prefixes.forward()
-        return super().plans(task_ids, part, distinct)
-
-    def layer(self, i: int, part: str = DECODER) -> PrefixKV:
-        return self.stored_layer(i) if self.live is None else self.live[i]
-
-    def stored_layer(self, i: int) -> PrefixKV:
-        return super().layer(i)
+    def layers_of_pass(self) -> Callable[[int], PrefixKV]:
+        """The pass keeps them: gradient checkpointing asks again, whatever has come meanwhile."""
+        return self.prefixes.forward().__getitem__
 
     def key_values(self, task: str | int, part: str = DECODER) -> list[LayerKV]:
         return self.prefixes.key_values(self.names[task] if isinstance(task, int) else task)
 
     def stored_values(self, name: str) -> list[LayerKV]:
         return super().key_values(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, as of a bank that others may be changing, would have a copy of the prefixes, which have a bank.
+        return {name: x for name, x in vars(self).items() if name != "_uses"}
 
     def _save(self, folder: Path, keep_others: bool) -> None:
         raise UnsupportedModel("bank: its prefixes are being trained; add their key_values to a bank, and save that")
@@ -200,8 +204,12 @@ class _Projected(nn.Module):
         super().__init__()
         tokens, width = start.shape
         self.register_buffer("start", start)
-        self.embedding = nn.Parameter(torch.randn(tokens, projection))
-        self.mlp = nn.Sequential(nn.Linear(projection, projection), nn.Tanh(), nn.Linear(projection, width))
+        self.embedding = nn.Parameter(torch.randn(tokens, projection, dtype=start.dtype))
+        self.mlp = nn.Sequential(
+            nn.Linear(projection, projection, dtype=start.dtype),
+            nn.Tanh(),
+            nn.Linear(projection, width, dtype=start.dtype),
+        )
         for parameter in self.mlp[2].parameters():
             nn.init.zeros_(parameter)
 

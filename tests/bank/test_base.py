@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from prefix_attn import UnsupportedModel
+from prefix_attn import IncompatiblePrefix, UnsupportedModel
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.base import Base
 from prefix_attn.bank.config import context_limit, setting
 from prefix_attn.bank.fingerprint import config_digest, weights_digest
 from prefix_attn.bank.geometry import DECODER, Geometry, LayerGeometry
+from prefix_attn.bank.window import SlidingWindow
 from tests.bank.models import FAMILIES, tiny
 from tests.hf.shrink import tiny_random_model
 
@@ -152,15 +155,36 @@ def test_weights_digest_is_the_same_in_every_version() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fingerprint_ignores_dtype_and_buffers(family: str) -> None:
+def test_fingerprint_ignores_dtype_and_derived_buffers(family: str) -> None:
     model = tiny(family).to(torch.bfloat16)
     expected = Base.of(model).fingerprint
     assert Base.of(model.float()).fingerprint == expected
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
+    saved = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and name not in saved:
             buffer.mul_(2.0)
-    model.register_buffer("more", torch.ones(3))
+    model.register_buffer("count", torch.ones(3, dtype=torch.int64))
+    model.register_buffer("more", torch.ones(3), persistent=False)
     assert Base.of(model).fingerprint == expected
+    model.register_buffer("weight", torch.ones(3))
+    assert Base.of(model).fingerprint != expected
+
+
+def test_a_buffer_that_is_saved_counts_as_a_weight() -> None:
+    """gemma4 scales its layers by one."""
+    model = tiny_random_model("gemma4_text")
+    bank = PrefixBank.for_model(model)
+    bank.check_model(model)
+    (scale, *_) = (x for name, x in model.named_buffers() if name.endswith("layer_scalar"))
+    scale.mul_(0.5)
+    with pytest.raises(IncompatiblePrefix, match="expected the fingerprint"):
+        bank.check_model(model)
+
+
+def test_layers_that_slide_by_any_name() -> None:
+    kinds = ["hybrid_full", "hybrid_sliding", "sliding_attention", "full_attention"]
+    config = SimpleNamespace(sliding_window=8, layer_types=kinds, num_hidden_layers=4)
+    assert SlidingWindow.of(config) == SlidingWindow(8, (1, 2))
 
 
 def test_weights_digest_sees_weights_names_and_shapes() -> None:

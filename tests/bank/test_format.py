@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import time
@@ -20,6 +21,7 @@ from prefix_attn import IncompatiblePrefix, __version__
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank import format as files
 from prefix_attn.bank.format import checksum, file_names, portable_name, read_safetensors
+from prefix_attn.bank.names import SUFFIX
 from tests.bank.models import random_kv, read, same_bits, state, tiny
 
 MODEL = tiny()
@@ -360,3 +362,36 @@ def test_saving_into_a_bank_touches_no_other_task(tmp_path: Path) -> None:
     assert {name: bank.prefix_len(name) for name in bank.names} == {"a": 3, "b": 6, "A": 5}
     assert bank.source("b") == "again"
     assert same_bits(bank.key_values("A"), second.key_values("A"))
+
+
+def test_files_are_as_readable_as_others_here(bank: PrefixBank, tmp_path: Path) -> None:
+    bank.save_pretrained(tmp_path)
+    (tmp_path / "other").touch()
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
+
+
+def test_a_full_disk(bank: PrefixBank, tmp_path: Path) -> None:
+    """Simulated by a limit on the size of files, in a process of its own."""
+    pytest.importorskip("resource", reason="this system has no limits of processes")
+    bank.save_pretrained(tmp_path)
+    names = bank.names
+    bank.add("more", random_kv(bank.geometry, 60))
+    pid = os.fork()
+    if pid == 0:
+        import resource
+        import signal
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+        try:
+            bank.save_into(tmp_path)
+        except OSError as error:
+            os._exit(42 if "cannot be written" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
+    assert {*tmp_path.iterdir()} == {
+        tmp_path / name for name in (".lock", "bank.json", *(f"{x}{SUFFIX}" for x in names))
+    }
+    again = PrefixBank.from_pretrained(tmp_path, MODEL)
+    assert again.names == names
+    assert all(same_bits(read(again, name), read(bank, name)) for name in names)

@@ -112,3 +112,16 @@ def test_graph_breaks_keep_what_a_pass_knows(family: str) -> None:
             for _ in range(2):
                 found = step(**inputs, task_ids=TASKS, use_cache=False).logits
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_pass_without_a_mask(family: str) -> None:
+    """transformers then looks for packed rows, by positions that a compiler does not see."""
+    model = tiny_random_model(family)
+    pa.patch(model, make_bank(model))
+    ids = padded_inputs()["input_ids"]
+    torch.compiler.reset()
+    step = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        expected = model(input_ids=ids, task_ids=TASKS, use_cache=False).logits
+        torch.testing.assert_close(step(input_ids=ids, task_ids=TASKS, use_cache=False).logits, expected)

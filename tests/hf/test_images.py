@@ -116,6 +116,12 @@ def test_images_that_change_a_mask_are_refused(tiny: Any) -> None:
         tiny(**inputs, task_ids=["nine"])
 
 
+def test_a_text_that_looks_both_ways_is_refused() -> None:
+    model = tiny_random_model("paligemma", IMAGE_TEXT["paligemma"])
+    with pytest.raises(pa.UnsupportedModel, match="looks at later tokens too"):
+        pa.patch(model, random_bank(model))
+
+
 @pytest.mark.parametrize("tiny", ["qwen2_vl"], indirect=True)
 @torch.no_grad()
 def test_patching_a_model_that_remembers_another_batch(tiny: Any) -> None:

@@ -43,7 +43,7 @@ FAMILIES = {
 WITH_IMAGES = {
     "llava": "exact",
     "mllama": "exact",  # layers that attend to images, left out without any
-    "paligemma": "exact",  # positions from 1
+    "paligemma": "refused",  # its text looks both ways
     "exaone4_5": "exact",  # positions are slots, padding included
     "qwen2_vl": "exact",  # positions along three axes
     "qwen2_5_omni_thinker": "exact",  # behind a cache it knows no positions unless they are given

@@ -12,6 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
 import prefix_attn as pa
+from tests.hf.shrink import tiny_random_model
 
 EXAMPLE = Path(__file__).parents[2] / "examples/string_tasks"
 PROMPTS = ["hello>", "world>", "abc>", "sort|hello>", "abcdef>"]
@@ -142,3 +143,17 @@ def test_a_conversation_behind_a_text_goes_on_with_its_new_tokens_alone(example:
         "ehllo",
         "hi",
     ]
+
+
+def test_a_text_where_the_family_counts_from_padding() -> None:
+    """RoBERTa's forward begins at padding_idx + 1, transformers' generate at 0: so does the text, which it follows."""
+    model = tiny_random_model("roberta")
+    ids = torch.randint(3, 60, (1, 12), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options).logits
+    bank = pa.PrefixBank.for_model(model)
+    bank.add_text("text", lambda *_, **__: {"input_ids": ids[0, :5].tolist()}, "a text", model)
+    pa.patch(model, bank)
+    own = ids[:, 5:]
+    got = model.generate(input_ids=own, attention_mask=torch.ones_like(own), task_ids=["text"], **options).logits
+    torch.testing.assert_close(torch.cat(got), torch.cat(expected), rtol=1e-5, atol=1e-5)

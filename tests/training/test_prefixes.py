@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import prefix_attn as pa
@@ -175,20 +177,74 @@ def test_parameters_that_are_written_in_any_way_count() -> None:
         assert not torch.equal(model.model(**inputs, task_ids=TASKS).last_hidden_state, before)
 
 
+@pytest.mark.parametrize("backward", ["inside", "after a pass of another", "outside"])
+def test_checkpointing_goes_back_to_the_prefixes_of_its_pass(backward: str) -> None:
+    """Layers run again in the backward pass, when the bank may have been used otherwise."""
+    gradients = []
+    for checkpointing in (False, True):
+        model, inputs = tiny_model("llama"), batch()
+        bank = pa.PrefixBank.for_model(model)
+        bank.add("old", random_prefix(model, 3, 9))
+        prefixes = TrainablePrefixes(pa.patch(model, bank), starts(model), projection=None)
+        for parameter in prefixes.parameters():
+            parameter.data += 1.0
+        model.train()
+        if checkpointing:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        with prefixes.attached(model):
+            loss = loss_of(model(**inputs, task_ids=TASKS, use_cache=False).logits, inputs)
+            if backward == "after a pass of another":
+                with prefixes.attached(model), torch.no_grad():
+                    model(**inputs, task_ids=TASKS[::-1], use_cache=False)
+            if backward == "inside":
+                loss.backward()
+        if backward != "inside":
+            loss.backward()
+        gradients.append([parameter.grad for parameter in prefixes.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_copies_and_pickles_while_it_trains(tmp_path: Path) -> None:
+    model, inputs = tiny_model("llama"), batch()
+    prefixes = TrainablePrefixes(model, starts(model))
+    with prefixes.attached(model):
+        loss_of(model(**inputs, task_ids=TASKS, use_cache=False).logits, inputs).backward()
+        torch.save(prefixes, tmp_path / "prefixes.pt")
+        twins = [copy.deepcopy(prefixes), torch.load(tmp_path / "prefixes.pt", weights_only=False)]
+    for twin in twins:
+        for mine, theirs in zip(prefixes.key_values("five"), twin.key_values("five"), strict=True):
+            assert torch.equal(mine[0], theirs[0])
+        assert twin.bank.prefixes is twin
+
+
+@pytest.mark.parametrize("projection", [None, 8])
+def test_parameters_are_float32_whatever_the_default(projection: int | None) -> None:
+    model = tiny_model("llama")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        prefixes = TrainablePrefixes(model, starts(model), projection)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {parameter.dtype for parameter in prefixes.parameters()} == {torch.float32}
+
+
 def test_key_values_are_copies() -> None:
     model = tiny_model("llama")
     prefixes = TrainablePrefixes(model, starts(model), projection=None)
     taken = prefixes.key_values("five")[0][0]
+    assert not taken.requires_grad
     before = taken.clone()
     for parameter in prefixes.parameters():
         parameter.data += 1.0
     assert torch.equal(taken, before)
 
 
-def test_a_state_dict_fits_its_own_tasks_alone() -> None:
+def test_a_state_dict_fits_its_own_tasks_alone(tmp_path: Path) -> None:
+    """Also one that safetensors kept, as Trainer and accelerate save them."""
     model = tiny_model("llama")
     prefixes = TrainablePrefixes(model, starts(model))
-    state = prefixes.state_dict()
+    save_file(prefixes.state_dict(), tmp_path / "state.safetensors")
+    state = load_file(tmp_path / "state.safetensors")
     prefixes.load_state_dict(state)
     other = TrainablePrefixes(model, dict(reversed(starts(model).items())))
     with pytest.raises(pa.IncompatiblePrefix, match="expected one of the tasks"):
@@ -222,6 +278,10 @@ def test_a_refusal_leaves_a_patched_lora_model_as_it_was() -> None:
 
 def test_refusals() -> None:
     model = tiny_model("llama")
+    prefixes = TrainablePrefixes(model, starts(model))
+    for ask in (prefixes.key_values, prefixes.parameters_of):
+        with pytest.raises(pa.UnknownTask, match=r"expected one of \['five', 'twelve'\], got 'six'"):
+            ask("six")
     with pytest.raises(pa.IncompatiblePrefix, match="at least one task"):
         TrainablePrefixes(model, {})
     with pytest.raises(pa.IncompatiblePrefix, match=r"start\['none'\]: expected a prefix of at least one token"):

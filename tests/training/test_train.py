@@ -15,6 +15,8 @@ from prefix_attn.hf.wiring import bank_of
 from prefix_attn.string_tasks.tasks import TASKS, draw_input, prompt_without_instruction
 from prefix_attn.training import Example, Loss, TrainablePrefixes, Trained, loop, train
 from prefix_attn.training.examples import NOT_SCORED, TokenisedExample, split
+from tests.hf.shrink import tiny_random_model
+from tests.hf.survey import random_bank
 from tests.hf.test_text import EXAMPLE
 
 
@@ -224,6 +226,76 @@ def test_add_to_changes_all_or_nothing(base: tuple[Any, Any]) -> None:
     bank.remove("sort")
     trained.add_to(bank)
     assert [bank.source(name) for name in bank.names] == ["trained"] * 2
+    small = pa.PrefixBank.for_model(base[0], reserve=(1, 64))
+    with pytest.raises(pa.ShapeError):
+        trained.add_to(small)
+    assert small.names == []
+
+
+def test_padding_behind_a_row_needs_no_positions(base: tuple[Any, Any]) -> None:
+    """A long prefix before a short text, beside a short prefix before a long one."""
+    shape = (base[0].config.num_key_value_heads, 40, base[0].config.head_dim)
+    start = {"long": [(torch.zeros(shape), torch.zeros(shape))] * base[0].config.num_hidden_layers}
+    lines = [Example("long", "abc>", "abc"), Example("short", "a" * 40 + ">", "b")] * 2
+    together = quick(base, lines, start=start, held_out=0, batch_size=4)
+    alone = quick(base, lines[::2], start=start, held_out=0, batch_size=2)
+    assert together.best["long"].training == pytest.approx(alone.best["long"].training, rel=1e-4)
+
+
+def test_small_gradients_of_a_model_in_float16(base: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of long answers would vanish; here the loss is made small."""
+    norms: dict[torch.dtype, list[torch.Tensor]] = {}
+    row_losses, keep_apart = loop.row_losses, loop._keep_apart
+    monkeypatch.setattr(loop, "row_losses", lambda *args, **options: 1e-6 * row_losses(*args, **options))
+    for dtype in (torch.float32, torch.float16):
+        found = norms[dtype] = []
+        monkeypatch.setattr(
+            loop, "_keep_apart", lambda *args, found=found: found.append(keep_apart(*args)) or found[-1]
+        )
+        model = AutoModelForCausalLM.from_pretrained(EXAMPLE / "model", dtype=dtype)
+        quick((model, base[1]), examples(8, "sort"), projection=None, held_out=0)
+    assert float(norms[torch.float16][0]) == pytest.approx(float(norms[torch.float32][0]), rel=0.02)
+
+
+def test_float16_trains_as_float32_does(base: tuple[Any, Any]) -> None:
+    """The first scales of the loss may be too high: those steps are not taken."""
+    losses = []
+    for dtype in (torch.float32, torch.float16):
+        model = AutoModelForCausalLM.from_pretrained(EXAMPLE / "model", dtype=dtype)
+        losses.append(quick((model, base[1]), examples(40, "sort"), batch_size=8).best["sort"].held_out)
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_a_gradient_that_is_no_number_is_an_error(base: tuple[Any, Any]) -> None:
+    def break_last(module: Any, given: Any, taken: Any) -> Any:
+        steps.append(1)
+        return (given[0] * float("inf"),) if len(steps) == 2 else None
+
+    steps: list[int] = []
+    handle = base[0].model.norm.register_full_backward_hook(break_last)
+    try:
+        with pytest.raises(pa.PrefixAttnError, match="a gradient in epoch 1 is nan; lower the learning rate"):
+            quick(base, examples(8, "sort"), batch_size=4, held_out=0)
+    finally:
+        handle.remove()
+    assert len(steps) == 2
+
+
+def test_a_family_that_counts_from_padding_learns_at_the_positions_it_is_served_at() -> None:
+    """RoBERTa's forward begins at padding_idx + 1, and transformers' generate at 0."""
+    model = tiny_random_model("roberta")
+    ids = torch.randint(3, 60, (1, 9), generator=torch.Generator().manual_seed(0))
+    bank = random_bank(model)
+    pa.patch(model, bank)
+    labels = torch.full_like(ids[0], NOT_SCORED)
+    labels[-1] = ids[0, -1]
+    loss = loop.row_losses(model, [TokenisedExample("nine", ids[0], labels)], torch.device("cpu"), task_ids=["nine"])
+    out = model.generate(
+        input_ids=ids[:, :-1], attention_mask=torch.ones_like(ids[:, :-1]), task_ids=["nine"], max_new_tokens=1,
+        do_sample=False, output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    expected = -out.logits[0].log_softmax(-1)[0, ids[0, -1]]
+    torch.testing.assert_close(loss[0], expected)
 
 
 def test_a_held_out_loss_that_is_no_number_is_an_error(base: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +331,6 @@ def test_refusals(base: tuple[Any, Any]) -> None:
         quick(base, [Example("a/b", "b>", "b")])
     with pytest.raises(pa.ContextOverflow, match=r"examples\[4\]: .* exceed the 56 positions that the"):
         quick(base, [*lines, Example("sort", "a" * 50 + ">", "a" * 20)])
-    with pytest.raises(pa.PrefixAttnError, match=r"the loss in epoch 1 is nan; lower the learning rate"):
+    with pytest.raises(pa.PrefixAttnError, match=r"(the loss|a gradient) in epoch 1 is nan; lower the learning rate"):
         quick(base, examples(200, "sort"), learning_rate=1e30, projection=None)
     assert bank_of(base[0]) is None
