@@ -57,9 +57,21 @@ def test_compiles_once_and_keeps_the_result(empty_cache: Path, monkeypatch: pyte
     assert [kept] == list(empty_cache.iterdir())
 
 
+def test_what_cannot_be_loaded_is_compiled_anew(empty_cache: Path) -> None:
+    """As a loss of power may leave it; in processes of their own, since a loaded library is not looked for again."""
+    code = "import torch; from prefix_attn.backends import compile_cpu; compile_cpu.library(16, torch.float32)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    (kept,) = empty_cache.iterdir()
+    size = kept.stat().st_size
+    kept.write_bytes(b"")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert kept.stat().st_size == size > 1000
+
+
 @pytest.mark.parametrize(
     ("compiler", "why"),
     [
+        ("g++ '", "CXX: expected a command"),
         ("", "no C.. compiler"),
         ("/bin/false", "/bin/false .* failed"),
         ("/nowhere/cc", "/nowhere/cc cannot be run: .*; set CXX"),

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -40,7 +41,10 @@ def library(head_dim: int, dtype: torch.dtype) -> ctypes.CDLL:
     Raises:
         CompileError: it cannot be had.
     """
-    compiler = shlex.split(os.environ.get("CXX", "")) or [*filter(None, map(shutil.which, COMPILERS))][:1]
+    try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or [*filter(None, map(shutil.which, COMPILERS))][:1]
+    except ValueError as error:
+        raise CompileError(f"CXX: expected a command, got {os.environ['CXX']!r} ({error})") from error
     if not compiler:
         raise CompileError(f"no C++ compiler ({', '.join(COMPILERS)}) is on the PATH; install one, or set CXX")
     variant = f"-DHEAD_DIM={head_dim}", f"-DELEMENT={ELEMENTS[dtype]}"
@@ -51,8 +55,10 @@ def library(head_dim: int, dtype: torch.dtype) -> ctypes.CDLL:
         there = path.exists()
     except (OSError, RuntimeError) as error:  # no right to look, or no home at all
         raise CompileError(f"{error}; set PREFIX_ATTN_CACHE to a folder of yours") from error
-    if not there:
-        _compile(command, path)
+    if there:
+        with suppress(OSError):  # cut off, or of another system: compiled anew
+            return ctypes.CDLL(str(path))
+    _compile(command, path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -98,6 +104,8 @@ def _compile(command: list[str], path: Path) -> None:
                 raise CompileError(f"{command[0]} cannot be run: {error}; set CXX to a C++ compiler") from error
             if done.returncode != 0:
                 raise CompileError(f"{' '.join(command)} failed: {done.stderr.strip()[-500:]}")
+            with unfinished.open("rb") as compiled:
+                os.fsync(compiled.fileno())  # else the name could outlive a loss of power, and not what it names
             os.replace(unfinished, path)
     except OSError as error:
         raise CompileError(f"{error}; set PREFIX_ATTN_CACHE to a folder of yours") from error

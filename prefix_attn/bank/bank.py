@@ -298,6 +298,8 @@ class PrefixBank:
             UnknownTask: a name or an id is not in the bank; lists the choices.
             DTypeError, ShapeError: not a list or an integer vector.
         """
+        if torch.compiler.is_compiling() and isinstance(tasks, Tensor):
+            return checked_ids(tasks, {}, (), self._device)  # not looked up: a graph would be of these tasks alone
         return checked_ids(tasks, self._ids, self.lengths, self._device)
 
     def plan(self, tasks: Sequence[str | int | None] | Tensor, part: str = DECODER) -> BatchPlan:

@@ -70,3 +70,7 @@ def refuse_without_place(model: Any) -> None:
     reason = NO_PLACE.get(model.config.model_type)
     if reason is not None:
         raise UnsupportedModel(f"{type(model).__name__} ({model.config.model_type}): {reason}")
+
+
+#: Families that continuous batching, also of the model unpatched, answers otherwise than ``generate``.
+NOT_BATCHED = {"hrm_text": "transformers' continuous batching gives it other tokens than generate"}

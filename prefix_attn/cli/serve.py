@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import socket
+import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +25,9 @@ from prefix_attn.cli.options import (
     named_path,
 )
 from prefix_attn.errors import PrefixAttnError
+
+#: Seconds for which the server, told to end, waits for clients while no request runs.
+PATIENCE = 5.0
 
 
 def serve(
@@ -78,7 +81,8 @@ def serve(
         curl -X PUT localhost:8000/v1/prefixes/sum -H 'content-type: application/json' -d '{"path": "sum-v2"}'
         curl -X DELETE localhost:8000/v1/prefixes/cls
 
-    Ctrl-C waits for requests that run; a second one breaks them off. Exit code: 0, or 2 if the command could not run.
+    Ctrl-C or SIGTERM waits for requests that run; a second one breaks them off. Exit code: 0, or 2 if the command could
+    not run.
     """
     adapters = [named_path(text) for text in adapter or []]
     if not adapters and bank is None and prefixes is None:
@@ -104,13 +108,27 @@ def serve(
         engine = Engine(patch(loaded, tasks), cache_tokens, plain)
 
         class Server(uvicorn.Server):
-            """At a second Ctrl-C the running requests fail, and so end; at a third uvicorn waits for nothing."""
+            """At a second signal the running requests fail, and so end; at a third Ctrl-C uvicorn waits for nothing."""
 
             def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-                if self.should_exit and sig == signal.SIGINT and engine.failure is None:
+                if self.should_exit and engine.failure is None:
                     asyncio.get_running_loop().call_soon_threadsafe(engine.stop)  # not within what is interrupted
                 else:
                     super().handle_exit(sig, frame)
+
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                leaving = asyncio.create_task(self.leave_the_stuck())
+                await super().shutdown(sockets)
+                leaving.cancel()
+
+            async def leave_the_stuck(self) -> None:
+                """Clients that are waited for in vain: they do not end their request, or do not read the answer."""
+                idle_since = time.monotonic()
+                while time.monotonic() < idle_since + PATIENCE:
+                    await asyncio.sleep(0.1)
+                    if engine.running or engine.waiting:
+                        idle_since = time.monotonic()
+                self.force_exit = True
 
         server = Server(uvicorn.Config(create_app(engine, tokenizer, base, prefixes), lifespan="off"))
         where = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"

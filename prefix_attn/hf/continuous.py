@@ -26,10 +26,11 @@ import transformers
 from torch import Tensor
 from transformers import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
+from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.geometry import DECODER
+from prefix_attn.bank.unsupported import NOT_BATCHED
 from prefix_attn.bank.uses import BANK_LOCK
 from prefix_attn.context import room_for_new
 from prefix_attn.errors import PrefixAttnError, ShapeError, UnsupportedModel
@@ -101,6 +102,14 @@ class InitContinuousBatching(Method):
                 f"{type(self.model).__name__}: continuous batching does not reach the keys that this family makes of "
                 "what the bank holds; call generate"
             )
+        if getattr(self.model, PATCHED).hook.by_scope:
+            raise UnsupportedModel(
+                f"{type(self.model).__name__}: its layers do not get the keywords of a call, by which they know whose "
+                "tokens are whose in continuous batching; call generate"
+            )
+        model_type = self.bank.base.model_type
+        if model_type in NOT_BATCHED:
+            raise UnsupportedModel(f"{type(self.model).__name__}: {NOT_BATCHED[model_type]}; call generate")
         if getattr(self.model, PATCHED).counts_positions:
             raise UnsupportedModel(
                 f"{type(self.model).__name__}: continuous batching packs all tokens into one row, and this family "
@@ -174,6 +183,7 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
         self.bank = bank
         self._task_of: dict[str, int] = {}  # of the requests that are not over, by their id; children included
         self._cancelled: set[str] = set()  # of them, those that nobody waits for
+        self._failed: dict[str, str] = {}  # of them, those whose next output shall be this error
         self._request_counter: int
         super().__init__(*args)
         _refuse_what_would_replay(self.continuous_batching_config)  # as the engine has completed it
@@ -241,6 +251,7 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
         children = [] if complete else [name for name in self._children(request_id) if not self._runs(name)]
         for name in (request_id, *children):
             self._cancelled.discard(name)
+            self._failed.pop(name, None)
             task_id = self._task_of.pop(name, None)
             if task_id is not None:
                 self.bank.release([task_id])
@@ -261,6 +272,11 @@ class Manager(ContinuousBatchingManager):  # type: ignore[misc]
         with self.output_router._lock:
             self.output_router.result_handlers.pop(request_id, None)
         super().cancel_request(request_id)
+
+    def fail_request(self, request_id: str, reason: str) -> None:
+        """End a request with an error in the place of what the step under way makes for it."""
+        if request_id in self._task_of:
+            self._failed[request_id] = reason
 
     def _clear_cancelled(self, scheduler: Any) -> list[RequestState]:
         """The scheduler's ``clear_cancelled_requests``, after which the prefixes are released.
@@ -349,8 +365,13 @@ class _Outputs(OutputRouter):  # type: ignore[misc]
             with self._lock:
                 callback, loop = self.result_handlers.get(output.request_id, (None, None))
             dropped = output.request_id in self._manager._cancelled
-            if output.is_finished():
+            over, reason = output.is_finished(), self._manager._failed.get(output.request_id)
+            if reason is not None:
+                output.error, output.status = reason, RequestStatus.FAILED
+            if over:
                 self._manager._over(output.request_id, output.error is None)
+            elif reason is not None:
+                self._manager.cancel_request(output.request_id)
             if callback is not None:
                 calls[loop].append(partial(callback, output))
             elif not dropped:

@@ -1,9 +1,9 @@
 """Attention over packed rows, as continuous batching lays them out: all tokens of all requests in one row.
 
 transformers gives queries ``[1, heads, tokens, D]`` and, from its paged cache, keys ``[1, heads, keys, D]``, request
-after request, without padding. Requests with about as many queries are gathered into one padded batch: those that
-decode into one, those that prefill by the power of two of their length, so that at most half of the queries are
-padding. Queries are aligned on the right and keys on the left, as ``kv_len`` of `prefix_attention` wants them.
+after request, without padding. Requests with about as many queries and keys, by the powers of two of their numbers, are
+gathered into one padded batch, so that at most half of the queries is padding, and half of the keys, or SHORT of them.
+Queries are aligned on the right and keys on the left, as ``kv_len`` of `prefix_attention` wants them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from prefix_attn.attention import prefix_attention
 from prefix_attn.errors import UnsupportedModel
 from prefix_attn.plan import BatchPlan
 from prefix_attn.types import PrefixKV
+
+#: Requests of up to so many keys are one group: few groups cost less than their padding.
+SHORT = 256
 
 
 class PackedRequest(NamedTuple):
@@ -96,10 +99,10 @@ class PackedRows:
         if window not in self._groups:
             kept = [r.past if window is None else min(r.past, window - 1) for r in self.requests]
             lengths = [past + r.q_len for past, r in zip(kept, self.requests, strict=True)]
-            alike: dict[int, list[int]] = defaultdict(list)
+            alike: dict[tuple[int, int], list[int]] = defaultdict(list)
             for i, r in enumerate(self.requests):
                 if r.q_len:  # none: of one token and several sequences, which the engine keeps for their own steps
-                    alike[(r.q_len - 1).bit_length()].append(i)
+                    alike[(r.q_len - 1).bit_length(), (max(lengths[i], SHORT) - 1).bit_length()].append(i)
             first_q, first_k = ([0, *accumulate(x)] for x in ([r.q_len for r in self.requests], lengths))
             self._groups[window] = [self._group(rows, first_q, first_k, lengths, device) for rows in alike.values()]
         return self._groups[window]

@@ -169,12 +169,14 @@ class _Server:
 
     def chat_tokens(self, body: ChatCompletionRequest, task: HeldTask) -> list[list[int]]:
         """Token ids of a conversation, laid out by the chat template."""
-        if not self.tokenizer.chat_template:
-            raise UnsupportedModel("messages: the model's tokenizer has no chat template; use /v1/completions")
         messages = [message.plain() for message in body.messages]
         try:
             text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates raise errors of many types, such as for roles that do not alternate
+            if not self.tokenizer.chat_template:  # nor another way, as mistral-common's tokenizers have
+                raise UnsupportedModel(
+                    "messages: the model's tokenizer has no chat template; use /v1/completions"
+                ) from error
             raise UnsupportedModel(f"messages: the chat template refuses them: {error}") from error
         return [prompt_tokens(self.tokenizer, text, self.limit, opens=not task.opens, special=False)]
 

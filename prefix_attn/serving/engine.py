@@ -16,6 +16,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.forward import FAILURES
 from prefix_attn.context import room_for_new
 from prefix_attn.errors import ContextOverflow, PrefixAttnError, ShapeError, UnsupportedModel
 from prefix_attn.hf.continuous import refuse_old_engines
@@ -48,7 +49,8 @@ class Request:
     Attributes:
         tokens: of the prompt, at least one.
         task: a name in the bank, or an id of it; None for no prefix.
-        new_tokens: the most to answer with; None for as many as the model's context holds.
+        new_tokens: the most to answer with; None for what the model's generation config says (``max_new_tokens``), or
+            else for as many as the model's context holds.
         sampling: how they are chosen.
     """
 
@@ -95,6 +97,7 @@ class Engine:
                                    "batching does not do; pass plain=True (--plain) to answer without")  # fmt: skip
         self.bank: PrefixBank = bank
         self.defaults = Sampling.of(model.generation_config)
+        self._default_new_tokens: int | None = model.generation_config.max_new_tokens
         ends = model.generation_config.eos_token_id
         self.ends: list[int] = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         self._inputs: int = model.get_input_embeddings().weight.shape[0]
@@ -103,20 +106,42 @@ class Engine:
             num_blocks=None if cache_tokens is None else max(-(-cache_tokens // PAGE), 1),
         )
         wanted = GenerationConfig(eos_token_id=self.ends or -1, pad_token_id=0, do_sample=True)
-        self._manager = model.init_continuous_batching(wanted, config)
-        install(self._manager.logit_processor)
+        self._family = type(model).__name__
         try:
+            self._manager = model.init_continuous_batching(wanted, config)
+            install(self._manager)
             self._manager.warmup()  # makes the cache, so that too little memory is known here
+        except PrefixAttnError:
+            raise
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ShapeError(f"cache_tokens: too little memory for {cache_tokens or 'the cache'}: {error}") from error
+        except FAILURES as error:
+            raise self._refusal(error) from error
         # not in older versions, where there is no manager either
         from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 
         self.cache_tokens: int = infer_max_single_request_tokens(self._manager.batch_processor.cache)
 
     def start(self) -> None:
-        """Start the thread that answers."""
+        """Start the thread that answers, and wait for its first answer, of two tokens.
+
+        Raises:
+            UnsupportedModel: it fails: transformers' engine does not run with this family.
+        """
         self._manager.start()
+        name, first = uuid.uuid4().hex, None
+        self._manager.add_request([0, 0], name, 2, eos_token_id=-1, **Sampling().arguments())
+        while first is None and self.failure is None:
+            first = self._manager.get_result(name, timeout=0.1)
+        if first is None or first.error is not None:
+            reason = self.failure if first is None else first.error
+            self.stop()
+            raise self._refusal(reason)
+
+    def _refusal(self, reason: object) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"{self._family}: transformers' continuous batching does not run with this model ({reason}); call generate"
+        )
 
     def stop(self) -> None:
         """Stop it, if it was started; requests that run fail."""
@@ -184,7 +209,7 @@ class Engine:
         unknown = [token for token in request.tokens if not (isinstance(token, int) and 0 <= token < self._inputs)]
         if unknown:
             raise ShapeError(f"prompt: expected tokens of 0 to {self._inputs - 1}, got {unknown[0]!r}")
-        return room if new is None else new
+        return min(room, self._default_new_tokens or room) if new is None else new
 
     async def answer(self, request: Request) -> AsyncIterator[Piece]:
         """The answer, piece by piece as it is made. Closing the iterator early cancels the request.

@@ -212,7 +212,7 @@ def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
 
 def event(content: dict[str, Any]) -> str:
     """A server-sent event."""
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(content)}\n\n"
 
 
 END_OF_STREAM = "data: [DONE]\n\n"

@@ -9,6 +9,7 @@ range of floats is refused: for every request of the batch it would be the end.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,11 @@ from prefix_attn.errors import ShapeError
 
 #: The least temperature that is not 0.
 MIN_TEMPERATURE = 0.001
+
+NOT_FINITE = (
+    "the model's scores are no finite numbers: too large for its dtype, perhaps by what the prefix holds; load the "
+    "model in a wider one"
+)
 
 #: Of ``generate``, where a config that samples leaves them open.
 AS_GENERATE: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
@@ -158,13 +164,43 @@ class Greedy(Processor):
         return scores.masked_fill((values > 0) & ~best, float("-inf"))
 
 
+class Finite(Processor):
+    """Fails the requests that have no scores to choose by, whose tokens could not be drawn: else all would fail."""
+
+    name, dtype, default = "finite", torch.int32, 0
+
+    def __init__(self, fail: Callable[[str, str], None]) -> None:
+        super().__init__()
+        self._fail = fail
+        self._requests: list[str] = []  # of this step
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> Tensor:
+        self._requests = [future.state.request_id for future in requests_with_new_token]
+        return super().prepare_tensor_args(requests_with_new_token)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        broken = ~scores.amax(1).isfinite()
+        rows = broken.nonzero()[:, 0].tolist()
+        if not rows:
+            return scores
+        for row in rows:
+            if row < len(self._requests):
+                self._fail(self._requests[row], NOT_FINITE)
+        return scores.masked_fill(broken[:, None], 0.0)
+
+    def process(self, scores: Tensor, values: Tensor) -> Tensor:
+        return scores
+
+
 #: In their order, by the name of their value.
 PROCESSORS: dict[str, type[Processor]] = {kind.name: kind for kind in (Temperature, TopK, TopP, Greedy)}
 
 
-def install(processors: Any) -> None:
-    """Give an engine that has not been started these processors instead of its own."""
-    processors.logits_processor = LogitsProcessorList([kind() for kind in PROCESSORS.values()])
-    processors.tensors_required = len(PROCESSORS)
+def install(manager: Any) -> None:
+    """Give a manager that has not been started these processors instead of its own."""
+    processors = manager.logit_processor
+    ours = [Finite(manager.fail_request), *(kind() for kind in PROCESSORS.values())]
+    processors.logits_processor = LogitsProcessorList(ours)
+    processors.tensors_required = len(ours)
     processors.do_processing = True
     processors._retrieve_processors_kwargs()

@@ -21,7 +21,9 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        added = {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        decoder = tokenizer.added_tokens_decoder
+        entries: dict[int, Any] = {} if callable(decoder) else decoder  # a method in mistral-common's tokenizers
+        added = {token: added.content for token, added in entries.items() if added.special}
         #: Their texts, by id.
         self.special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)) | added
 

@@ -93,6 +93,24 @@ def test_a_second_interruption_breaks_requests_off(example: ShippedExample) -> N
         assert "Traceback" not in server.stderr.read()
 
 
+@needs_engine
+def test_a_client_that_is_stuck_does_not_keep_the_server(example: ShippedExample) -> None:
+    task, folder = example.adapters[0]
+    command = [sys.executable, "-m", "prefix_attn", "serve", "--model", example.model, f"--adapter={task}={folder}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with (
+        subprocess.Popen([*command, "--port", "0", "--cache-tokens", "64"], **pipes, text=True) as server,
+        killed_at_last(server),
+    ):
+        assert server.stdout is not None
+        url = httpx.URL([server.stdout.readline() for _ in range(3)][2].strip())
+        with socket.create_connection((url.host, url.port)) as half:
+            half.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+            time.sleep(0.5)
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(timeout=60) in (0, -signal.SIGTERM)
+
+
 def test_what_is_written_is_sent_at_once() -> None:
     """Of a connection that the server accepts, and asyncio takes as it is."""
     with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):

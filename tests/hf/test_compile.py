@@ -125,3 +125,29 @@ def test_a_pass_without_a_mask(family: str) -> None:
     with torch.no_grad():
         expected = model(input_ids=ids, task_ids=TASKS, use_cache=False).logits
         torch.testing.assert_close(step(input_ids=ids, task_ids=TASKS, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_bank_with_a_reserve_takes_tasks_without_a_new_graph(family: str) -> None:
+    model = tiny_random_model(family)
+    bank = pa.PrefixBank.for_model(model, reserve=(20, 400))
+    bank.add("first", bank_values(bank, 5))
+    pa.patch(model, bank)
+    step, counter = compiled(model, "eager")
+    inputs = padded_inputs()
+    for count in range(12):  # more than torch compiles of one function
+        ids = bank.task_ids([bank.names[-1], None, "first", "first"])
+        with torch.no_grad():
+            expected = model(**inputs, task_ids=ids, use_cache=False).logits
+            torch.testing.assert_close(step(**inputs, task_ids=ids, use_cache=False).logits, expected)
+        bank.add(f"task {count}", bank_values(bank, 7, seed=count))
+    assert counter.frame_count == 1
+
+
+def bank_values(bank: pa.PrefixBank, tokens: int, seed: int = 0) -> Any:
+    """Random values of a task, for the decoder."""
+    rng = torch.Generator().manual_seed(seed)
+    return [
+        tuple(torch.randn(layer.kv_heads, tokens, dim, generator=rng) for dim in (layer.head_dim, layer.v_head_dim))
+        for layer in bank.geometry.layers
+    ]

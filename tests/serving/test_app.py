@@ -17,6 +17,7 @@ import prefix_attn as pa
 from prefix_attn.cli.example import ANSWERS, INPUT
 from prefix_attn.serving import Engine
 from prefix_attn.serving.app import create_app
+from prefix_attn.serving.protocol import CompletionRequest, ResponseBuilder
 from tests.serving.conftest import EXAMPLE, Served
 from tests.serving.engines import needs_engine, settled
 
@@ -413,3 +414,11 @@ def test_an_engine_that_fails_in_a_stream(client: TestClient, served: Served) ->
     response = client.post(COMPLETIONS, json={"model": "upper", "prompt": PROMPT, "stream": True})
     last = response.text.strip().split("\n\n")[-1]
     assert "unpatched" in json.loads(last.removeprefix("data: "))["error"]["message"]
+
+
+def test_an_event_is_one_line_however_lines_are_told_apart() -> None:
+    """httpx ends lines at U+2028 too."""
+    event = ResponseBuilder(CompletionRequest(model="m", prompt="x"), "id").event(0, "a\u2028b\x85c", None, False)
+    line, *rest = event.splitlines()
+    assert rest == [""]
+    assert json.loads(line.removeprefix("data: "))["choices"][0]["text"] == "a\u2028b\x85c"

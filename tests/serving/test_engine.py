@@ -145,6 +145,15 @@ def test_as_many_tokens_as_there_is_room(served: Served, engine: Engine) -> None
 
 
 @needs_engine
+def test_as_many_tokens_as_the_models_config_says(served: Served) -> None:
+    served.model.generation_config.max_new_tokens = 3
+    with Engine(served.model, cache_tokens=256) as engine:
+        engine.ends = []
+        made = answers(engine, Request([5] * 40), Request([5] * 40, new_tokens=5), Request([5] * 63))
+    assert [len(tokens) for tokens, _ in made] == [3, 5, 2]
+
+
+@needs_engine
 def test_a_cache_smaller_than_the_context(served: Served) -> None:
     model = tiny_model("llama", max_position_embeddings=4096)
     pa.patch(model, make_bank(model))
@@ -232,6 +241,31 @@ def test_an_engine_that_fails_says_so(served: Served, engine: Engine) -> None:
     with pytest.raises(EngineFailed, match=r"the engine stopped: .*unpatched"):
         answers(engine, Request([5], "upper"))
     assert "unpatched" in str(engine.failure)
+
+
+@needs_engine
+def test_a_request_whose_scores_are_no_numbers_fails_alone(served: Served, engine: Engine) -> None:
+    """As where float16 overflows; here by a prefix of finite values."""
+    large = [(torch.full_like(k, 3e38), torch.full_like(v, 3e38)) for k, v in served.bank.key_values("upper")]
+    served.bank.add("bad", large)
+    tokens = served.tokenizer(PROMPT)["input_ids"]
+
+    async def together() -> list[Any]:
+        requests = [
+            Request(tokens, task, sampling=how) for task in ("upper", "bad") for how in (Sampling(), Sampling(1.0))
+        ]
+        return await asyncio.gather(*(answer(engine, request) for request in requests), return_exceptions=True)
+
+    for _ in range(2):
+        greedy, sampled, *bad = asyncio.run(together())
+        assert served.tokenizer.decode(greedy[0], skip_special_tokens=True) == ANSWERS["upper"]
+        assert sampled[1] in ("stop", "length")
+        assert [type(error) for error in bad] == [EngineFailed] * 2
+        assert "no finite numbers" in str(bad[0])
+    assert engine.failure is None
+    asyncio.run(settled(lambda: engine.running == 0))
+    assert not engine._manager._task_of
+    assert not engine._manager._failed
 
 
 @needs_engine
@@ -393,15 +427,25 @@ def test_every_setting_of_transformers_is_known() -> None:
 
 @needs_engine
 @pytest.mark.parametrize(
-    ("family", "words"), [("deepseek_v3", "keys that this family makes"), ("gpt_neox_japanese", "slow way")]
+    ("family", "words"),
+    [
+        ("deepseek_v3", "keys that this family makes"),
+        ("gpt_neox_japanese", "slow way"),
+        ("stablelm", "do not get the keywords of a call"),
+        ("hrm_text", "other tokens than generate"),
+        ("mimo_v2_flash", "does not run with this model"),
+        ("gemma4_text", "does not run with this model"),
+        ("lfm2", "does not run with this model"),
+    ],
 )
 def test_families_that_cannot_be_batched(family: str, words: str) -> None:
+    """Some are known, some fail as the cache is made, and some with the first answer: never with a user's request."""
     model = tiny_random_model(family)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pa.SlowModel)
         pa.patch(model, random_bank(model))
-    with pytest.raises(pa.UnsupportedModel, match=words):
-        Engine(model)
+    with pytest.raises(pa.UnsupportedModel, match=words), Engine(model, cache_tokens=256):
+        pass
 
 
 @needs_engine

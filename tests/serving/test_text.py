@@ -34,6 +34,14 @@ def words() -> Any:
     return made
 
 
+def test_a_tokenizer_of_mistral_common() -> None:
+    """There what others have as a property is a method."""
+    plain, tokenizer = words(), words()
+    added = tokenizer.added_tokens_decoder
+    tokenizer.__class__ = type("Common", (type(tokenizer),), {"added_tokens_decoder": lambda self: added})
+    assert Detokenizer(tokenizer).special == Detokenizer(plain).special
+
+
 def byte_fallback() -> Any:
     """A token a letter, and a byte of other characters; its decoder gives up on bytes that are no characters."""
     vocabulary = {name: i for i, name in enumerate(["<unk>", "<eos>", *(f"<0x{i:02X}>" for i in range(256)), *"▁abc"])}
