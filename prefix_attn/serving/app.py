@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict
@@ -103,7 +103,10 @@ def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None 
             raise UnsupportedModel(f"path: cannot read {body.path!r}: {error.strerror or error}") from error
         # Checked a second time: `load` warns, but a warning reaches the server's log and not the client.
         doubt = other_base(path, engine.bank.base)
-        return server.described(name) | {"warnings": [] if doubt is None else [doubt]}
+        try:
+            return server.described(name) | {"warnings": [] if doubt is None else [doubt]}
+        except UnknownTask as error:
+            raise HTTPException(409, f"name: {name!r} was added, and then removed by another client") from error
 
     @app.delete("/v1/prefixes/{name}", status_code=204)
     def delete(name: str) -> None:

@@ -321,6 +321,20 @@ def test_changes_that_are_refused(client: TestClient, served: Served) -> None:
     assert served.bank.names == names
 
 
+def test_a_prefix_that_another_client_removes_at_once(
+    client: TestClient, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_and_lose(name: str, *args: Any, **options: Any) -> None:
+        load(name, *args, **options)
+        served.bank.remove(name)
+
+    load = served.bank.load
+    monkeypatch.setattr(served.bank, "load", load_and_lose)
+    response = client.put("/v1/prefixes/more", json={"path": "new"})
+    assert response.status_code == 409
+    assert "removed by another client" in response.json()["error"]["message"]
+
+
 def test_a_server_whose_prefixes_do_not_change(served: Served, engine: Engine) -> None:
     with TestClient(create_app(engine, served.tokenizer, "base")) as client:
         for response in (client.put("/v1/prefixes/x", json={"path": "x"}), client.delete("/v1/prefixes/upper")):
