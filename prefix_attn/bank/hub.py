@@ -22,7 +22,7 @@ REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
 def is_repository(path: str | os.PathLike[str]) -> bool:
     """Whether a path is to be looked for on the Hub; not where OWNER is a folder here, and NAME a mistake."""
-    text = os.fspath(path)
+    text = _name(path)
     return bool(REPOSITORY.fullmatch(text)) and not text.endswith(SUFFIX) and not os.path.exists(text.split("/")[0])
 
 
@@ -49,10 +49,15 @@ def local_folder(
                 f"revision: expected None for a path on this machine ({os.fspath(path)!r}), got {revision!r}"
             )
         return Path(path)
-    folder = _fetch(os.fspath(path), first, revision).parent
+    folder = _fetch(_name(path), first, revision).parent
     for file in others(folder):
-        _fetch(os.fspath(path), file, folder.name)
+        _fetch(_name(path), file, folder.name)
     return folder
+
+
+def _name(path: str | os.PathLike[str]) -> str:
+    """With slashes, whatever a path has on this system."""
+    return path.as_posix() if isinstance(path, Path) else os.fspath(path)
 
 
 def _fetch(repository: str, file: str, revision: str | None) -> Path:

@@ -115,6 +115,7 @@ def test_what_is_not_there(bank: PrefixBank, path: str, revision: str | None, me
 def test_what_is_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert is_repository("me/adapter")
+    assert is_repository(Path("me") / "adapter")
     assert not any(map(is_repository, ("adapter", "./adapter", "/me/adapter", "~/adapter", "me/", "me\\x", "..//x")))
     (tmp_path / "me").mkdir()
     assert not is_repository("me/adapter")
