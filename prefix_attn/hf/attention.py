@@ -126,9 +126,11 @@ def prefix_attention_forward(
 
     refuse_unfused(layer, dropout, kwargs)
     causal = kwargs.get("is_causal")
-    if causal is False or (causal is None and getattr(module, "is_causal", True) is False):
+    if causal is None and batch.implementation != "eager":  # which has a mask that says it
+        causal = getattr(module, "is_causal", True)
+    if causal is False:
         raise Ambiguous(
-            f"{layer}: looks at later tokens too (in transformers, as the mask has it), and only causal self-attention "
+            f"{layer}: looks at later tokens too where no mask keeps it from that, and only causal self-attention "
             "takes a prefix"
         )
     unknown = sorted(name for name, x in kwargs.items() if name not in KNOWN and x is not None)
