@@ -125,14 +125,8 @@ def prefix_attention_forward(
         return original(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
 
     refuse_unfused(layer, dropout, kwargs)
-    causal = kwargs.get("is_causal")
-    if causal is None and batch.implementation != "eager":  # which has a mask that says it
-        causal = getattr(module, "is_causal", True)
-    if causal is False:
-        raise Ambiguous(
-            f"{layer}: looks at later tokens too where no mask keeps it from that, and only causal self-attention "
-            "takes a prefix"
-        )
+    if kwargs.get("is_causal") is False:
+        raise UnsupportedModel(f"{layer}: only causal self-attention takes a prefix")
     unknown = sorted(name for name, x in kwargs.items() if name not in KNOWN and x is not None)
     if unknown and batch.strict:
         raise UnsupportedModel(

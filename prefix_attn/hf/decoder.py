@@ -14,7 +14,14 @@ from prefix_attn.bank.cache_argument import CACHE, OLD, cache_among, cache_name
 from prefix_attn.bank.forward import FAILURES
 from prefix_attn.errors import UnsupportedModel
 from prefix_attn.hf.adapters import pop_task_ids
-from prefix_attn.hf.attention import IMPLEMENTATION, KEYWORD, Batch, KeywordsLost, prefix_attention_forward
+from prefix_attn.hf.attention import (
+    IMPLEMENTATION,
+    KEYWORD,
+    Ambiguous,
+    Batch,
+    KeywordsLost,
+    prefix_attention_forward,
+)
 from prefix_attn.hf.caches import check_tasks_of, remember_tasks
 from prefix_attn.hf.configs import OwnConfigs, check_config
 from prefix_attn.hf.continuous import GenerateBatch, InitContinuousBatching
@@ -81,6 +88,19 @@ class DecoderPatch:
         except KeywordsLost:
             self.leave_in_scope(model)
             verify_a_text(model, self.hook)
+        self._check_causal()
+
+    def _check_causal(self) -> None:
+        """Raise `Ambiguous` for layers that are causal by their mask alone: but for eager attention there may be none."""
+        assert self.hook.sources is not None
+        layers = {
+            type(module).__name__ for module in self.hook.sources.sources if not getattr(module, "is_causal", True)
+        }
+        if layers and self.hook.implementation != "eager":
+            raise Ambiguous(
+                f"{', '.join(layers)}: looks at later tokens too where no mask keeps it from that, and only causal "
+                "self-attention takes a prefix; with attn_implementation='eager' there is always a mask"
+            )
 
     def verify(self, model: Any) -> None:
         verify_against_replica(model, self.bank, self.hook)
