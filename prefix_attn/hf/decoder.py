@@ -91,11 +91,10 @@ class DecoderPatch:
         self._check_causal()
 
     def _check_causal(self) -> None:
-        """Raise `Ambiguous` for layers that are causal by their mask alone: but for eager attention there may be none."""
+        """Raise `Ambiguous` for layers that are causal by a mask alone, where there may be none."""
         assert self.hook.sources is not None
-        layers = {
-            type(module).__name__ for module in self.hook.sources.sources if not getattr(module, "is_causal", True)
-        }
+        modules = self.hook.sources.sources
+        layers = {type(module).__name__ for module in modules if not getattr(module, "is_causal", True)}
         if layers and self.hook.implementation != "eager":
             raise Ambiguous(
                 f"{', '.join(layers)}: looks at later tokens too where no mask keeps it from that, and only causal "
