@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from prefix_attn.bank.config import setting
+from prefix_attn.bank.forward import place_of
 from prefix_attn.bank.geometry import DECODER, Geometry
 from prefix_attn.errors import UnsupportedModel
 
 SAMPLE = 64
+FLOAT16_TINY = 2.0**-14
 #: Knuth's multiplicative hash: spreads the sampled elements over rows and columns, whatever the width of a row.
 STRIDE = 2654435761
 #: Only keys that every supported version of transformers writes alike; the rest of a config may change between them.
@@ -34,6 +36,13 @@ ROPE_KEYS = (
     "beta_slow", "short_factor", "long_factor", "mscale", "mscale_all_dim", "partial_rotary_factor",
     "original_max_position_embeddings",
 )  # fmt: skip
+
+
+#: Where a layer is, within what PEFT puts around it to adapt it, or `torch.compile` to compile it.
+WRAPPED = ("base_layer", "original_module", "token_adapter")
+COMPILED = "_orig_mod"
+#: Dtypes of buffers that are no weights.
+COUNTS = (torch.int64, torch.bool)
 
 
 @dataclass(frozen=True)
@@ -87,34 +96,48 @@ def own_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     consists of several tensors gives each.
     """
     modules = dict(model.named_modules())
-    adapters = tuple(
-        f"{name}.{part}." for name, module in modules.items() for part in getattr(module, "adapter_layer_names", ())
-    )
     for name, p in chain(model.named_parameters(), _saved_buffers(modules)):
-        if not name.startswith(adapters):
-            owner, _, key = name.rpartition(".")
-            plain = _fetched(modules[owner], key, p).detach()
-            yield from _tensors(name.replace(".base_layer.", ".").replace(".original_module.", "."), plain)
+        own_name = _own_name(modules, name)
+        if own_name is not None:
+            yield from _tensors(own_name, _fetched(modules, name, p).detach())
+    for name, module in modules.items():
+        if hasattr(module, "_weight_bias"):  # torch.ao's quantised layers, whose weights are no parameters
+            weight, _ = module._weight_bias()
+            by_channel = weight.qscheme() in (torch.per_channel_affine, torch.per_channel_affine_float_qparams)
+            yield f"{name}.weight", weight.int_repr()
+            yield f"{name}.scale", weight.q_per_channel_scales() if by_channel else torch.tensor(weight.q_scale())
+
+
+def _own_name(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    """A weight's name in the plain model; None for one of an adapter."""
+    path, kept = "", list[str]()
+    for part in name.split("."):
+        of_peft = hasattr(modules.get(path), "adapter_layer_names")
+        path = f"{path}.{part}" if path else part
+        if of_peft and part not in WRAPPED:
+            return None
+        if not of_peft and part != COMPILED:
+            kept.append(part)
+    return ".".join(kept)
 
 
 def _saved_buffers(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    """Those of floating point; others only count or point."""
+    """All but those that count or point."""
     for name, module in modules.items():
         for key, x in module._buffers.items():
-            if x is not None and x.is_floating_point() and key not in module._non_persistent_buffers_set:
-                yield f"{name}.{key}", x
+            if x is not None and x.dtype not in COUNTS and key not in module._non_persistent_buffers_set:
+                yield f"{name}.{key}" if name else key, x
 
 
-def _fetched(module: Any, key: str, p: Tensor) -> Tensor:
+def _fetched(modules: Mapping[str, nn.Module], name: str, p: Tensor) -> Tensor:
     """The parameter itself, or, of one offloaded by accelerate, its values."""
     if not p.is_meta:
         return p
-    hook = getattr(module, "_hf_hook", None)
-    weights = getattr(hook, "weights_map", None)
-    if weights is None:
+    place = place_of(modules, name)
+    if place is None:
         raise UnsupportedModel("model: expected loaded weights, got parameters on the meta device; load them first")
-    value: Tensor = weights[key]
-    return value
+    weights, key = place
+    return weights[key]
 
 
 def _tensors(name: str, p: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -136,7 +159,9 @@ def _sample(p: Tensor) -> Tensor:
         index = index * STRIDE % n
     if p.dtype.itemsize == 1:  # quantised weights: their bytes, since few operators take their dtypes
         p = p.view(torch.uint8)
-    return p.take(index).to(torch.bfloat16)
+    sample = p.take(index).to(torch.bfloat16)
+    # What float16 does not hold as it is: a checkpoint in bfloat16 may be loaded in that, too.
+    return torch.where(sample.abs() < FLOAT16_TINY, 0, sample)
 
 
 def _rope(parameters: dict[str, Any]) -> dict[str, Any]:

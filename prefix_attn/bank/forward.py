@@ -6,7 +6,7 @@ and the dtype and device that attention works in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -55,15 +55,18 @@ def cached_kv(model: Any, input_ids: Tensor) -> list[LayerKV]:
             f"model: expected a decoder-only model, got the encoder-decoder {config.model_type}; keys and values of a "
             "text in its decoder depend on the encoder's input; train a prefix with PEFT, and use load"
         )
-    if any(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
+    modules = dict(model.named_modules())
+    if any(p.is_meta and place_of(modules, name) is None for name, p in model.named_parameters()):
         raise UnsupportedModel("model: expected loaded weights, got parameters on the meta device; load them first")
     if any(kind.__name__ == "FSDPModule" for module in model.modules() for kind in type(module).__mro__):
         raise UnsupportedModel("model: its layers are sharded already; make the bank, and patch, before fully_shard")
     body = getattr(model, "base_model", model)  # without the language-model head, whose logits nobody reads
-    input_ids = input_ids.to(_device_of_inputs(model))
+    input_ids = input_ids.to(device_of_inputs(model))
     try:
         cache = cache_of_all_tokens(model)
         with torch.no_grad(), in_full_precision(model), evaluating(model):
+            if hasattr(model, "ct_decompress_hook"):  # of compressed-tensors, in front of the whole model's first pass
+                model(input_ids=input_ids[:, :1])
             given = {cache_name(body): cache, **positions_of_generate(body, input_ids)}
             body(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=True, **given)
     except PrefixAttnError:
@@ -129,7 +132,20 @@ def _has_tensor(state: Any) -> bool:
     return any(isinstance(x, Tensor) for x in (state.values() if isinstance(state, dict) else (state,)))
 
 
-def _device_of_inputs(model: Any) -> torch.device:
+def place_of(modules: Mapping[str, nn.Module], name: str) -> tuple[Mapping[str, Tensor], str] | None:
+    """Where accelerate keeps a parameter that is on the meta device, and under which key; None where it has none."""
+    parts = name.split(".")
+    for i in reversed(range(len(parts))):  # a hook may be on the module itself, or on one around it
+        hook = getattr(modules.get(".".join(parts[:i])), "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            weights: Mapping[str, Tensor] | None = getattr(one, "weights_map", None)
+            if weights is not None:
+                return weights, ".".join(parts[i:])
+    return None
+
+
+def device_of_inputs(model: Any) -> torch.device:
+    """Where a model takes tokens."""
     try:
         weight = model.get_input_embeddings().weight
     except (AttributeError, NotImplementedError):
@@ -140,8 +156,14 @@ def _device_of_inputs(model: Any) -> torch.device:
 
 def in_full_precision(model: Any) -> AbstractContextManager[Any]:
     """The model as if there were no autocast around it."""
-    device = model.device.type
+    device = device_type(model)
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def device_type(model: Any) -> str:
+    """That of a model's passes: what is on the meta device accelerate moves."""
+    kind: str = model.device.type
+    return kind if kind != "meta" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextmanager

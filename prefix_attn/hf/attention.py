@@ -166,7 +166,8 @@ def under_autocast(
 
 def original_attention(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The attention function the model would use unpatched."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    files = (sys.modules[kind.__module__] for kind in type(module).__mro__)  # a subclass may be in a user's own
+    eager = next(filter(None, (getattr(file, "eager_attention_forward", None) for file in files)), None)
     function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     return function
 

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.cache_argument import CACHE, OLD, cache_among, cache_name
-from prefix_attn.bank.forward import FAILURES
+from prefix_attn.bank.forward import FAILURES, device_of_inputs
 from prefix_attn.errors import UnsupportedModel
 from prefix_attn.hf.adapters import pop_task_ids
 from prefix_attn.hf.attention import (
@@ -108,7 +108,7 @@ class DecoderPatch:
         """Make sure ``task_ids`` given to the model reach its decoder; the hook stops the pass on arrival."""
         try:
             with torch.no_grad():
-                model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), task_ids=PROBE)
+                model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device_of_inputs(model)), task_ids=PROBE)
         except Wired:
             return
         except KeywordsLost:
@@ -177,8 +177,8 @@ class ModelHook:
 
     def record(self, cache: Any) -> list[Call]:
         """The attention calls of one token without tasks, behind a cache; see `Sources`."""
-        tokens = torch.ones((1, 1), dtype=torch.long, device=self.model.device)
-        mask = torch.ones((1, cache.get_seq_length() + 1), dtype=torch.long, device=self.model.device)
+        tokens = torch.ones((1, 1), dtype=torch.long, device=device_of_inputs(self.model))
+        mask = tokens.new_ones((1, cache.get_seq_length() + 1))
         positions = {}
         if takes_positions(self.model):
             # some families count by what they keep of the last sequence, when none are given

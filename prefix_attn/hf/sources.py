@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from prefix_attn.bank import PrefixBank
+from prefix_attn.bank.fingerprint import WRAPPED
 from prefix_attn.bank.forward import cache_of_all_tokens, evaluating, in_full_precision
 from prefix_attn.bank.geometry import LayerKV
 from prefix_attn.bank.uses import BANK_LOCK
@@ -179,15 +180,18 @@ def _weights_of(module: nn.Module) -> tuple[Any, ...]:
     adapted: list[Any] = []
     layer: Any
     for layer in module.modules():
-        if hasattr(layer, "active_adapters") and hasattr(layer, "scaling"):
+        adapted.append((len(layer._forward_hooks), len(layer._forward_pre_hooks)))
+        if hasattr(layer, "active_adapters") and hasattr(layer, "adapter_layer_names"):
             if layer._forward_pre_hooks:
                 raise UnsupportedModel(
                     "adapter_names: this family's layers make keys of what the bank holds, and each row's adapter "
                     "would make others; use one adapter a batch (set_adapter)"
                 )
-            own = [p for name, p in layer.named_parameters() if not name.startswith("base_layer.")]
+            inner = tuple(f"{name}." for name in WRAPPED)
+            own = [p for name, p in layer.named_parameters() if not name.startswith(inner)]
             sums = torch.stack([p.detach().double().sum() for p in own]).tolist() if own else []
-            adapted.append((list(layer.active_adapters), layer.disable_adapters, dict(layer.scaling), sums))
+            state = list(layer.active_adapters), layer.disable_adapters, list(layer.merged_adapters)
+            adapted.append((*state, dict(getattr(layer, "scaling", {})), sums))
     written = [-1 if p.is_inference() else p._version for p in module.parameters()]
     return [id(p) for p in module.parameters()], written, adapted
 

@@ -8,11 +8,12 @@ from itertools import product
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import DynamicCache
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.cache_argument import cache_name
-from prefix_attn.bank.forward import FAILURES, cached_kv, evaluating
+from prefix_attn.bank.forward import FAILURES, cached_kv, device_of_inputs, device_type, evaluating
 from prefix_attn.bank.geometry import LayerKV
 from prefix_attn.errors import PrefixAttnError, UnsupportedModel
 from prefix_attn.hf.positions import counts_otherwise, takes_positions
@@ -78,13 +79,19 @@ def verify_against_replica(model: Any, bank: PrefixBank, hook: Any) -> None:
 def check_close(model: Any, name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
     """Raise `UnsupportedModel` unless the logits of task ``name`` agree with the replica's."""
     of_tokens, largest = (got - expected).abs().amax(dim=-1), float(expected.abs().max())
-    exact = got.dtype in (torch.float32, torch.float64)
+    dtype = torch.bfloat16 if _quantised(model) else got.dtype
+    exact = dtype in (torch.float32, torch.float64)
     error = float(of_tokens.max() if exact else of_tokens.median())
-    if not error <= TOLERANCE[got.dtype] * max(largest, 1.0):
+    if not error <= TOLERANCE[dtype] * max(largest, 1.0):
         raise UnsupportedModel(
             f"{type(model).__name__}: for task {name!r} the logits differ by {error:.1e} from those of a replicated "
             f"prefix (largest logit {largest:.1e}); please report the family"
         )
+
+
+def _quantised(model: Any) -> bool:
+    """Whether weights are, and with them perhaps activations, whose steps are those of no float dtype."""
+    return any(p.dtype.itemsize == 1 or is_traceable_wrapper_subclass(p) for p in model.parameters())
 
 
 @contextmanager
@@ -93,8 +100,8 @@ def _autocast_within(model: Any) -> Iterator[list[torch.dtype]]:
     seen: list[torch.dtype] = []
 
     def look(body: Any, args: Any) -> None:
-        if torch.is_autocast_enabled(body.device.type):
-            seen.append(torch.get_autocast_dtype(body.device.type))
+        if torch.is_autocast_enabled(device_type(body)):
+            seen.append(torch.get_autocast_dtype(device_type(body)))
 
     handle = model.base_model.register_forward_pre_hook(look)
     try:
@@ -142,4 +149,4 @@ def of_all_heads(bank: PrefixBank, key_values: Sequence[LayerKV]) -> list[LayerK
 def some_tokens(model: Any, count: int) -> torch.Tensor:
     """Some tokens ``[1, count]``."""
     vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
-    return (torch.arange(count, device=model.device) * 7 + 3)[None] % vocab_size
+    return (torch.arange(count, device=device_of_inputs(model)) * 7 + 3)[None] % vocab_size

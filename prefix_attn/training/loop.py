@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from prefix_attn.bank import Base, PrefixBank
 from prefix_attn.bank.forward import cached_kv, evaluating, positions_of_generate, unwrap
 from prefix_attn.bank.geometry import LayerKV
-from prefix_attn.errors import IncompatiblePrefix, PrefixAttnError, ShapeError, UnknownTask
+from prefix_attn.errors import IncompatiblePrefix, PrefixAttnError, ShapeError, UnknownTask, UnsupportedModel
 from prefix_attn.hf.wiring import bank_of
 from prefix_attn.training.examples import (
     NOT_SCORED,
@@ -176,6 +176,11 @@ def train(
                     torch.autograd.backward(scaler.scale(total))
                     scaler.unscale_(optimizer)
                     norm = _keep_apart(prefixes, of_tasks).item()
+                    if norm == 0 and bar.n == 0:
+                        raise UnsupportedModel(
+                            f"{type(inner).__name__}: no gradient reaches the prefixes; some quantised layers pass "
+                            "none on: load the model in another precision"
+                        )
                     if scaler.get_scale() <= 1:
                         _check_finite(norm, f"a gradient in epoch {epoch}")
                     scaler.step(optimizer)  # not where the gradient is infinite: then the scale is halved

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PrefixTuningConfig, VeraConfig, get_peft_model
+from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import prefix_attn as pa
 from prefix_attn.hf.patching import layers_read_the_bank
+from prefix_attn.hf.sources import fill
+from prefix_attn.hf.verify import check_close
 from tests.hf.conftest import TASKS, make_bank, padded_inputs, replica
 from tests.hf.families import tiny_model
 from tests.hf.seq2seq_replica import replicated
+from tests.hf.shrink import tiny_random_model
+from tests.hf.survey import random_bank
 from tests.hf.test_seq2seq import ROWS, decoder_tokens, make_inputs
 from tests.hf.test_seq2seq import TASKS as PART_LENGTHS
 from tests.hf.test_seq2seq import make_bank as make_seq2seq_bank
@@ -196,3 +205,154 @@ def test_a_model_that_accelerate_lets_compute_in_bfloat16() -> None:
     model = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(tiny_model("llama"))
     pa.patch(model, make_bank(model), verify=True)  # without a SlowModel warning
     assert layers_read_the_bank(model)
+
+
+KEYS = {"target_modules": ["kv_b_proj"]}
+#: Adapters of what makes keys of the bank's latent ones, each in a way of its own.
+OF_KEYS = {
+    "lora": lambda: LoraConfig(r=4, init_lora_weights=False, **KEYS),
+    "ia3": lambda: IA3Config(feedforward_modules=[], init_ia3_weights=False, **KEYS),
+    "vera": lambda: VeraConfig(r=4, save_projection=False, **KEYS),
+    "modules_to_save": lambda: LoraConfig(r=4, target_modules=["lm_head"], modules_to_save=["kv_b_proj"]),
+}
+
+
+def check_derived(wrapper: Any, bank: pa.PrefixBank) -> None:
+    """With the weights as they are now, what the model makes of a prefix is that of a copy in its cache."""
+    ids, m = torch.arange(3, 11)[None], bank.prefix_len("nine")
+    cache = DynamicCache(config=wrapper.config)
+    fill(cache, [bank.key_values("nine")])
+    with torch.no_grad():
+        got = wrapper(input_ids=ids, task_ids=["nine"]).logits
+        mask, positions = torch.ones(1, m + 8, dtype=torch.long), torch.arange(m, m + 8)[None]
+        expected = wrapper(input_ids=ids, past_key_values=cache, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not save vera_A")
+@pytest.mark.parametrize("kind", OF_KEYS)
+def test_prefixes_that_are_derived_follow_the_adapters(kind: str) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_random_model("deepseek_v3"), OF_KEYS[kind]())
+    model.add_adapter("second", OF_KEYS[kind]())
+    model.eval()
+    for name, p in model.named_parameters():
+        if "default" in name or "second" in name:
+            p.data += 0.3 * torch.randn_like(p)
+    bank = random_bank(model)
+    pa.patch(model, bank)
+    for adapter in ("default", "second", "default"):
+        model.set_adapter(adapter)
+        check_derived(model, bank)
+    with model.disable_adapter():
+        check_derived(model, bank)
+    if kind == "lora":
+        model.merge_adapter(["second"])
+        check_derived(model, bank)
+    layer = next(module for name, module in model.named_modules() if name.endswith("kv_b_proj"))
+    layer.register_forward_hook(lambda module, args, out: 2 * out)
+    check_derived(model, bank)
+
+
+BESIDE = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+BESIDE_PREFIXES = {
+    "trainable tokens": ("llama", lambda: LoraConfig(r=4, trainable_token_indices=[3, 4], **BESIDE)),
+    "experts": ("mixtral", lambda: LoraConfig(
+        r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        task_type="CAUSAL_LM",
+    )),
+    "vera": ("llama", lambda: VeraConfig(r=4, **BESIDE)),
+    "adalora": ("llama", lambda: AdaLoraConfig(init_r=4, total_step=10, **BESIDE)),
+    "saved modules": ("llama", lambda: LoraConfig(r=4, modules_to_save=["lm_head"], **BESIDE)),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own, about what is adapted
+@pytest.mark.parametrize("kind", BESIDE_PREFIXES)
+def test_adapters_leave_the_fingerprint_as_it_is(kind: str) -> None:
+    family, config = BESIDE_PREFIXES[kind]
+    model = tiny_model(family)
+    bank = make_bank(model)
+    inputs = padded_inputs()
+    wrapper = pa.patch(get_peft_model(model, config()).eval(), bank)
+    assert wrapper(**inputs, task_ids=TASKS).logits.shape[0] == len(TASKS)
+
+
+def test_a_layer_compiled_in_its_place_keeps_its_fingerprint() -> None:
+    model = tiny_model("llama")
+    bank = make_bank(model)
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    bank.check_model(model)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_model_that_is_compiled_before_it_is_patched(again: bool) -> None:
+    inputs, model = padded_inputs(), tiny_model("llama")
+    expected = pa.patch(model, make_bank(model))(**inputs, task_ids=TASKS).logits
+    torch.compiler.reset()
+    if not again:
+        pa.unpatch(model)
+    model.compile(backend="eager")
+    pa.patch(model, make_bank(model))  # a warning of the slow way would be an error
+    torch.testing.assert_close(model(**inputs, task_ids=TASKS).logits, expected)
+
+
+def test_attention_of_a_users_own_class() -> None:
+    class Mine(LlamaAttention):
+        pass
+
+    inputs, model = padded_inputs(), tiny_model("llama")
+    bank = make_bank(model)
+    expected = pa.patch(tiny_model("llama"), bank)(**inputs, task_ids=TASKS).logits
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = Mine
+    assert torch.equal(pa.patch(model, bank)(**inputs, task_ids=TASKS).logits, expected)
+
+
+@pytest.mark.parametrize("way", ["embeddings too", "everything", "a second hook", "cpu_offload"])
+def test_other_ways_to_offload(way: str, tmp_path: Path) -> None:
+    model, inputs = tiny_model("llama"), padded_inputs()
+    bank = make_bank(model)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = pa.patch(copy.deepcopy(model), bank)(**inputs, task_ids=TASKS).logits
+    if way == "cpu_offload":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        disk = "disk" if way != "a second hook" else "cpu"
+        parts = ("model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+        places = dict.fromkeys(parts, "cpu") | {"model.embed_tokens": disk, "model.layers.1": "disk"}
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, dtype=torch.float32, device_map={"": "disk"} if way == "everything" else places,
+            offload_folder=tmp_path / "offloaded",
+        )  # fmt: skip
+    if way == "a second hook":
+        hooks = accelerate.hooks
+        hooks.add_hook_to_module(model.model.layers[1].self_attn.q_proj, hooks.ModelHook(), append=True)
+    pa.patch(model, bank)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs, task_ids=TASKS).logits, expected)
+
+
+def test_weights_that_are_packed_away_count() -> None:
+    """torch.ao's dynamic quantisation keeps them in objects of its own."""
+    models = [tiny_model("llama") for _ in range(2)]
+    models[1].model.layers[0].self_attn.k_proj.weight.data *= -1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        first, second = (torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}) for model in models)
+    bank = make_bank(first)
+    bank.check_model(first)
+    with pytest.raises(pa.IncompatiblePrefix, match="expected the fingerprint"):
+        bank.check_model(second)
+
+
+def test_quantised_models_are_compared_as_closely_as_they_compute() -> None:
+    model, logits = tiny_model("llama"), torch.randn(1, 5, 99)
+    with pytest.raises(pa.UnsupportedModel, match="logits differ"):
+        check_close(model, "task", logits, 1.01 * logits)
+    codes = torch.nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False)
+    model.model.norm.register_parameter("codes", codes)
+    check_close(model, "task", logits, 1.01 * logits)
+    with pytest.raises(pa.UnsupportedModel, match="logits differ"):
+        check_close(model, "task", logits, -logits)

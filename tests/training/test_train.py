@@ -281,6 +281,16 @@ def test_a_gradient_that_is_no_number_is_an_error(base: tuple[Any, Any]) -> None
     assert len(steps) == 2
 
 
+def test_layers_that_pass_no_gradient_on_are_an_error(base: tuple[Any, Any]) -> None:
+    """As some quantised ones do, without a word."""
+    handle = base[0].model.norm.register_full_backward_hook(lambda module, given, taken: (torch.zeros_like(given[0]),))
+    try:
+        with pytest.raises(pa.UnsupportedModel, match="no gradient reaches the prefixes"):
+            quick(base, examples(8, "sort"))
+    finally:
+        handle.remove()
+
+
 def test_a_family_that_counts_from_padding_learns_at_the_positions_it_is_served_at() -> None:
     """RoBERTa's forward begins at padding_idx + 1, and transformers' generate at 0."""
     model = tiny_random_model("roberta")
