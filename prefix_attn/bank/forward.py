@@ -168,11 +168,14 @@ def device_type(model: Any) -> str:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every module's own mode is restored."""
+    """Evaluation mode for a while; every module's own mode is restored, and what some remember of the last batch."""
     training = [module for module in model.modules() if module.training]
+    remembered = [(module, module.rope_deltas) for module in model.modules() if "rope_deltas" in vars(module)]
     model.eval()
     try:
         yield
     finally:
         for module in training:
             module.training = True
+        for module, deltas in remembered:
+            module.rope_deltas = deltas

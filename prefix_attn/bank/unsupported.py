@@ -73,4 +73,6 @@ def refuse_without_place(model: Any) -> None:
 
 
 #: Families that continuous batching, also of the model unpatched, answers otherwise than ``generate``.
-NOT_BATCHED = {"hrm_text": "transformers' continuous batching gives it other tokens than generate"}
+NOT_BATCHED = dict.fromkeys(
+    ("hrm_text", "kosmos_2_5_text_model"), "transformers' continuous batching gives it other tokens than generate"
+)

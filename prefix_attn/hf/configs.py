@@ -32,6 +32,13 @@ class OwnConfigs:
             if isinstance(getattr(module, "config", None), PreTrainedConfig):
                 module.config._attn_implementation_internal = implementation
 
+    def leave_others(self, model: Any, ours: Iterable[Any]) -> None:
+        """Undo `select` for modules that have no config of ``ours``: stacks that read images or sound."""
+        configs = {id(module.config) for module in ours if hasattr(module, "config")}
+        for name, module in model.named_modules():
+            if name in self._before and id(module.config) not in configs:
+                module.config._attn_implementation_internal = self._before[name]._attn_implementation
+
     def restore(self, model: Any) -> None:
         """Give every module back the config it had; where somebody has changed one meanwhile, they keep the copies."""
         modules = {name: module for name, module in model.named_modules() if name in self._before}

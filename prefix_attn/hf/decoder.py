@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from prefix_attn.bank import PrefixBank
 from prefix_attn.bank.cache_argument import CACHE, OLD, cache_among, cache_name
-from prefix_attn.bank.forward import FAILURES, device_of_inputs
+from prefix_attn.bank.forward import FAILURES, device_of_inputs, evaluating
 from prefix_attn.errors import UnsupportedModel
 from prefix_attn.hf.adapters import pop_task_ids
 from prefix_attn.hf.attention import (
@@ -88,6 +88,8 @@ class DecoderPatch:
         except KeywordsLost:
             self.leave_in_scope(model)
             verify_a_text(model, self.hook)
+        assert self.hook.sources is not None
+        self.configs.leave_others(model, [decoder_of(model), *self.hook.sources.sources])
         self._check_causal()
 
     def _check_causal(self) -> None:
@@ -107,7 +109,7 @@ class DecoderPatch:
     def _check_wiring(self, model: Any) -> None:
         """Make sure ``task_ids`` given to the model reach its decoder; the hook stops the pass on arrival."""
         try:
-            with torch.no_grad():
+            with torch.no_grad(), evaluating(model):
                 model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device_of_inputs(model)), task_ids=PROBE)
         except Wired:
             return
@@ -228,7 +230,10 @@ def _by_name(
         args, kwargs = (), named_arguments(module, args, kwargs)
     inputs = args[0] if args else kwargs.get("input_ids")
     inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
-    assert isinstance(inputs, Tensor), "transformers requires input_ids or inputs_embeds"
+    if not isinstance(inputs, Tensor):
+        raise UnsupportedModel(
+            f"{type(module).__name__}: expected input_ids or inputs_embeds with task_ids, got neither"
+        )
     return args, kwargs, inputs
 
 

@@ -112,6 +112,7 @@ class Generate(Method):
         """Refuse rows that are too long for their prefix, or mask their oldest tokens in ``options``."""
         new = new_tokens(inputs, options, configs)
         if truncation:
+            _refuse_media(options)
             options["attention_mask"] = truncated(self.bank, ids, options, new)
         check_fits(self.bank, ids, inputs, options.get("attention_mask"), new)
         warn_of_padding(self.bank, ids, inputs, options.get("attention_mask"), new)
@@ -127,10 +128,23 @@ class Generate(Method):
 INPUTS = ("inputs", "inputs_embeds", "input_ids", "input_features")
 
 
+#: How the arguments begin that hold what a prompt shows, or plays.
+MEDIA = ("pixel_values", "image", "video", "audio", "input_features", "input_values", "speech", "second_per_grid")
+
+
 def refuse_tasks_in(configs: Sequence[Any]) -> None:
     """A config keeps whatever it is given, and nobody would look for tasks there."""
     if any(getattr(config, "task_ids", None) is not None for config in configs):
         raise PrefixAttnError("generation_config: expected task_ids beside it, got them in it; pass task_ids=...")
+
+
+def _refuse_media(options: dict[str, Any]) -> None:
+    """A prompt that loses the tokens of an image keeps its pixels, which then are those of the next."""
+    media = sorted(name for name, x in options.items() if x is not None and name.startswith(MEDIA))
+    if media:
+        raise UnsupportedModel(
+            f"truncation: expected a prompt of text alone, got {', '.join(media)}; shorten the prompt"
+        )
 
 
 def _refuse_mtp(options: dict[str, Any], configs: Sequence[Any]) -> None:

@@ -116,6 +116,61 @@ def test_images_that_change_a_mask_are_refused(tiny: Any) -> None:
         tiny(**inputs, task_ids=["nine"])
 
 
+@torch.no_grad()
+def test_stacks_beside_the_text_keep_their_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evolla's encoder of proteins, and the eyes of phi4, lie inside their decoders."""
+    eyes = {"image_size": 56, "crop_size": 56, "patch_size": 14, "image_token_id": 97}
+    monkeypatch.setitem(OVERRIDES, "phi4_multimodal", {"vision_config": eyes})
+    ids = torch.tensor([[5, 6, *[97] * 13, 7, 8, 9]])
+    rng = torch.Generator().manual_seed(0)
+    cases: dict[str, dict[str, Any]] = {
+        "evolla": {
+            "input_ids": torch.tensor([[5, 6, 7, 8]]), "protein_input_ids": torch.tensor([[4, 5, 6, 7]]),
+            "protein_attention_mask": torch.ones(1, 4, dtype=torch.long),
+        },
+        "phi4_multimodal": {
+            "input_ids": ids, "attention_mask": torch.ones_like(ids),
+            "image_pixel_values": torch.randn(1, 2, 3, 56, 56, generator=rng),
+            "image_sizes": torch.tensor([[56, 56]]), "image_attention_mask": torch.ones(1, 2, 4, 4),
+        },
+    }  # fmt: skip
+    for family, inputs in cases.items():
+        model = tiny_random_model(family, (IMAGE_TEXT | CAUSAL)[family])
+        before = model(**inputs).logits
+        pa.patch(model, random_bank(model))
+        for tasks in ({}, {"task_ids": [None]}):
+            torch.testing.assert_close(model(**inputs, **tasks).logits, before, rtol=0, atol=1e-5)
+        assert (model(**inputs, task_ids=["nine"]).logits - before).abs().max() > 0.01
+        pa.unpatch(model)
+        assert torch.equal(model(**inputs).logits, before)
+
+
+@pytest.mark.parametrize("tiny", ["qwen2_vl"], indirect=True)
+def test_a_prompt_with_an_image_is_not_truncated(tiny: Any) -> None:
+    """The pixels of what is cut off would be those of the next image."""
+    pa.patch(tiny, random_bank(tiny))
+    inputs = inputs_with_an_image(tiny)
+    with pytest.raises(pa.UnsupportedModel, match="text alone, got image_grid_thw, pixel_values"):
+        tiny.generate(**inputs, task_ids=["nine"], truncation=True, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("tiny", ["llava"], indirect=True)
+def test_a_text_that_stands_for_an_image_is_no_prefix(tiny: Any) -> None:
+    token = tiny.config.image_token_id
+    with pytest.raises(pa.IncompatiblePrefix, match=f"text alone, got the token {token}"):
+        pa.PrefixBank.for_model(tiny).add_text("x", lambda *_, **__: {"input_ids": [5, token, 6]}, "text", tiny)
+
+
+def test_what_a_model_remembers_of_its_last_batch_is_left_to_it() -> None:
+    """qwen's omni models write it in every pass, also in those that a bank and a patch make."""
+    model = tiny_random_model("qwen2_5_omni_thinker", IMAGE_TEXT["qwen2_5_omni_thinker"])
+    model.rope_deltas = remembered = torch.tensor([[7]])
+    bank = random_bank(model)
+    pa.patch(model, bank, verify=True)
+    bank.add_text("x", lambda *_, **__: {"input_ids": [5, 6]}, "text", model)
+    assert model.rope_deltas is remembered
+
+
 def test_a_text_that_looks_both_ways_is_refused() -> None:
     model = tiny_random_model("paligemma", IMAGE_TEXT["paligemma"])
     with pytest.raises(pa.UnsupportedModel, match="looks at later tokens too"):
