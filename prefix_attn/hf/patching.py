@@ -18,6 +18,7 @@ the hooks leave masks and attention to the implementation the model had before.
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -76,7 +77,7 @@ def patch(model: Model, bank: PrefixBank, verify: bool = False) -> Model:
     unpatch(model)
     try:
         _refuse_shared_layers(model)
-        with torch.compiler.set_stance("force_eager"):  # a model that is compiled is looked into as if it were not
+        with _uncompiled(model):
             state = _apply(model, bank)
             if verify:
                 if not len(bank):
@@ -88,6 +89,17 @@ def patch(model: Model, bank: PrefixBank, verify: bool = False) -> Model:
             _apply(model, before.bank)
         raise
     return model
+
+
+def _uncompiled(model: Any) -> AbstractContextManager[Any]:
+    """A model that is compiled as if it were not: the patch looks into its passes."""
+    compiled = any(
+        module._compiled_call_impl is not None
+        or hasattr(module, "_orig_mod")
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 _State = DecoderPatch | ReplicaPatch | Seq2SeqPatch
