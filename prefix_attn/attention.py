@@ -121,6 +121,15 @@ def prefix_attention(
     return out, lse
 
 
+def reads_in_place(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a row's own keys may lie anywhere among k and v, between kv_start and kv_len, at no cost for the others.
+
+    So where the C++ kernel runs. Other backends take time, or memory, for all of k.
+    """
+    runs: bool = dispatch.BACKENDS["cpu"].runs(q, k, v)
+    return runs
+
+
 def explain(
     q: Tensor,
     k: Tensor,

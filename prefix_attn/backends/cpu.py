@@ -49,6 +49,13 @@ def refusal(call: AttentionCall) -> str | None:
     return why_not
 
 
+def runs(*tensors: Tensor) -> bool:
+    """Whether q, k and v like these can be given to the kernel."""
+    q = tensors[0]
+    contiguous = all(x.is_cpu and x.stride(-1) == 1 for x in tensors)
+    return contiguous and q.dtype in ELEMENTS and _missing(_HEAD_DIMS[q.shape[-1]], q.dtype) is None
+
+
 def _missing(head_dim: int, dtype: torch.dtype) -> str | None:
     """`missing`, into which `torch.compile` does not look."""
     return missing(head_dim, dtype)

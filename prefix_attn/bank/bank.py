@@ -278,8 +278,8 @@ class PrefixBank:
         """
         return self._part(part).layer(i)
 
-    def layers_of_pass(self) -> Callable[[int], PrefixKV]:
-        """What gives the decoder's layers to one pass of the model: `layer`."""
+    def layers_of_pass(self, task_ids: Tensor) -> Callable[[int], PrefixKV]:
+        """What gives the decoder's layers to one pass of the model, with these ids: `layer`."""
         return self.layer
 
     def _part(self, part: str) -> Part:
@@ -493,11 +493,11 @@ class PrefixBank:
         folder = local_folder(folder, files.INDEX, lambda found: files.read_index(found).values(), revision)
         base = Base.of(model)
         names = files.read_index(folder)
-        prefixes = {name: files.read_prefix(folder / file, base, check_base) for name, file in names.items()}
-        lengths = [{part: layers[0][0].shape[1] for part, layers in parts.items()} for parts, _ in prefixes.values()]
-        bank = cls(base, {part: sum(align(of_task[part]) for of_task in lengths) for part in base.geometries})
-        for name, (key_values, provenance) in prefixes.items():
-            bank._insert(name, key_values, provenance, names[name])
+        # Heads first, then one file after the other: in memory is no more than the bank and a prefix.
+        lengths = [files.tokens_of(folder / file) for file in names.values()]
+        bank = cls(base, {part: sum(align(of_task.get(part, 0)) for of_task in lengths) for part in base.geometries})
+        for name, file in names.items():
+            bank._insert(name, *files.read_prefix(folder / file, base, check_base), file)
         return bank
 
     def key_values(self, task: str | int, part: str = DECODER) -> list[LayerKV]:

@@ -170,6 +170,14 @@ def read_header(path: Path) -> Header:
         ) from error
 
 
+def tokens_of(path: Path) -> dict[str, int]:
+    """Those of `read_header`; none of a file with a bad head, of which `read_prefix` says what is wrong."""
+    try:
+        return read_header(path).tokens
+    except IncompatiblePrefix:
+        return {}
+
+
 def _check_metadata(file: str, metadata: Mapping[str, str], base: Base, check_base: bool) -> None:
     if metadata.get("format") != FORMAT:
         raise IncompatiblePrefix(
@@ -246,15 +254,16 @@ def read_index(folder: Path) -> dict[str, str]:
             f"{folder / INDEX}: expected format {BANK_FORMAT!r} version {VERSION!r}, got "
             f"{index.get('format')!r} version {index.get('format_version')!r}"
         )
-    files: dict[str, str] = {}
+    files, seen = dict[str, str](), set[str]()
     try:
         for task in index["tasks"]:
             name, file = check_name(task["name"]), check_file(task["file"])
-            if name in files or file in files.values():
+            if name in files or file in seen:
                 raise IncompatiblePrefix(
                     f"{folder / INDEX}: lists the task {name!r} or its file twice; the index is damaged"
                 )
             files[name] = file
+            seen.add(file)
     except (KeyError, TypeError) as error:
         raise IncompatiblePrefix(
             f"{folder / INDEX}: expected tasks with name and file ({error!r}); it is damaged"

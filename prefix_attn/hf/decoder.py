@@ -76,6 +76,7 @@ class DecoderPatch:
             handle.remove()
         if self.hook.sources is not None:
             self.hook.sources.detach()
+            self.hook.sources = None  # which holds the hook: the model goes with its last user, not with a collection
         del model.generate, model.prepare_inputs_for_generation
         del model.generate_batch, model.init_continuous_batching
         self.configs.restore(model)
@@ -168,7 +169,7 @@ class ModelHook:
         derived = self.sources.derived_from(self.bank) if self.sources is not None else []
         scope().implementation, scope().positions = None, None
         batch = Batch(
-            self.implementation, self.bank, ids, self.bank.plans(ids), self.bank.layers_of_pass(),
+            self.implementation, self.bank, ids, self.bank.plans(ids), self.bank.layers_of_pass(ids),
             derived=tuple(derived), strict=self.strict,
         )  # fmt: skip
         return args, kwargs | self._passed_down(batch)

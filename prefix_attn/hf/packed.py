@@ -3,7 +3,8 @@
 transformers gives queries ``[1, heads, tokens, D]`` and, from its paged cache, keys ``[1, heads, keys, D]``, request
 after request, without padding. Requests with about as many queries and keys, by the powers of two of their numbers, are
 gathered into one padded batch, so that at most half of the queries is padding, and half of the keys, or SHORT of them.
-Queries are aligned on the right and keys on the left, as ``kv_len`` of `prefix_attention` wants them.
+Queries are aligned on the right and keys on the left, as ``kv_len`` of `prefix_attention` wants them. Where the C++
+kernel runs, on a CPU, it reads each row's keys where they lie, and only queries are gathered.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from prefix_attn.attention import prefix_attention
+from prefix_attn.attention import prefix_attention, reads_in_place
 from prefix_attn.errors import UnsupportedModel
 from prefix_attn.plan import BatchPlan
 from prefix_attn.types import PrefixKV
@@ -87,9 +88,17 @@ class PackedRows:
             key, value = self.cache.update(key, value, layer.layer_idx, kwargs)
         out = torch.empty_like(query[0].transpose(0, 1))  # [tokens, q_heads, D]
         for group in self._grouped(window, query.device):
+            queries, kv_start, kv_len = _gathered(query, group.queries), None, group.kv_len
+            # Not under a window, which would count the keys in front of a row's as its padding.
+            if window is None and reads_in_place(queries, key, value):
+                kv_start = group.keys[:, 0].int()
+                kv_len = kv_start + group.kv_len
+                k, v = (x.expand(len(queries), -1, -1, -1) for x in (key, value))
+            else:
+                k, v = _gathered(key, group.keys), _gathered(value, group.keys)
             part = prefix_attention(
-                _gathered(query, group.queries), _gathered(key, group.keys), _gathered(value, group.keys), prefix,
-                group.task_ids, kv_len=group.kv_len, window=window, plan=group.plan, **options,
+                queries, k, v, prefix, group.task_ids, kv_start=kv_start, kv_len=kv_len, window=window,
+                plan=group.plan, **options,
             )  # fmt: skip
             out[group.places] = part.transpose(1, 2).flatten(0, 1)[group.slots]
         return out.transpose(0, 1)[None]

@@ -13,7 +13,7 @@ GET     /health, /metrics             whether the engine runs; numbers for Prome
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,8 @@ def create_app(engine: Engine, tokenizer: Any, base: str, prefixes: Path | None 
     @app.get("/v1/prefixes")
     def listed() -> list[dict[str, Any]]:
         with BANK_LOCK:
-            return [server.described(name) for name in engine.bank.names]
+            size = engine.bank.memory_usage.tasks  # once: it adds up all of them
+            return [server.described(name, size) for name in engine.bank.names]
 
     @app.put("/v1/prefixes/{name}")
     def put(name: str, body: PutPrefixRequest) -> dict[str, Any]:
@@ -183,12 +184,13 @@ class _Server:
             raise UnsupportedModel(f"messages: the chat template refuses them: {error}") from error
         return [prompt_tokens(self.tokenizer, text, self.limit, opens=not task.opens, special=False)]
 
-    def described(self, name: str) -> dict[str, Any]:
-        """A prefix of the bank; UnknownTask if it was removed meanwhile."""
+    def described(self, name: str, size: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """A prefix of the bank, and the bytes that it has by ``size``; UnknownTask if it was removed meanwhile."""
         bank = self.engine.bank
         with BANK_LOCK:
             tokens, source = bank.prefix_len(name), bank.source(name)
-            return {"name": name, "tokens": tokens, "bytes": bank.memory_usage.tasks[name], "source": source}
+            size = bank.memory_usage.tasks if size is None else size
+            return {"name": name, "tokens": tokens, "bytes": size[name], "source": source}
 
     def changes_from(self) -> Path:
         """The folder that changes may come from; UnsupportedModel where there is none."""

@@ -156,6 +156,7 @@ def train(
             if task not in start:
                 start[task] = _text_start(model, of_task, tokens)
         prefixes = TrainablePrefixes(model, start, projection, seed)
+        prefixes.lazy = True
         optimizer = torch.optim.AdamW(prefixes.parameters(), lr=learning_rate, weight_decay=0.0)
         # In float16 the gradients of long answers would vanish: the loss is scaled up, and they are scaled down.
         scaler = torch.amp.GradScaler(base.device.type, init_scale=2.0**12, enabled=base.dtype == torch.float16)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -49,6 +48,10 @@ class TrainablePrefixes(nn.Module):
         projection: hidden width of the MLP; None trains keys and values themselves.
         seed: of the MLPs; with the name of a task it decides what the task's begins as, whatever others there are.
 
+    Attributes:
+        lazy: make only the prefixes of a pass's tasks, which is faster where there are many. The parameters of others
+            then get no gradient, where they else get one of zeros, as DistributedDataParallel expects.
+
     Raises:
         IncompatiblePrefix: there is no task, or a start does not fit the model.
         UnsupportedModel: a model with an encoder, or one of which this process holds a part.
@@ -59,6 +62,7 @@ class TrainablePrefixes(nn.Module):
         self, model: Any, start: Mapping[str, Sequence[LayerKV]], projection: int | None = PROJECTION, seed: int = 0
     ) -> None:
         super().__init__()
+        self.lazy = False
         base = Base.of(model)
         if len(base.geometries) > 1:
             raise UnsupportedModel(
@@ -130,13 +134,27 @@ class TrainablePrefixes(nn.Module):
             if before is not None:
                 patch(patched, before)
 
-    def forward(self) -> list[PrefixKV]:
-        """The prefixes of all tasks, for every layer; in full precision whatever autocast says, and with gradients."""
+    def forward(self, present: Sequence[int] | None = None) -> list[PrefixKV]:
+        """The prefixes of the tasks with these ids, or of all, for every layer; other ids are as of removed tasks.
+
+        In full precision whatever autocast says, and with gradients.
+        """
+        ids = range(len(self.tasks)) if present is None else present
         with torch.autocast(self.bank.device.type, enabled=False):
-            rows = torch.cat([pad(x, (0, 0, 0, align(len(x)) - len(x))) for x in (task() for task in self.tasks)])
+            made = [self.tasks[i]() for i in ids]
+            rows = torch.cat([pad(x, (0, 0, 0, align(len(x)) - len(x))) for x in made])
+        starts, lens, end = [0] * len(self.tasks), [-1] * len(self.tasks), 0
+        for i, x in zip(ids, made, strict=True):
+            starts[i], lens[i], end = end, len(x), end + align(len(x))
+        devices = {*self.bank.base.devices[DECODER]}
+        starts_on, lens_on = (
+            {device: torch.tensor(x, dtype=torch.int32, device=device) for device in devices} for x in (starts, lens)
+        )
         stored = [self.bank.layer(i) for i in range(self.bank.num_layers)]
         return [
-            replace(plain, k=_like(plain.k, k), v=_like(plain.v, v))
+            PrefixKV(
+                _like(plain.k, k), _like(plain.v, v), starts_on[plain.k.device], lens_on[plain.k.device], max(lens)
+            )
             for plain, (k, v) in zip(stored, self._layers(rows), strict=True)
         ]
 
@@ -168,9 +186,12 @@ class _LiveBank(PrefixBank):
 
     prefixes: TrainablePrefixes
 
-    def layers_of_pass(self) -> Callable[[int], PrefixKV]:
-        """The pass keeps them: gradient checkpointing asks again, whatever has come meanwhile."""
-        return self.prefixes.forward().__getitem__
+    def layers_of_pass(self, task_ids: Tensor) -> Callable[[int], PrefixKV]:
+        """Those of its tasks. The pass keeps them: checkpointing asks again, whatever has come meanwhile."""
+        present = None
+        if self.prefixes.lazy and not torch.compiler.is_compiling():  # a graph must not depend on which tasks there are
+            present = sorted({*task_ids.tolist()} - {-1})
+        return self.prefixes.forward(present).__getitem__
 
     def key_values(self, task: str | int, part: str = DECODER) -> list[LayerKV]:
         return self.prefixes.key_values(self.names[task] if isinstance(task, int) else task)

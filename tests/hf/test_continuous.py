@@ -71,6 +71,15 @@ def test_equals_generate(family: str) -> None:
 
 
 @needs_engine
+def test_keys_that_are_gathered(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, or without a compiler."""
+    monkeypatch.setattr("prefix_attn.hf.packed.reads_in_place", lambda *_: False)
+    out = llama.generate_batch(prompts(), task_ids=TASKS, **engine())
+    for result, prompt, task in zip(out.values(), prompts(), TASKS, strict=True):
+        assert result.generated_tokens == alone(llama, prompt, task)
+
+
+@needs_engine
 def test_requests_that_cannot_be_served_fail_alone(llama: Any) -> None:
     given = [*prompts(), [5] * 120]
     tasks = ["five", "unknown", None, 7, "five", "nine", "twelve"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +278,17 @@ def test_poison_in_other_prefixes_changes_no_bit(llama: Any) -> None:
         got = llama(**inputs, task_ids=tasks).logits
     real = inputs["attention_mask"].bool()
     assert torch.equal(got[real], expected[real])
+
+
+def test_an_unpatched_model_goes_with_its_last_user() -> None:
+    """Not when garbage is collected: its weights may fill a GPU."""
+    model = tiny_model("llama")
+    pa.unpatch(pa.patch(model, make_bank(model)))
+    gone = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
