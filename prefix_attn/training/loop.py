@@ -169,7 +169,7 @@ def train(
             for epoch in range(1, epochs + 1):
                 rng.shuffle(training)
                 sums = _Means()
-                for batch in _batches(training, batch_size):
+                for step, batch in enumerate(_batches(training, batch_size)):
                     of_tasks = _losses(inner, batch, device)
                     total = torch.stack(list(of_tasks.values())).sum()
                     _check_finite(total.item(), f"the loss in epoch {epoch}")
@@ -177,7 +177,7 @@ def train(
                     torch.autograd.backward(scaler.scale(total))
                     scaler.unscale_(optimizer)
                     norm = _keep_apart(prefixes, of_tasks).item()
-                    if norm == 0 and bar.n == 0:
+                    if norm == 0 and epoch == 1 and step == 0:
                         raise UnsupportedModel(
                             f"{type(inner).__name__}: no gradient reaches the prefixes; some quantised layers pass "
                             "none on: load the model in another precision"
