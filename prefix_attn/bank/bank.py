@@ -27,7 +27,7 @@ from prefix_attn.bank.hub import CARD, local_folder, upload
 from prefix_attn.bank.ids import checked_ids
 from prefix_attn.bank.lock import only_writer
 from prefix_attn.bank.memory import MemoryUsage
-from prefix_attn.bank.names import check_name
+from prefix_attn.bank.names import check_name, choices
 from prefix_attn.bank.parts import KeyValues, Part, Reserve, prepared_parts
 from prefix_attn.bank.peft import CONFIG as PEFT_CONFIG
 from prefix_attn.bank.peft import local_adapter, read_adapter
@@ -268,7 +268,7 @@ class PrefixBank:
 
     def _id(self, name: str) -> int:
         if name not in self._ids:
-            raise UnknownTask(f"name: expected one of {self.names}, got {name!r}")
+            raise UnknownTask(f"name: expected one of {choices(self._ids)}, got {name!r}")
         return self._ids[name]
 
     def layer(self, i: int, part: str = DECODER) -> PrefixKV:
@@ -510,7 +510,7 @@ class PrefixBank:
         with BANK_LOCK:
             task_id = self._id(task) if isinstance(task, str) else task
             if task_id < 0:
-                raise UnknownTask(f"task: expected one of {self.names}, or an id, got {task!r}")
+                raise UnknownTask(f"task: expected one of {choices(self._ids)}, or an id, got {task!r}")
             return self._part(part).read(int(self.task_ids([task_id])))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrefixBank:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prefix_attn.bank.names import choices
 from prefix_attn.checks import INTEGERS
 from prefix_attn.errors import DTypeError, ShapeError, UnknownTask
 
@@ -42,7 +43,7 @@ def _row_id(row: int, task: object, ids: Mapping[str, int], lengths: Sequence[in
         return -1
     if isinstance(task, str):
         if task not in ids:
-            raise UnknownTask(f"task_ids[{row}]: expected None or one of {list(ids)}, got {task!r}")
+            raise UnknownTask(f"task_ids[{row}]: expected None or one of {choices(ids)}, got {task!r}")
         return ids[task]
     if isinstance(task, Integral) and not isinstance(task, bool):
         return _check_id(row, int(task), ids, lengths)
@@ -53,5 +54,5 @@ def _check_id(row: int, task: int, ids: Mapping[str, int], lengths: Sequence[int
     if task == -1 or (0 <= task < len(lengths) and lengths[task] >= 0):
         return task
     removed = " (it was removed)" if 0 <= task < len(lengths) else ""
-    choices = {i: name for name, i in ids.items()}
-    raise UnknownTask(f"task_ids[{row}]: expected -1 (no prefix) or one of {choices}, got {task}{removed}")
+    known = choices(f"{i}: {name}" for name, i in ids.items())
+    raise UnknownTask(f"task_ids[{row}]: expected -1 (no prefix) or one of {known}, got {task}{removed}")

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from prefix_attn.errors import IncompatiblePrefix
 
 MAX_BYTES = 200
+
+#: Choices that a message lists.
+MAX_CHOICES = 20
 
 #: What the name of a prefix's file ends with.
 SUFFIX = ".safetensors"
@@ -30,3 +35,10 @@ def check_file(file: object) -> str:
     if not file.endswith(SUFFIX):
         raise IncompatiblePrefix(f"file: expected a prefix file, *{SUFFIX}, got {file!r}; the index is damaged")
     return file
+
+
+def choices(names: Iterable[object]) -> str:
+    """A list of names for a message, cut off where there are many."""
+    names = list(names)
+    more = len(names) - MAX_CHOICES
+    return str(names) if more <= 0 else f"{names[:MAX_CHOICES]} and {more} more"

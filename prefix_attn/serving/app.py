@@ -23,6 +23,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, ConfigDict
 
+from prefix_attn.bank.names import choices
 from prefix_attn.bank.peft import other_base
 from prefix_attn.bank.uses import BANK_LOCK
 from prefix_attn.errors import ShapeError, UnknownTask, UnsupportedModel
@@ -159,7 +160,7 @@ class _Server:
         if self.base in self.engine.bank:
             raise UnknownTask(f"model: a task was added that is called like the base model, {self.base!r}; remove it")
         if name != self.base and name not in self.engine.bank:
-            raise UnknownTask(f"model: expected one of {[self.base, *self.engine.bank.names]}, got {name!r}")
+            raise UnknownTask(f"model: expected one of {choices([self.base, *self.engine.bank.names])}, got {name!r}")
         return HeldTask(self.engine.bank, None if name == self.base else name)
 
     def tokens(self, body: CompletionRequest, task: HeldTask) -> list[list[int]]:

@@ -377,3 +377,12 @@ def test_ids_and_names_in_arrays(bank: PrefixBank) -> None:
         assert bank.task_ids(tasks).tolist() == bank.task_ids(list(tasks)).tolist()
     with pytest.raises(DTypeError, match=r"task_ids\[0\]"):
         bank.task_ids(np.array([[0]]))
+
+
+def test_a_message_lists_some_of_many_tasks() -> None:
+    bank = PrefixBank.for_model(tiny())
+    for i in range(25):
+        bank.add(f"task {i}", random_kv(bank.geometry, 1))
+    for ask in (lambda: bank.task_ids(["x"]), lambda: bank.remove("x"), lambda: bank.task_ids([99])):
+        with pytest.raises(UnknownTask, match=r"task 19'\] and 5 more, got"):
+            ask()
