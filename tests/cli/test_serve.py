@@ -34,6 +34,20 @@ def killed_at_last(process: subprocess.Popen[str]) -> Iterator[None]:
         process.kill()
 
 
+@contextmanager
+def one_at_a_time(example: ShippedExample) -> Iterator[tuple[subprocess.Popen[str], str, str]]:
+    """The command with a cache for one request: its process, where it serves, and its task."""
+    task, folder = example.adapters[0]
+    command = [sys.executable, "-m", "prefix_attn", "serve", "--model", example.model, f"--adapter={task}={folder}"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with (
+        subprocess.Popen([*command, "--port", "0", "--cache-tokens", "64"], **pipes, text=True) as server,
+        killed_at_last(server),
+    ):
+        assert server.stdout is not None
+        yield server, [server.stdout.readline() for _ in range(3)][2].strip(), task
+
+
 @needs_engine
 def test_the_command_serves_until_it_is_interrupted(example: ShippedExample, tmp_path: Path) -> None:
     adapters = [f"--adapter={task}={folder}" for task, folder in example.adapters[:2]]
@@ -70,15 +84,7 @@ def test_the_command_serves_until_it_is_interrupted(example: ShippedExample, tmp
 @needs_engine
 def test_a_second_interruption_breaks_requests_off(example: ShippedExample) -> None:
     """They are told so, as of every other failure, and there is no traceback."""
-    task, folder = example.adapters[0]
-    command = [sys.executable, "-m", "prefix_attn", "serve", "--model", example.model, f"--adapter={task}={folder}"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with (
-        subprocess.Popen([*command, "--port", "0", "--cache-tokens", "64"], **pipes, text=True) as server,
-        killed_at_last(server), ThreadPoolExecutor() as pool,
-    ):  # fmt: skip
-        assert server.stdout is not None
-        url = [server.stdout.readline() for _ in range(3)][2].strip()
+    with one_at_a_time(example) as (server, url, task), ThreadPoolExecutor() as pool:
         asked = {"model": task, "prompt": [PROMPT] * 1000}  # one at a time
         answer = pool.submit(httpx.post, f"{url}/completions", json=asked, timeout=60)
         while "prefix_attn_running 1.0" not in httpx.get(url.replace("/v1", "/metrics"), timeout=60).text.splitlines():
@@ -95,15 +101,8 @@ def test_a_second_interruption_breaks_requests_off(example: ShippedExample) -> N
 
 @needs_engine
 def test_a_client_that_is_stuck_does_not_keep_the_server(example: ShippedExample) -> None:
-    task, folder = example.adapters[0]
-    command = [sys.executable, "-m", "prefix_attn", "serve", "--model", example.model, f"--adapter={task}={folder}"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with (
-        subprocess.Popen([*command, "--port", "0", "--cache-tokens", "64"], **pipes, text=True) as server,
-        killed_at_last(server),
-    ):
-        assert server.stdout is not None
-        url = httpx.URL([server.stdout.readline() for _ in range(3)][2].strip())
+    with one_at_a_time(example) as (server, address, _):
+        url = httpx.URL(address)
         with socket.create_connection((url.host, url.port)) as half:
             half.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
             time.sleep(0.5)
